@@ -1,0 +1,99 @@
+"""One forward step as tensors: made by the runner, read by the model and the attention backends; and the KV pool they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class PrefillSlice:
+    """Rows of one request that computes more than one token in this step (or exactly one of a prompt)."""
+
+    row: int
+    """First row in the batch."""
+    num_tokens: int
+    context_len: int
+    """Tokens in the KV pool before these rows; row i has position context_len + i."""
+    block_ids: Tensor
+    """int64 [ceil((context_len + num_tokens) / block_size)], in order."""
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """N rows: first B decode rows (one token each), then the prefill slices."""
+
+    token_ids: Tensor
+    """int64 [N]"""
+    positions: Tensor
+    """int64 [N]"""
+    slots: Tensor
+    """int64 [N]: block_id * block_size + offset, where the K and V of each row are written."""
+    num_decode: int
+    """B"""
+    block_tables: Tensor
+    """int64 [B, max_blocks_in_batch]; entries past a request's end point at block 0 and are masked."""
+    context_lens: Tensor
+    """int64 [B]: tokens attended to, the row itself included."""
+    max_context_len: int
+    """max(context_lens), 0 without decode rows: known on the host without a device sync."""
+    prefills: list[PrefillSlice]
+    logit_rows: Tensor
+    """int64 [R]: rows whose logits are wanted."""
+
+
+class KvPool:
+    """The paged KV cache of one worker: storage only (who owns which block is `block_manager.py`'s business).
+
+    `storage` has shape [layer, K|V, block, offset, kv_head, dim]; `k[l]` and `v[l]` are views
+    [num_blocks, block_size, num_kv_heads, head_dim]. Block 0 is never handed out: padding points at it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_layers = num_layers
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = [self.storage[layer, 0] for layer in range(num_layers)]
+        self.v = [self.storage[layer, 1] for layer in range(num_layers)]
+        row = num_kv_heads * head_dim
+        self._rows = self.storage.view(num_layers, 2, num_blocks * block_size, row)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of K and V of one token in one layer."""
+        return 2 * self._rows.shape[-1] * self.storage.element_size()
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k, v [N, num_kv_heads, head_dim] at `slots` int64 [N]."""
+        self._rows[layer, 0].index_copy_(0, slots, k.reshape(k.shape[0], -1))
+        self._rows[layer, 1].index_copy_(0, slots, v.reshape(v.shape[0], -1))
+
+    def read_rows(self, layer: int, slots: Tensor, out: memoryview) -> None:
+        """Copies the KV of `slots` int64 [N] to `out` (N * row_bytes) in layout [K|V][token][kv_head][dim]."""
+        target = torch.frombuffer(out, dtype=self.storage.dtype).view(2, slots.numel(), -1)
+        for part in range(2):
+            if self.storage.device.type == "cpu":
+                torch.index_select(self._rows[layer, part], 0, slots, out=target[part])
+            else:
+                target[part].copy_(self._rows[layer, part].index_select(0, slots))
+
+    def write_rows(self, layer: int, slots: Tensor, payload: memoryview) -> None:
+        """The reverse of read_rows."""
+        source = torch.frombuffer(payload, dtype=self.storage.dtype).view(2, slots.numel(), -1)
+        for part in range(2):
+            self._rows[layer, part].index_copy_(0, slots, source[part].to(self.storage.device))

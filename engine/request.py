@@ -1,0 +1,132 @@
+"""What goes into the engine and what comes out: the dataclasses shared by engine, prefill and decode."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from tandem.common.sampling import SamplingParams
+
+
+class RequestKey(NamedTuple):
+    """One attempt at a request. A later attempt has a higher epoch; outputs of an older one are dropped."""
+
+    request_id: str
+    epoch: int
+
+
+class FinishReason(enum.IntEnum):
+    """Values equal the FinishReason enum of worker.proto."""
+
+    STOP = 1
+    LENGTH = 2
+    CANCELLED = 3
+    ERROR = 4
+    HANDED_OVER = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    logprob: float
+    rank: int
+    """1: the most likely token."""
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(slots=True)
+class PromptReport:
+    """How the prompt was computed. Durations in seconds."""
+
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    handover_s: float = 0.0
+    computed_by: str = ""
+    recompute_reason: str = ""
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """New tokens of one request since its previous output."""
+
+    key: RequestKey
+    start_index: int = 0
+    """Index of token_ids[0] in the whole output."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error_code: str = ""
+    error_message: str = ""
+    stop_token_id: int | None = None
+    prompt: PromptReport | None = None
+    """With the first output."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """With the first output, when asked for: one entry per prompt token, the first is None."""
+
+
+class KvExport(Protocol):
+    """Sends the KV of a prefill request to its decode worker. Called on the engine thread: none of these may block.
+
+    From `begin` until `Engine.release(key)` is called the request's blocks stay as they are, so an exporter may read
+    them from another thread.
+    """
+
+    def begin(self, key: RequestKey, slots: Sequence[int], cached_tokens: int) -> None:
+        """Blocks are reserved. `slots[i]` is the pool slot of prompt token i; rows below `cached_tokens` are filled
+        in every layer already."""
+
+    def layer_ready(self, layer: int, start: int, stop: int) -> None:
+        """Rows [start, stop) of the prompt are now in `layer`."""
+
+    def finished(self, output: RequestOutput) -> None:
+        """The first token is sampled; `output` holds it (and a finish reason if it was also the last)."""
+
+    def aborted(self, reason: str) -> None:
+        """Cancelled, out of time or failed; nothing more will come. `Engine.release` is still required."""
+
+
+class KvReservation(Protocol):
+    """Blocks on a decode worker that wait for KV from elsewhere. Made by the engine, safe from any thread."""
+
+    @property
+    def skip_tokens(self) -> int:
+        """Leading prompt tokens whose KV this worker has already; they need not be sent."""
+
+    def write(self, layer: int, start: int, stop: int, payload: memoryview) -> bool:
+        """Puts rows [start, stop) of `layer` (layout [K|V][token][kv_head][dim]) into the reserved blocks. False:
+        the request is gone; the bytes were dropped."""
+
+    def complete(self, first: RequestOutput) -> None:
+        """All rows are written. Raises ValueError if some are missing. The engine emits `first` and decodes on."""
+
+    def fail(self, reason: str) -> None:
+        """The KV will not come: compute the prompt here. Idempotent."""
+
+
+class KvImport(Protocol):
+    """The decode worker's side that connects a reservation to a transport. Called on the engine thread."""
+
+    def reserved(self, reservation: KvReservation) -> None:
+        """Blocks are reserved; rows may be written from now on."""
+
+    def closed(self) -> None:
+        """The request ended (cancel, deadline, completion): forget the reservation."""
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    key: RequestKey
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    """Lower runs first."""
+    deadline: float | None = None
+    """time.monotonic() after which the request ends with `deadline_exceeded`."""
+    cache_salt: bytes = b""
+    kv_export: KvExport | None = None
+    """Set on a prefill worker: stop after the first token and hand over."""
+    kv_import: KvImport | None = None
+    """Set on a decode worker that expects KV: reserve blocks and wait."""

@@ -1,0 +1,85 @@
+"""KV identity: which cached KV may answer which tokens (DESIGN 5).
+
+A namespace digests everything that shapes KV values; a prefix chain digests the tokens before and in each block, so
+two equal hashes mean equal KV. All digests are keyed BLAKE3, 32 bytes, over typed and length-prefixed fields: never
+Python's `hash()`, never plain concatenation.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import NewType
+
+import numpy as np
+from blake3 import blake3
+
+SCHEMA_VERSION = 1
+"""1: first version."""
+
+Namespace = NewType("Namespace", bytes)
+BlockHash = NewType("BlockHash", bytes)
+
+_NAMESPACE_KEY = blake3(b"tandem kv namespace v1").digest()
+_PREFIX_KEY = blake3(b"tandem kv prefix chain v1").digest()
+_SALT_KEY = blake3(b"tandem kv tenant salt v1").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class KvIdentity:
+    """The fields of a namespace without the tenant's salt."""
+
+    weights_digest: bytes
+    tokenizer_digest: bytes
+    kv_dtype: str
+    layout: str
+    rope: str
+    """Canonical JSON of the rope settings."""
+    attention: str
+    """Canonical JSON: head counts, head size, sliding window."""
+    num_layers: int
+    adapter_digest: bytes = b""
+    """Content digest of the LoRA adapter; empty without one."""
+
+
+def _encode(values: Iterable[bytes | str | int]) -> bytes:
+    """Typed, length-prefixed: no two different field lists share an encoding."""
+    out = bytearray()
+    for value in values:
+        if isinstance(value, bytes):
+            tag, raw = b"b", value
+        elif isinstance(value, str):
+            tag, raw = b"s", value.encode()
+        else:
+            tag, raw = b"i", struct.pack("<q", value)
+        out += tag + struct.pack("<I", len(raw)) + raw
+    return bytes(out)
+
+
+def namespace(identity: KvIdentity) -> Namespace:
+    values = [SCHEMA_VERSION, *(getattr(identity, item.name) for item in fields(identity))]
+    return Namespace(blake3(_encode(values), key=_NAMESPACE_KEY).digest())
+
+
+def salted(base: Namespace, cache_salt: bytes) -> Namespace:
+    """The namespace of one tenant. An empty salt is a tenant of its own, too."""
+    return Namespace(blake3(_encode([base, cache_salt]), key=_SALT_KEY).digest())
+
+
+def extend_chain(parent: bytes, tokens: Sequence[int]) -> BlockHash:
+    """h_i = H(h_{i-1}, tokens_i). `parent` is the namespace for the first block."""
+    raw = np.asarray(tokens, dtype="<u4").tobytes()
+    return BlockHash(blake3(parent + raw, key=_PREFIX_KEY).digest())
+
+
+def prefix_chain(root: Namespace, tokens: Sequence[int], block_size: int) -> list[BlockHash]:
+    """Hashes of the full blocks of `tokens`; an unfilled last block has none."""
+    raw = np.asarray(tokens, dtype="<u4").tobytes()
+    step = 4 * block_size
+    parent: bytes = root
+    chain: list[BlockHash] = []
+    for start in range(0, len(raw) - step + 1, step):
+        parent = blake3(parent + raw[start : start + step], key=_PREFIX_KEY).digest()
+        chain.append(BlockHash(parent))
+    return chain
