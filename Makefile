@@ -1,0 +1,62 @@
+# The habits of this project. `make help` lists them. Everything runs in .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ARGS ?=
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-all lint types fmt proto bench model clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch goes first and alone: where an index offers a CPU build of this version, nothing else can pull CUDA in.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Tandem needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Tandem into $(VENV) (a few minutes the first time) ..."
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "installing what tests and checks need into $(VENV) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev  ## make .venv with everything that development needs
+
+serve: $(VENV)/.base  ## install, then serve the bundled model (ARGS="--port 9000" passes flags)
+	@$(BIN)/tandem serve $(ARGS)
+
+test: $(VENV)/.dev  ## install, then run the tests (slow ones left out)
+	@$(BIN)/python -m pytest -m "not slow" -q $(ARGS)
+
+test-all: $(VENV)/.dev  ## run every test
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+types: $(VENV)/.dev  ## mypy, strict
+	@$(BIN)/mypy
+
+fmt: $(VENV)/.dev  ## format and sort imports
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+proto: $(VENV)/.dev  ## regenerate the gRPC stubs
+	@PATH="$(CURDIR)/$(BIN):$$PATH" proto/generate.sh
+
+bench: $(VENV)/.dev  ## measure serving (bench/README.md says how to add the peers)
+	@$(BIN)/python bench/serve.py $(ARGS)
+
+model: $(VENV)/.dev  ## train the bundled model again (about an hour)
+	@$(BIN)/python examples/small_model/train.py --out examples/small_model/model $(ARGS)
+
+clean:  ## remove .venv and caches
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
