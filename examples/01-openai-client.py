@@ -1,6 +1,8 @@
 """Talk to Tandem with the official OpenAI client: list models, a completion, a streaming chat.
 
-Start the server first (`make serve`), then:  .venv/bin/pip install openai && .venv/bin/python examples/01-openai-client.py
+Start the server first (`make serve`), then:
+    .venv/bin/pip install openai
+    .venv/bin/python examples/01-openai-client.py
 """
 
 from __future__ import annotations
