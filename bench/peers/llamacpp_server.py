@@ -1,7 +1,7 @@
 """Serve a GGUF file with llama.cpp's own OpenAI-compatible server (through the prebuilt ``xllamacpp`` wheel).
 
-Set up for comparison: one KV context per slot, continuous batching, and every form of prompt reuse turned off, so that
-a repeated prompt costs what a new one does. ``--prompt-cache`` turns reuse on again.
+Set up for comparison: one KV context per slot, continuous batching, and every form of prompt reuse turned
+off, so that a repeated prompt costs what a new one does. ``--prompt-cache`` turns reuse on again.
 
     python llamacpp_server.py model.gguf --port 8080 --slots 16 --threads 1
 """
@@ -19,7 +19,7 @@ import xllamacpp
 def server_parameters(
     model: Path, *, port: int, slots: int, context: int, threads: int, prompt_cache: bool
 ) -> xllamacpp.CommonParams:
-    """Return parameters for ``slots`` parallel requests of up to ``context`` tokens each (prompt and output)."""
+    """Return parameters for ``slots`` parallel requests of ``context`` tokens each (prompt and output)."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
     parameters.hostnames = ["127.0.0.1"]
@@ -40,12 +40,13 @@ def server_parameters(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--slots", type=int, default=16, help="requests decoded together (default: 16)")
     parser.add_argument("--context", type=int, default=2048, help="tokens per slot (default: 2048)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="compute threads (default: all)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--prompt-cache", action="store_true", help="reuse the KV of earlier prompts")
     arguments = parser.parse_args()
     parameters = server_parameters(

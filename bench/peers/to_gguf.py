@@ -1,8 +1,9 @@
-"""Convert a Hugging Face Llama folder to one GGUF file, so that llama.cpp can be measured on the same weights.
+"""Convert a Hugging Face Llama folder to a GGUF file, so that llama.cpp can be measured on the same weights.
 
-Needs only ``numpy`` and ``gguf``. Covers what the benchmark models use: ``LlamaForCausalLM`` weights in safetensors
-(one file or shards), tied or separate output embeddings, a byte-level BPE tokenizer, and the ``default`` and ``llama3``
-rope types. Anything else raises ``UnsupportedModel`` instead of writing a file that answers wrongly.
+Needs only ``numpy`` and ``gguf``. Covers what the benchmark models use: ``LlamaForCausalLM`` weights in
+safetensors (one file or shards), tied or separate output embeddings, a byte-level BPE tokenizer, and the
+``default`` and ``llama3`` rope types. Anything else raises ``UnsupportedModel`` instead of writing a file
+that answers wrongly.
 
     python to_gguf.py MODEL_DIR model.gguf --dtype f16
 """
@@ -53,17 +54,18 @@ class Rope:
     def of(cls, config: Config) -> Rope:
         """Read ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` as older configs write them."""
         parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+        theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         return cls(float(theta), kind, parameters)
 
     def frequency_divisors(self, head_dim: int) -> Float32 | None:
-        """Return the [head_dim / 2] divisors that llama.cpp expects as ``rope_freqs``, or None if none are needed."""
+        """Return the [head_dim / 2] divisors that llama.cpp calls ``rope_freqs``, or None for plain rope."""
         if self.kind == "default":
             return None
         if self.kind != "llama3":
             raise UnsupportedModel(f"rope type {self.kind!r}")
-        factor, low, high = (float(self.scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+        factor = float(self.scaling["factor"])
+        low, high = float(self.scaling["low_freq_factor"]), float(self.scaling["high_freq_factor"])
         original = float(self.scaling["original_max_position_embeddings"])
         wavelength = 2 * math.pi * self.theta ** (np.arange(0, head_dim, 2) / head_dim)
         smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
@@ -71,7 +73,7 @@ class Rope:
 
 
 def read_safetensors(folder: Path) -> Iterator[tuple[str, Float32]]:
-    """Yield every tensor of the folder's safetensors files as float32. Read by hand: numpy has no bfloat16."""
+    """Yield the tensors of the folder's safetensors files as float32; by hand, as numpy has no bfloat16."""
     for path in sorted(folder.glob("*.safetensors")):
         raw = np.memmap(path, dtype=np.uint8, mode="r")
         header_size = int(raw[:8].view("<u8")[0])
@@ -93,7 +95,8 @@ def _to_float32(raw: NDArray[np.uint8], dtype: str) -> Float32:
 def interleave_rope(weight: Float32, heads: int) -> Float32:
     """Reorder the rows of Q or K from Hugging Face's rotate-half pairs to llama.cpp's adjacent pairs.
 
-    ``weight`` is [heads * head_dim, ...]; within a head, row i of the first half moves next to row i of the second.
+    ``weight`` is [heads * head_dim, ...]. In each head, row i of the second half moves behind row i of the
+    first.
     """
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
@@ -111,7 +114,7 @@ def pre_tokenizer_name(tokenizer: Config) -> str:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Config, pre: str | None) -> None:
-    """Write vocabulary, merges and special tokens of a byte-level BPE ``tokenizer.json``."""
+    """Write vocabulary, merges, special tokens and chat template of a byte-level BPE ``tokenizer.json``."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer["model"]["type"] != "BPE" or tokenizer["model"].get("byte_fallback"):
         raise UnsupportedModel("only byte-level BPE tokenizers are converted")
@@ -131,10 +134,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Config, pre: st
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
     writer.add_add_bos_token(False)
-    for key, add in (("bos_token_id", writer.add_bos_token_id), ("eos_token_id", writer.add_eos_token_id)):
-        value = config.get(key)
+    for key in ("bos", "eos", "pad"):
+        value = config.get(f"{key}_token_id")
         if value is not None:
-            add(value[0] if isinstance(value, list) else value)
+            getattr(writer, f"add_{key}_token_id")(value[0] if isinstance(value, list) else value)
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        writer.add_chat_template(template.read_text(encoding="utf-8"))
 
 
 def convert(folder: Path, output: Path, dtype: str = "f16", pre: str | None = None) -> None:
@@ -148,7 +154,7 @@ def convert(folder: Path, output: Path, dtype: str = "f16", pre: str | None = No
         raise UnsupportedModel(f"architecture {config.get('architectures')}")
     file_type, matrix_type = FILE_TYPES[dtype]
     heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads", heads)
+    kv_heads = config.get("num_key_value_heads") or heads
     layers = config["num_hidden_layers"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = Rope.of(config)
@@ -194,14 +200,16 @@ def convert(folder: Path, output: Path, dtype: str = "f16", pre: str | None = No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument("folder", type=Path, help="Hugging Face model folder")
     parser.add_argument("output", type=Path, help="GGUF file to write")
-    parser.add_argument("--dtype", choices=FILE_TYPES, default="f16", help="type of the matrices (default: f16)")
+    parser.add_argument("--dtype", choices=FILE_TYPES, default="f16", help="of the matrices (default: f16)")
     parser.add_argument("--pre", help="llama.cpp's name of the pre-tokenizer, when it cannot be told")
     arguments = parser.parse_args()
     convert(arguments.folder, arguments.output, arguments.dtype, arguments.pre)
-    print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB, matrices in {arguments.dtype}")
+    size = arguments.output.stat().st_size / 1e6
+    print(f"{arguments.output}: {size:.1f} MB, matrices in {arguments.dtype}")
 
 
 if __name__ == "__main__":
