@@ -1,0 +1,144 @@
+"""A whole router in one object: fleet, HTTP and gRPC servers, and the order in which they start and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from tandem.common.errors import ConfigError
+from tandem.router.api_keys import ApiKeys
+from tandem.router.grpc_api import GrpcServer
+from tandem.router.http_app import HttpApp
+from tandem.router.metrics import RouterMetrics
+from tandem.router.served_model import ServedModel
+from tandem.router.service import Service
+from tandem.router.session import SILENCE_S
+from tandem.router.settings import RouterConfig
+from tandem.router.workers import Fleet
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75
+"""An idle client connection stays open this long: longer than clients' pools, so that they never race a close."""
+READY_POLL_S = 0.25
+
+
+class Router:
+    """`start`, then `stop`; or `serve_until(stopped)`. Raises ConfigError for settings that cannot work."""
+
+    def __init__(self, config: RouterConfig, *, silence_s: float = SILENCE_S) -> None:
+        if not config.decode_workers:
+            raise ConfigError("--decode_workers: at least one decode worker is needed, such as unix:/run/decode-0.sock")
+        self.config = config
+        self.metrics = RouterMetrics()
+        self.model = ServedModel.load(config)
+        self._api_keys = ApiKeys.load(config.api_keys_file) if config.api_keys_file else None
+        self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s)
+        self.metrics.watch(self.fleet)
+        self.service = Service(config, self.model, self.fleet, self.metrics)
+        self.app = HttpApp(self.service, self._api_keys)
+        self.port = config.port
+        self.grpc: GrpcServer | None = None
+        self._server: _Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.port}"
+
+    async def start(self) -> None:
+        """Returns when both servers listen; workers connect in the background."""
+        sock = _listen(self.config.host, self.config.port)
+        self.port = sock.getsockname()[1]
+        self._server = _Server(
+            uvicorn.Config(
+                self.app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(self.config.drain_grace_s)),
+            )
+        )
+        self.fleet.start()
+        self._tasks.append(asyncio.create_task(self._server.serve(sockets=[sock]), name="http"))
+        if self.config.grpc_port is not None:
+            self.grpc = GrpcServer(self.service, self._api_keys, self.config.host, self.config.grpc_port)
+            await self.grpc.start()
+        self._tasks.append(asyncio.create_task(self._announce(), name="announce"))
+        await self._server.listening.wait()
+
+    async def stop(self) -> None:
+        """Accepts nothing more, lets running requests finish within the grace period, then closes."""
+        self.service.draining = True
+        if self._server is not None:
+            self._server.should_exit = True
+            http, announcer = self._tasks
+            announcer.cancel()
+            stopping = [http]
+            if self.grpc is not None:
+                stopping.append(asyncio.create_task(self.grpc.stop(self.config.drain_grace_s)))
+            await asyncio.gather(*stopping, announcer, return_exceptions=True)
+        await self.fleet.stop()
+        self.model.text.close()
+
+    async def serve_until(self, stopped: asyncio.Event) -> None:
+        await self.start()
+        await stopped.wait()
+        log.info("draining: running requests have %g s to finish", self.config.drain_grace_s)
+        await self.stop()
+
+    async def _announce(self) -> None:
+        """Prints the ready line once, and keeps the gRPC health service honest."""
+        said: bool | None = None
+        printed = False
+        while True:
+            ready = self.service.ready
+            if ready and not printed:
+                printed = True
+                grpc_text = f", grpc on port {self.grpc.port}" if self.grpc is not None else ""
+                print(f"tandem router ready: {self.url} serves {self.model.name}{grpc_text}", flush=True)
+            if ready != said and self.grpc is not None:
+                await self.grpc.set_ready(ready)
+            said = ready
+            await asyncio.sleep(READY_POLL_S)
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to `main.run`, which also has workers and gRPC to stop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"--port {port}: cannot listen on {host}:{port} ({error.strerror})") from error
+    sock.set_inheritable(True)
+    return sock

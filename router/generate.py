@@ -1,0 +1,162 @@
+"""The life of one client request: its choices, from submission to the last token, whatever breaks on the way.
+
+A `Call` holds every choice of a request (prompts x n). Worker outputs reach `Choice.on_output` on the event loop; the
+front end reads with `Call.next` (streaming) or `Call.result`. All that arrived between two reads comes as one delta
+per choice, so a slow client costs fewer, larger writes and bounded memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from tandem.common.errors import TandemError
+from tandem.router.choice import CallContext, CallSpec, Choice, Delta
+
+MAX_BUFFERED_BYTES = 4 * 1024 * 1024
+"""A client that leaves this much unread is cut off. An upper estimate, see `Choice.buffered_bytes`."""
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Call:
+    """Make it, `start` it, read it, and `close` it in a `finally`. Used from one task."""
+
+    def __init__(self, spec: CallSpec, context: CallContext) -> None:
+        self.spec = spec
+        self.context = context
+        self.deadline = spec.arrived + context.timeout_s
+        self.choices = [Choice(self, index, choice) for index, choice in enumerate(spec.choices)]
+        self.error: TandemError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._unfinished = len(self.choices)
+        self._ready: dict[int, Choice] = {}
+        self._heard = False
+        self._silent = False
+        self._closed = False
+        self._timers: list[asyncio.TimerHandle] = []
+        self._retries: set[asyncio.Task[None]] = set()
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended and been read."""
+        return self._unfinished == 0 and not self._ready
+
+    def start(self) -> None:
+        """Submits every choice. Raises TandemError `unavailable` without a decode worker."""
+        self._timers.append(self._loop.call_later(max(0.0, self.deadline - time.monotonic()), self._expire))
+        if self.spec.streaming:
+            self._timers.append(self._loop.call_later(self.context.keepalive_s, self._tick))
+        for choice in self.choices:
+            choice.submit()
+
+    async def next(self) -> list[Delta]:
+        """New deltas in order of arrival; [] after a silence (send a keep-alive) or at the end (see `finished`).
+
+        Raises TandemError when a choice failed, the deadline passed, or `fail` was called.
+        """
+        while self.error is None and not self._ready and self._unfinished and not self._silent:
+            await self._wait()
+        if self.error is not None:
+            raise self.error
+        self._silent = False
+        ready, self._ready = self._ready, {}
+        return [choice.take() for choice in ready.values()]
+
+    async def result(self) -> list[Delta]:
+        """One delta per choice, when all have ended. For calls that do not stream. Raises like `next`."""
+        while self.error is None and self._unfinished:
+            await self._wait()
+        if self.error is not None:
+            raise self.error
+        self._ready.clear()
+        return [choice.take() for choice in self.choices]
+
+    def usage(self) -> Usage:
+        """Each prompt counts once however many choices it has."""
+        usage = Usage(completion_tokens=sum(choice.num_tokens for choice in self.choices))
+        seen: set[int] = set()
+        for choice in self.choices:
+            prompt = choice.spec.sequence.prompt
+            if id(prompt) not in seen:
+                seen.add(id(prompt))
+                usage.prompt_tokens += len(prompt.token_ids)
+                usage.cached_tokens += choice.cached_tokens
+        return usage
+
+    def fail(self, error: TandemError) -> None:
+        """Ends the call from outside, such as when the client has gone."""
+        if self.error is None and not self._closed:
+            self.error = error
+            self._release()
+            self._wake()
+
+    def close(self) -> None:
+        """Frees everything here and on the workers. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def choice_ready(self, choice: Choice) -> None:
+        self._heard = True
+        if choice.finished:
+            self._unfinished -= 1
+        if self.spec.streaming:
+            self._ready[choice.index] = choice
+            if choice.buffered_bytes * len(self.choices) > MAX_BUFFERED_BYTES:
+                self.fail(TandemError("cancelled", "the client reads too slowly"))
+                return
+        if self.spec.streaming or self._unfinished == 0:
+            self._wake()
+
+    def retry(self, choice: Choice, reason: str) -> None:
+        self._ready.pop(choice.index, None)
+        task = self._loop.create_task(self._retry(choice, reason))
+        self._retries.add(task)
+        task.add_done_callback(self._retries.discard)
+
+    async def _retry(self, choice: Choice, reason: str) -> None:
+        wait_s = min(self.context.worker_wait_s, self.deadline - time.monotonic())
+        try:
+            await self.context.dispatcher.fleet.wait_for_decode(wait_s, choice.avoid)
+            choice.submit()
+        except TandemError:
+            self.fail(TandemError("worker_lost", f"the decode worker was lost ({reason})", retry_after_s=1.0))
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _tick(self) -> None:
+        if self._closed or self.error is not None:
+            return
+        self._silent = not self._heard
+        self._heard = False
+        self._timers[-1] = self._loop.call_later(self.context.keepalive_s, self._tick)
+        if self._silent:
+            self._wake()
+
+    def _expire(self) -> None:
+        self.fail(TandemError("deadline_exceeded", f"not finished within {self.context.timeout_s:g} s"))
+
+    def _release(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        for task in self._retries:
+            task.cancel()
+        for choice in self.choices:
+            choice.cancel()

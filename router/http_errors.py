@@ -1,0 +1,53 @@
+"""Errors as OpenAI writes them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+
+from tandem.common.errors import TandemError
+
+MAX_MESSAGE_CHARACTERS = 500
+_PATH = re.compile(r" - at `(?:key in )?\$\.?(.{0,200}?)`$")
+_MISSING = re.compile(r"required field `(\w{1,64})`")
+
+
+def error_body(error: TandemError) -> dict[str, dict[str, str | None]]:
+    return {
+        "error": {
+            "message": error.message[:MAX_MESSAGE_CHARACTERS],
+            "type": error.kind.openai_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_headers(error: TandemError) -> list[tuple[bytes, bytes]]:
+    headers: list[tuple[bytes, bytes]] = []
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.kind.http_status == 503:
+        retry_after_s = 1.0
+    if retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()))
+    if error.kind.http_status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers
+
+
+def from_decode_error(error: Exception) -> TandemError:
+    """A body that msgspec could not decode, as an error that names the field."""
+    if not isinstance(error, msgspec.ValidationError):
+        return TandemError("invalid_request", f"the body is not valid JSON: {str(error)[:120]}")
+    message = str(error)
+    found = _PATH.search(message)
+    param = found.group(1) or None if found else None
+    problem = message[: found.start()] if found else message
+    missing = _MISSING.search(problem)
+    if missing:
+        param = f"{param}.{missing.group(1)}" if param else missing.group(1)
+    if len(problem) > 160:  # an unknown enum value is quoted in full
+        problem = problem[:80] + "..." + problem[-10:]
+    return TandemError("invalid_request", f"{param or 'body'}: {problem}", param=param)

@@ -1,0 +1,128 @@
+"""One HTTP request and its answer, straight on ASGI: reading with a limit, JSON, server-sent events."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from tandem.common.errors import TandemError
+from tandem.router.http_errors import error_body, error_headers, from_decode_error
+
+if TYPE_CHECKING:  # uvicorn keeps them private
+    from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
+
+T = TypeVar("T")
+Headers = list[tuple[bytes, bytes]]
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+class Exchange:
+    def __init__(
+        self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable, max_body_bytes: int
+    ) -> None:
+        self.method = scope["method"]
+        self.path = scope["path"]
+        self.arrived = time.monotonic()
+        self.status = 0
+        """Of the answer; 0 until it has begun."""
+        self._headers = dict(scope["headers"])
+        self._receive = receive
+        self._send = send
+        self._max_body_bytes = max_body_bytes
+        given = self.header(b"x-request-id")
+        self.request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    def header(self, name: bytes) -> str:
+        """Empty where it is absent."""
+        return self._headers.get(name, b"").decode("latin-1")
+
+    @property
+    def traceparent(self) -> str:
+        """Empty where it is absent or malformed."""
+        value = self.header(b"traceparent")
+        return value if _TRACEPARENT.fullmatch(value) else ""
+
+    async def body(self) -> bytes:
+        """Raises TandemError `request_too_large`, ClientGone."""
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def decode(self, decoder: msgspec.json.Decoder[T]) -> T:
+        """Raises TandemError `invalid_request` naming the field."""
+        body = await self.body()
+        try:
+            return decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise from_decode_error(error) from error
+        except RecursionError as error:
+            raise TandemError("invalid_request", "the body is nested too deeply") from error
+
+    async def wait_for_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+
+    async def reply(
+        self,
+        body: bytes,
+        *,
+        status: int = 200,
+        content_type: bytes = b"application/json",
+        headers: Headers | None = None,
+    ) -> None:
+        await self._start(
+            status, [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *(headers or [])]
+        )
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def reply_json(self, value: Any, *, status: int = 200, headers: Headers | None = None) -> None:
+        await self.reply(msgspec.json.encode(value), status=status, headers=headers)
+
+    async def reply_error(self, error: TandemError, headers: Headers | None = None) -> None:
+        """The rest of an unread body is discarded by the server: closing at once could destroy the answer."""
+        all_headers = error_headers(error) + (headers or [])
+        await self.reply_json(error_body(error), status=error.kind.http_status, headers=all_headers)
+
+    async def start_events(self) -> None:
+        await self._start(
+            200,
+            [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+            ],
+        )
+
+    async def send_events(self, events: bytes, *, last: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        self.status = status
+        headers.append((b"x-request-id", self.request_id.encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
+
+    def _too_large(self) -> TandemError:
+        return TandemError("request_too_large", f"the body is larger than {self._max_body_bytes} bytes")

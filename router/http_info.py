@@ -1,0 +1,102 @@
+"""Everything that is not generation: models, tokenize, detokenize, health, version, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+import tandem
+from tandem.router.http_exchange import Exchange
+from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages
+from tandem.router.metrics import CONTENT_TYPE
+from tandem.router.sampling_fields import invalid
+from tandem.router.service import Service
+
+_TOKENIZE = msgspec.json.Decoder(TokenizeBody)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
+
+
+async def models(exchange: Exchange, service: Service) -> None:
+    await exchange.reply_json({"object": "list", "data": [_model(service)]})
+
+
+async def model(exchange: Exchange, service: Service) -> None:
+    service.model.check_name(exchange.path.removeprefix("/v1/models/"))
+    await exchange.reply_json(_model(service))
+
+
+async def tokenize(exchange: Exchange, service: Service) -> None:
+    body = await exchange.decode(_TOKENIZE)
+    model = service.model
+    model.check_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("prompt", "or messages is required, and not both")
+    if body.messages is not None:
+        text = model.render_chat(
+            template_messages(body.messages),
+            add_generation_prompt=body.add_generation_prompt,
+            **(body.chat_template_kwargs or {}),
+        )
+        add_special_tokens = bool(body.add_special_tokens)
+    else:
+        text = body.prompt or ""
+        add_special_tokens = body.add_special_tokens is not False
+    tokens = await model.text.encode(text, add_special_tokens=add_special_tokens)
+    strings = [model.text.token_text(token) for token in tokens] if body.return_token_strs else None
+    await exchange.reply_json(
+        {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": strings}
+    )
+
+
+async def detokenize(exchange: Exchange, service: Service) -> None:
+    body = await exchange.decode(_DETOKENIZE)
+    model = service.model
+    model.check_name(body.model)
+    token_ids = model.token_prompt(body.tokens, param="tokens").token_ids if body.tokens else []
+    await exchange.reply_json({"prompt": model.text.decode(token_ids, skip_special_tokens=False)})
+
+
+async def healthz(exchange: Exchange, service: Service) -> None:
+    """The process is alive and its loop turns."""
+    await exchange.reply_json({"status": "ok"})
+
+
+async def readyz(exchange: Exchange, service: Service) -> None:
+    """200 while a decode worker is connected and the router takes requests; says what it knows of each worker."""
+    workers: list[dict[str, Any]] = []
+    for client in service.fleet.clients:
+        session = client.session
+        workers.append(
+            {
+                "role": client.role_name,
+                "worker": session.name if session else None,
+                "connected": session is not None,
+                "draining": bool(session and session.status.draining),
+            }
+        )
+    ready = service.ready
+    await exchange.reply_json(
+        {"status": "ready" if ready else "not ready", "draining": service.draining, "workers": workers},
+        status=200 if ready else 503,
+    )
+
+
+async def version(exchange: Exchange, service: Service) -> None:
+    await exchange.reply_json({"version": tandem.__version__})
+
+
+async def metrics(exchange: Exchange, service: Service) -> None:
+    await exchange.reply(service.metrics.text(), content_type=CONTENT_TYPE.encode())
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model.name,
+        "object": "model",
+        "created": service.model.created,
+        "owned_by": "tandem",
+        "root": service.model.name,
+        "parent": None,
+        "max_model_len": service.max_model_len,
+    }

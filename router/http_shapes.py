@@ -1,0 +1,57 @@
+"""What the answers of completions and chat have in common, and the quick way to write an event with text."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from tandem.router.generate import Usage
+from tandem.router.service import Service
+
+_encode = msgspec.json.encode
+
+
+class Shapes:
+    def __init__(self, answer_id: str, kind: str, service: Service, *, include_usage: bool) -> None:
+        """`kind`: the `object` of a whole answer; chat events have `.chunk` added, as OpenAI writes it."""
+        self.text = service.model.text
+        self.head: dict[str, Any] = {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": service.model.name,
+            "system_fingerprint": None,
+        }
+        event_head = {**self.head, "object": f"{kind}.chunk" if kind == "chat.completion" else kind}
+        self._include_usage = include_usage
+        self._event_head = event_head
+        self._prefix = b"data: " + _encode(event_head)[:-1] + b',"choices":[{"index":'
+        self._suffix = (
+            b',"logprobs":null,"finish_reason":null}]' + (b',"usage":null' if include_usage else b"") + b"}\n\n"
+        )
+
+    def event(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+        value = {**self._event_head, "choices": choices}
+        if self._include_usage:
+            value["usage"] = None
+        return b"data: " + _encode(value | extra) + b"\n\n"
+
+    def text_event(self, index: int, opening: bytes, text: str, closing: bytes) -> bytes:
+        """An event with nothing but new text; made once per token, so its constant parts are encoded beforehand."""
+        return b"%b%d,%b%b%b%b" % (self._prefix, index, opening, _encode(text), closing, self._suffix)
+
+    def ending(self, usage: Usage) -> bytes:
+        if not self._include_usage:
+            return b""
+        return self.event([], usage=usage_object(usage))
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

@@ -1,0 +1,176 @@
+"""Bodies of HTTP requests, in OpenAI's shape with vLLM's extensions.
+
+Types are strict; unknown fields are ignored, as clients send many. Fields that would change the answer and are not
+supported are known here, so that they are refused by name instead of being ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from tandem.common.errors import TandemError
+from tandem.router.sampling_fields import SamplingFields, in_range, invalid
+
+MAX_CHOICES = 64
+"""Prompts x n of one request."""
+MAX_N = 16
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class GenerationBody(SamplingFields, kw_only=True):
+    """What completions and chat share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+
+    best_of: int | None = None
+    response_format: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    use_beam_search: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """Raises TandemError `invalid_request` on what is not supported."""
+        in_range("n", self.n, 1, MAX_N)
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "is only allowed with stream: true")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise invalid("best_of", "is not supported; leave it out or make it equal to n")
+        kind = self.response_format.get("type") if isinstance(self.response_format, dict) else self.response_format
+        if kind not in (None, "text"):
+            raise invalid("response_format", "is not supported other than text")
+        refuse(
+            self,
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "structured_outputs",
+            "use_beam_search",
+        )
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    prompt_embeds: Any = None
+
+    def check(self) -> None:
+        GenerationBody.check(self)
+        refuse(self, "suffix", "prompt_embeds")
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: list[str] | None = None
+    continue_final_message: bool | None = None
+    chat_template: Any = None
+    documents: Any = None
+
+    def check(self) -> None:
+        GenerationBody.check(self)
+        if not self.messages:
+            raise invalid("messages", "must not be empty")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise invalid("tool_choice", "is not supported")
+        if self.modalities not in (None, [], ["text"]):
+            raise invalid("modalities", "is not supported other than text")
+        refuse(
+            self, "tools", "functions", "function_call", "audio", "continue_final_message", "chat_template", "documents"
+        )
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        return template_messages(self.messages)
+
+
+class TokenizeBody(msgspec.Struct):
+    """vLLM's: of a text or of chat messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(msgspec.Struct):
+    tokens: list[int]
+    model: str | None = None
+
+
+def refuse(body: Any, *names: str) -> None:
+    """Raises TandemError for the first field that is set to anything but null, false or empty."""
+    for name in names:
+        if getattr(body, name):
+            raise invalid(name, "is not supported")
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """What a chat template takes. Text parts are joined by line breaks, as vLLM does."""
+    result: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        refuse_tool_calls = f"messages[{index}].tool_calls"
+        if message.tool_calls:
+            raise TandemError("invalid_request", f"{refuse_tool_calls} is not supported", param=refuse_tool_calls)
+        if message.content is None:
+            raise invalid(f"messages[{index}].content", "is required")
+        role = "system" if message.role == "developer" else message.role
+        entry: dict[str, Any] = {"role": role, "content": _text_of(message.content, index)}
+        if message.name is not None:
+            entry["name"] = message.name
+        result.append(entry)
+    return result
+
+
+def _text_of(content: str | list[ContentPart], index: int) -> str:
+    if isinstance(content, str):
+        return content
+    for position, part in enumerate(content):
+        param = f"messages[{index}].content[{position}]"
+        if part.type != "text":
+            raise invalid(f"{param}.type", f"must be text; {part.type[:64]!r} is not supported")
+        if part.text is None:
+            raise invalid(f"{param}.text", "is required")
+    return "\n".join(part.text or "" for part in content)

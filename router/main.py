@@ -1,0 +1,63 @@
+"""`tandem router`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+
+from tandem.common.settings import parse_settings
+from tandem.router.settings import RouterConfig
+
+EXAMPLES = (
+    (
+        "one prefill and one decode worker on this machine",
+        "tandem router --model DIR --prefill-workers '[unix:/tmp/p0.sock]' --decode-workers '[unix:/tmp/d0.sock]'",
+    ),
+    (
+        "decode workers only, with API keys",
+        "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --api-keys-file keys",
+    ),
+    ("settings from a file", "tandem router --config router.yaml --log-level debug"),
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Raises ConfigError, or SystemExit after `--help`."""
+    run(
+        parse_settings(
+            RouterConfig,
+            argv,
+            command="tandem router",
+            description="Runs the front door: HTTP as OpenAI's and gRPC in front, prefill and decode workers behind.",
+            examples=EXAMPLES,
+        )
+    )
+
+
+def run(config: RouterConfig) -> None:
+    """Serves until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
+    import uvloop
+
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: RouterConfig) -> None:
+    from tandem.common import telemetry
+    from tandem.router.app import Router
+
+    telemetry.set_up_logging("router", config.log_level)
+    telemetry.set_up_tracing("router", f"router-{os.getpid()}")
+    router = Router(config)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stopped.is_set():
+            os._exit(1)
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await router.serve_until(stopped)

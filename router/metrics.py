@@ -1,0 +1,101 @@
+"""Prometheus metrics of the router."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tandem.router.workers import Fleet
+
+_TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_ITL_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+_REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class RouterMetrics:
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "tandem_router_requests", "Answered requests", ["endpoint", "status"], registry=registry
+        )
+        self.in_flight = Gauge("tandem_router_sequences_in_flight", "Sequences being generated", registry=registry)
+        self.ttft = Histogram(
+            "tandem_router_ttft_seconds", "Arrival to first token", buckets=_TTFT_BUCKETS, registry=registry
+        )
+        self.itl = Histogram(
+            "tandem_router_inter_token_seconds",
+            "Time between outputs of a sequence, divided by their tokens",
+            buckets=_ITL_BUCKETS,
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "tandem_router_request_seconds", "Arrival to end of answer", buckets=_REQUEST_BUCKETS, registry=registry
+        )
+        self.prompt_tokens = Counter("tandem_router_prompt_tokens", "Prompt tokens", registry=registry)
+        self.cached_tokens = Counter(
+            "tandem_router_cached_tokens", "Prompt tokens that came from a prefix cache", registry=registry
+        )
+        self.completion_tokens = Counter("tandem_router_completion_tokens", "Generated tokens", registry=registry)
+        self.placements = Counter(
+            "tandem_router_placements", "Placements: handover, or why there was none", ["reason"], registry=registry
+        )
+        self.handover_recomputes = Counter(
+            "tandem_router_handover_recomputes", "Hand-overs that became a recompute", registry=registry
+        )
+        self.handover_seconds = Histogram(
+            "tandem_router_handover_seconds",
+            "First token computed until the KV was complete on the decode worker",
+            buckets=_ITL_BUCKETS,
+            registry=registry,
+        )
+        self.retries = Counter("tandem_router_retries", "Sequences started again on another worker", registry=registry)
+        self.disconnects = Counter(
+            "tandem_router_client_disconnects", "Clients that went away before the end", registry=registry
+        )
+
+    def watch(self, fleet: Fleet) -> None:
+        self.registry.register(_FleetCollector(fleet))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _FleetCollector(Collector):
+    """Gauges of every configured worker, read when asked."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        def gauge(name: str, text: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"tandem_worker_{name}", text, labels=["target", "role", "worker"])
+
+        up = gauge("up", "1 while connected")
+        others = {
+            name: gauge(name, text)
+            for name, text in (
+                ("running", "Requests in the running batch"),
+                ("waiting", "Requests in the queue"),
+                ("free_blocks", "KV blocks free or evictable"),
+                ("total_blocks", "KV blocks"),
+                ("pending_prefill_tokens", "Prompt tokens still to compute"),
+                ("prefill_tokens_per_s", "Measured prefill speed"),
+                ("decode_step_s", "Measured seconds of a decode step"),
+                ("draining", "1 while the worker takes no new requests"),
+            )
+        }
+        for client in self._fleet.clients:
+            session = client.session
+            labels = [client.target, client.role_name, session.name if session else ""]
+            up.add_metric(labels, float(session is not None))
+            if session is not None:
+                for name, family in others.items():
+                    family.add_metric(labels, float(getattr(session.status, name)))
+        yield up
+        yield from others.values()

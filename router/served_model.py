@@ -1,0 +1,123 @@
+"""The model a router speaks for: name, tokenizer, chat template, limits and defaults, all from its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.common.checkpoint import resolve_model
+from tandem.common.errors import ConfigError, TandemError
+from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
+from tandem.router.chat_template import ChatTemplate
+from tandem.router.settings import RouterConfig
+from tandem.router.tokenizer import ModelText, read_json
+
+MAX_HASHED_BLOCKS = 1024
+"""Prefix affinity looks at this many blocks of a prompt; hashing them takes one or two milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What `generation_config.json` recommends where a request is silent; as vLLM reads it."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def load(cls, folder: Path) -> SamplingDefaults:
+        config = read_json(folder / "generation_config.json")
+        known = {name: config[name] for name in cls.__dataclass_fields__ if isinstance(config.get(name), int | float)}
+        return cls(**known)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    name: str
+    text: ModelText
+    template: ChatTemplate | None
+    defaults: SamplingDefaults
+    vocab_size: int
+    max_position_embeddings: int
+    created: int
+    """Seconds since 1970; OpenAI's model object has it."""
+
+    @classmethod
+    def load(cls, config: RouterConfig) -> ServedModel:
+        """Raises ConfigError where the folder lacks something."""
+        folder = resolve_model(config.model)
+        settings = read_json(folder / "config.json")
+        vocab_size, context = settings.get("vocab_size"), settings.get("max_position_embeddings")
+        if not isinstance(vocab_size, int) or not isinstance(context, int):
+            raise ConfigError(f"{folder / 'config.json'}: vocab_size and max_position_embeddings must be integers")
+        name = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
+        return cls(
+            name=name,
+            text=ModelText(folder),
+            template=ChatTemplate.load(folder),
+            defaults=SamplingDefaults.load(folder),
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            created=int(time.time()),
+        )
+
+    def check_name(self, name: str | None) -> None:
+        """Raises TandemError `model_not_found`. None or empty means the served model."""
+        if name and name != self.name:
+            raise TandemError(
+                "model_not_found",
+                f"The model `{name[:64]}` does not exist; this router serves `{self.name}`.",
+                param="model",
+            )
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
+        if self.template is None:
+            raise TandemError(
+                "invalid_request",
+                f"The model `{self.name}` has no chat template; use /v1/completions.",
+                param="messages",
+            )
+        return self.template.render(messages, **variables)
+
+    async def text_prompt(self, text: str, *, param: str, add_special_tokens: bool = True) -> Prompt:
+        token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens)
+        if not token_ids:
+            raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
+        return Prompt(token_ids, text)
+
+    def token_prompt(self, token_ids: list[int], *, param: str) -> Prompt:
+        """Raises TandemError `invalid_request` on an id outside the vocabulary."""
+        if not token_ids:
+            raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
+        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise TandemError(
+                "invalid_request",
+                f"{param}: token id {str(wrong)[:64]} is not in the vocabulary of {self.vocab_size} tokens",
+                param=param,
+            )
+        return Prompt(token_ids)
+
+
+class Prompt:
+    """Token ids of one prompt with their prefix chain, which is made once and shared by `n` choices and retries."""
+
+    __slots__ = ("_chain", "_chain_of", "text", "token_ids")
+
+    def __init__(self, token_ids: list[int], text: str | None = None) -> None:
+        self.token_ids = token_ids
+        self.text = text
+        """The text it was made from; None for a prompt of token ids."""
+        self._chain: list[BlockHash] = []
+        self._chain_of: tuple[bytes, int] | None = None
+
+    def chain(self, root: Namespace, block_size: int) -> list[BlockHash]:
+        if self._chain_of != (root, block_size):
+            self._chain = prefix_chain(root, self.token_ids[: MAX_HASHED_BLOCKS * block_size], block_size)
+            self._chain_of = (root, block_size)
+        return self._chain

@@ -1,0 +1,47 @@
+"""Settings of the router process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Disaggregate = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What an operator turns. Everything else is a named constant beside the code that uses it."""
+
+    model: str
+    """Folder or hub id of the model: its tokenizer, chat template and limits are read, never its weights."""
+    decode_workers: list[str] = field(default_factory=list)
+    """gRPC targets of decode workers, such as `unix:/run/decode-0.sock` or `10.0.0.4:9100`. At least one."""
+    prefill_workers: list[str] = field(default_factory=list)
+    """gRPC targets of prefill workers. Empty: decode workers compute prompts themselves."""
+    host: str = "127.0.0.1"
+    """Address of the HTTP and gRPC servers."""
+    port: int = 8000
+    """Port of the HTTP server."""
+    grpc_port: int | None = None
+    """Port of the public gRPC service. None: off."""
+    served_model_name: str | None = None
+    """The name clients use. None: the last part of `model`."""
+    api_keys_file: Path | None = None
+    """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
+    disaggregate: Disaggregate = "auto"
+    """auto: use a prefill worker where that pays; always: wherever one is alive; never: decode workers do it all."""
+    max_requests: int = 1024
+    """Sequences in flight (a request with n=4 counts four); more are answered 503. Bounds the router's memory."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Size of a request body, bytes; larger ones are answered 413."""
+    request_timeout_s: float = 600.0
+    """Seconds from arrival to the last token."""
+    worker_wait_s: float = 15.0
+    """Seconds a request that lost its decode worker, before anything was sent, waits for another one."""
+    keepalive_s: float = 15.0
+    """Seconds of silence after which a stream gets a comment, so that proxies do not close it."""
+    drain_grace_s: float = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+    log_level: str = "info"
+    """debug, info, warning or error."""

@@ -1,0 +1,103 @@
+"""Text to token ids and back, from the files of a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from tandem.common.errors import ConfigError
+
+INLINE_CHARACTERS = 4000
+"""Text up to this long (about 1 ms) is tokenized on the event loop, longer text in a thread."""
+THREADS = 2
+
+
+class ModelText:
+    """Tokenizer of one model. Safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{path}: cannot be used as a tokenizer ({str(error)[:200]})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        self._bytes_of_char = _bytes_of_char() if _is_byte_level(self._tokenizer) else None
+        self._special_ids = frozenset(
+            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        """Bytes that a token stands for; a special token stands for its name."""
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) <= INLINE_CHARACTERS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._encode_off_loop, text, add_special_tokens
+        )
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The token by itself; bytes that are no whole character become U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _encode_off_loop(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Only the batch call lets go of the interpreter lock.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._special_ids:
+            return token.encode()
+        if self._bytes_of_char is not None:
+            values = [self._bytes_of_char.get(char) for char in token]
+            return token.encode() if None in values else bytes(value for value in values if value is not None)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON file of the model folder; {} where there is none. Raises ConfigError if it is malformed."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a JSON object")
+    return content
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+
+
+def _bytes_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 byte values, reversed."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    mapping = {chr(value): value for value in printable}
+    others = [value for value in range(256) if value not in mapping.values()]
+    mapping.update({chr(256 + index): value for index, value in enumerate(others)})
+    assert set(mapping) == set(ByteLevel.alphabet())
+    return mapping

@@ -1,0 +1,143 @@
+"""Everything that is refused before generation, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tandem.common.errors import ConfigError
+from tandem.router.api_keys import ApiKeys
+from tests.router.conftest import House
+
+CHAT = "/v1/chat/completions"
+
+
+def check_shape(response: httpx.Response, status: int, code: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+
+
+async def test_unknown_routes_and_methods(bare_client: httpx.AsyncClient) -> None:
+    check_shape(await bare_client.get("/v1/nothing"), 404, "not_found")
+    response = await bare_client.get(CHAT)
+    check_shape(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+    check_shape(await bare_client.post("/v1/models"), 405, "method_not_allowed")
+    assert (await bare_client.head("/healthz")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b'{"messages": "\xff"}',
+        b"\xff\xfe",
+        b'{"a":' + b"[" * 50000 + b"]" * 50000 + b"}",
+    ],
+)
+async def test_bodies_that_are_no_json_object(bare_client: httpx.AsyncClient, body: bytes) -> None:
+    check_shape(await bare_client.post(CHAT, content=body), 400, "invalid_request")
+
+
+async def test_unknown_model(bare_client: httpx.AsyncClient) -> None:
+    body = {"model": "gpt-" + "x" * 500, "messages": [{"role": "user", "content": "hi"}]}
+    response = await bare_client.post(CHAT, json=body)
+    check_shape(response, 404, "model_not_found")
+    assert response.json()["error"]["param"] == "model"
+    assert len(response.text) < 400
+    check_shape(await bare_client.get("/v1/models/other/model"), 404, "model_not_found")
+
+
+async def test_no_worker_is_503(bare_client: httpx.AsyncClient) -> None:
+    response = await bare_client.post("/v1/completions", json={"prompt": "a"})
+    check_shape(response, 503, "unavailable")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_body_too_large(house: House) -> None:
+    _, client = await house.pair(max_body_bytes=1000)
+    check_shape(await client.post(CHAT, content=b"x" * 1001), 413, "request_too_large")
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(50):
+            yield b"x" * 1000
+
+    check_shape(await client.post(CHAT, content=endless()), 413, "request_too_large")
+    assert (await client.post("/v1/completions", json={"prompt": "a" * 500})).status_code == 200
+
+
+async def test_api_keys(house: House, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# people\nann:{hashlib.sha256(b'sk-ann').hexdigest()}\n")
+    _, client = await house.pair(api_keys_file=keys)
+    body = {"prompt": "a"}
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "sk-ann"},
+        {"authorization": "Basic sk-ann"},
+    ):
+        response = await client.post("/v1/completions", json=body, headers=headers)
+        check_shape(response, 401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    good = {"authorization": "Bearer sk-ann"}
+    assert (await client.post("/v1/completions", json=body, headers=good)).status_code == 200
+    assert (await client.get("/v1/models")).status_code == 401
+    for path in ("/healthz", "/readyz", "/health"):
+        assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("content", ["", "sk-ann", "ann:123", "# only a comment"])
+def test_key_files_that_cannot_be_used(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="api_keys_file"):
+        ApiKeys.load(path)
+
+
+async def test_request_id_is_honoured_if_sane(house: House) -> None:
+    worker, client = await house.pair()
+    body = {"prompt": "a", "max_tokens": 1}
+    response = await client.post("/v1/completions", json=body, headers={"x-request-id": "my-id.1"})
+    assert response.headers["x-request-id"] == "my-id.1"
+    assert response.json()["id"] == "cmpl-my-id.1"
+    again = await client.post("/v1/completions", json=body, headers={"x-request-id": "my-id.1"})
+    assert again.status_code == 200
+    first, second = (submit.key.request_id for submit in worker.submits)
+    assert first.startswith("my-id.1.")
+    assert first != second
+    for bad in ("a b", "x" * 200, "é"):
+        response = await client.post("/v1/completions", json=body, headers={"x-request-id": bad.encode()})
+        assert response.headers["x-request-id"] != bad
+
+
+async def test_traceparent_is_passed_on_if_well_formed(house: House) -> None:
+    worker, client = await house.pair()
+    body = {"prompt": "a", "max_tokens": 1}
+    good = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    for value in (good, "nonsense"):
+        await client.post("/v1/completions", json=body, headers={"traceparent": value})
+    assert [submit.traceparent for submit in worker.submits] == [good, ""]
+
+
+async def test_half_a_request_and_then_nothing(house: House) -> None:
+    worker, client = await house.pair()
+    _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert len(worker.submits) == 1

@@ -1,0 +1,54 @@
+"""Stop strings found in a stream are those found in the whole text."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.router.stop import StopMatcher
+
+
+def found_in_whole(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The obvious way: the match that is complete first, read character by character."""
+    for end in range(len(text) + 1):
+        matches = [stop for stop in stops if text[:end].endswith(stop)]
+        if matches:
+            stop = max(matches, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+pieces = st.lists(st.text("ab#", max_size=4), max_size=12)
+stop_lists = st.lists(st.text("ab#", min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+@given(pieces, stop_lists)
+def test_stream_equals_whole(parts: list[str], stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    expected, expected_stop = found_in_whole("".join(parts), stops)
+    shown, matched = "", None
+    for part in parts:
+        result = matcher.feed(part)
+        shown += result.text
+        assert expected.startswith(shown), "text of a stop string was shown"
+        matched = result.matched
+        if matched is not None:
+            break
+    else:
+        shown += matcher.flush()
+    assert (shown, matched) == (expected, expected_stop)
+
+
+@given(pieces, stop_lists)
+def test_little_is_held_back(parts: list[str], stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    longest = max(map(len, stops))
+    for part in parts:
+        if matcher.feed(part).matched is not None:
+            break
+        assert len(matcher.held) < longest
+        assert not matcher.held or any(stop.startswith(matcher.held) for stop in stops)
+
+
+def test_without_stops_nothing_is_held() -> None:
+    assert StopMatcher([]).feed("abc").text == "abc"
