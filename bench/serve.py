@@ -168,7 +168,7 @@ def measure_job(job: Job, workload: Workload, bodies: list[Body]) -> Figures:
 
 
 def wait_ready(system: Server, process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise SystemExit(f"{system.name} exited with {process.returncode}; its log: {system.log}")
@@ -178,7 +178,7 @@ def wait_ready(system: Server, process: subprocess.Popen[bytes], url: str) -> No
                     return
         except OSError:
             time.sleep(0.3)
-    raise SystemExit(f"{system.name} was not ready in 240 s; its log: {system.log}")
+    raise SystemExit(f"{system.name} was not ready in 400 s; its log: {system.log}")
 
 
 def median_of(rounds: list[Figures]) -> dict[str, float]:

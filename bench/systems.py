@@ -1,6 +1,6 @@
 """How each engine under test is started, in one place: Tandem (unified, disaggregated), vLLM, llama.cpp, transformers.
 
-Each gets one compute thread per worker and bf16 weights. Peers live in virtual environments made by
+Each gets one compute thread per worker and bf16 weights (llama.cpp f16, which is faster there). Peers live in virtual environments made by
 `bench/peers/setup.sh` (under TANDEM_PEERS, default .peers/).
 """
 
@@ -89,11 +89,11 @@ class Job:
 
 def gguf_of(model: Path) -> Path:
     """The model as GGUF, converted once into a cache beside the peers."""
-    target = PEERS / f"{model.resolve().parent.name}.bf16.gguf"
+    target = PEERS / f"{model.resolve().parent.name}.f16.gguf"
     if not target.exists() or target.stat().st_mtime < (model / "model.safetensors").stat().st_mtime:
         python = PEERS / "llamacpp/bin/python"
         converter = ROOT / "bench/peers/to_gguf.py"
-        subprocess.run([python, converter, model, target, "--dtype", "bf16"], check=True, stdout=sys.stderr)
+        subprocess.run([python, converter, model, target, "--dtype", "f16"], check=True, stdout=sys.stderr)
     return target
 
 
@@ -110,7 +110,12 @@ def all_systems(model: Path) -> list[Server | Job]:
             ROOT,
             ready_path="/readyz",
         ),
-        Server("vllm", lambda port: [*vllm, "--port", str(port), "--max-model-len", "2048"], PEERS / "vllm", vllm_env),
+        Server(
+            "vllm",
+            lambda port: [*vllm, "--port", str(port), "--max-model-len", "2048", "--no-enable-prefix-caching"],
+            PEERS / "vllm",
+            vllm_env,
+        ),
         Server(
             "llamacpp",
             lambda port: [*llamacpp, str(gguf_of(model)), "--port", str(port), "--threads", "1", "--slots", "16"],

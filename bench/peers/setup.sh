@@ -5,7 +5,7 @@
 #   bench/peers/setup.sh llamacpp                only one
 #   bench/peers/setup.sh llamacpp-native         llama.cpp compiled for this CPU (C++ compiler and cmake, 10-30 min)
 #
-# They go to $TANDEM_PEERS (default: .peers/ in the repository), about 4 GB in all. What is there already is left alone.
+# They go to $TANDEM_PEERS (default: .peers/ in the repository), about 5 GB in all. What is there already is left alone.
 # PYTHON names the interpreter (default: python3; 3.11 or newer).
 set -euo pipefail
 
