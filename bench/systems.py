@@ -1,7 +1,7 @@
 """How each engine under test is started, in one place: Tandem (unified, disaggregated), vLLM, llama.cpp, transformers.
 
-Each gets one compute thread per worker and bf16 weights (llama.cpp f16, which is faster there). Peers live in virtual environments made by
-`bench/peers/setup.sh` (under TANDEM_PEERS, default .peers/).
+Each gets one compute thread per worker and bf16 weights (llama.cpp f16, which is faster there). Peers live in virtual
+environments made by `bench/peers/setup.sh` (under TANDEM_PEERS, default .peers/).
 """
 
 from __future__ import annotations

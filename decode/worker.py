@@ -1,0 +1,58 @@
+"""A decode worker: takes KV and first tokens from prefill workers, or computes prompts itself, and decodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from pathlib import Path
+
+from tandem.common.errors import ConfigError
+from tandem.decode.importer import Importer
+from tandem.decode.settings import DecodeConfig
+from tandem.engine.worker_process import WorkerProcess
+from tandem.engine.worker_settings import split_address
+from tandem.kvstore.transport import KvServer
+from tandem.proto import worker_pb2
+
+EXPIRY_TICK_S = 0.25
+
+
+async def serve(config: DecodeConfig) -> None:
+    """Runs until SIGTERM. Raises ConfigError for what cannot be loaded or bound."""
+    process = WorkerProcess(config, "decode")
+    await process.load()
+    with contextlib.ExitStack() as stack:
+        path = config.kv_unix
+        if not path:
+            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-kv-")) + "/kv.sock"
+        pool = process.engine.pool
+        importer = Importer(row_bytes=pool.row_bytes, num_layers=pool.num_layers, timeout_s=config.handover_timeout_s)
+        tcp = split_address(config.kv_listen, "kv_listen") if config.kv_listen else None
+        server = KvServer(Path(path), tcp, process.identity, importer)
+        importer.server = server
+        try:
+            server.start()
+        except OSError as error:
+            raise ConfigError(f"kv_unix {path!r}, kv_listen {config.kv_listen!r}: {error}") from error
+        stack.callback(server.stop)
+        expiry = asyncio.create_task(_expire(importer))
+        stack.callback(expiry.cancel)
+        endpoint = server.endpoint
+        await process.serve(
+            importer,
+            worker_pb2.KvEndpoint(
+                worker_id=endpoint.worker_id,
+                worker_epoch=endpoint.worker_epoch,
+                host_id=endpoint.host_id,
+                unix_path=endpoint.unix_path,
+                host=endpoint.host,
+                port=endpoint.port,
+            ),
+        )
+
+
+async def _expire(importer: Importer) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_TICK_S)
+        importer.expire()

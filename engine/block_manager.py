@@ -1,0 +1,175 @@
+"""Who owns which KV block, and which blocks answer a prefix look-up.
+
+Bookkeeping only (no tensors): the scheduler calls it on the engine thread. A block is in exactly one of three states:
+
+- **owned**: in the table of one request or more (`refs > 0`), with or without a hash;
+- **cached**: owned by nobody, but its hash answers look-ups; evicted in least-recently-used order;
+- **free**.
+
+A block gets its hash (`publish`) only once it is full and all its layers are computed, so a look-up can never meet a
+block that is still being written, and a partially filled block is never shared. Block 0 belongs to nobody: padding
+points at it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NewType
+
+from tandem.engine.request import RequestKey
+from tandem.kvstore.identity import BlockHash
+
+BlockId = NewType("BlockId", int)
+
+
+class IntegrityError(Exception):
+    """The books do not balance: a defect in the engine, never the user's doing."""
+
+
+class BlockManager:
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.caching = enable_prefix_caching
+        self._tables: dict[RequestKey, list[BlockId]] = {}
+        self._refs = [0] * num_blocks
+        self._hash_of: list[BlockHash | None] = [None] * num_blocks
+        self._by_hash: dict[BlockHash, BlockId] = {}
+        self._free: list[BlockId] = [BlockId(i) for i in range(1, num_blocks)]
+        """A heap: the lowest id first, which makes runs of neighbours likely at no cost."""
+        self._idle: dict[BlockId, None] = {}
+        """Cached and owned by nobody; a dict keeps the order in which they became so."""
+
+    @property
+    def usable_blocks(self) -> int:
+        return self.num_blocks - 1
+
+    @property
+    def available_blocks(self) -> int:
+        """Free, or cached and evictable."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_owners(self) -> int:
+        return len(self._tables)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def table(self, key: RequestKey) -> list[BlockId]:
+        """The blocks of a request in token order: a live view, not to be changed."""
+        return self._tables[key]
+
+    def holds(self, key: RequestKey) -> bool:
+        return key in self._tables
+
+    def cached_prefix(self, chain: Sequence[BlockHash], num_tokens: int) -> int:
+        """How many leading blocks a request of `num_tokens` could take from the cache: at least one of its tokens
+        is left to compute, because its logits are needed."""
+        if not self.caching:
+            return 0
+        hits = 0
+        for block_hash in chain[: (num_tokens - 1) // self.block_size]:
+            if block_hash not in self._by_hash:
+                break
+            hits += 1
+        return hits
+
+    def allocate(self, key: RequestKey, num_tokens: int, chain: Sequence[BlockHash], reserve: int = 0) -> int | None:
+        """Gives `key` the blocks for `num_tokens`, the longest cached prefix of `chain` among them.
+
+        Returns the number of tokens that are cached, or None, with nothing changed, if fewer than `reserve` blocks
+        would be left available. Raises ValueError if the request has a table already.
+        """
+        if key in self._tables:
+            raise ValueError(f"{key} has blocks already")
+        hits = [self._by_hash[block_hash] for block_hash in chain[: self.cached_prefix(chain, num_tokens)]]
+        fresh = self.blocks_for(num_tokens) - len(hits)
+        from_idle = sum(1 for block in hits if self._refs[block] == 0)
+        if fresh + from_idle + reserve > self.available_blocks:
+            return None
+        for block in hits:
+            if self._refs[block] == 0:
+                del self._idle[block]
+            self._refs[block] += 1
+        self._tables[key] = hits + [self._take() for _ in range(fresh)]
+        return len(hits) * self.block_size
+
+    def extend(self, key: RequestKey, num_tokens: int) -> bool:
+        """Grows the table of `key` to hold `num_tokens`; False, with nothing changed, if there are too few blocks."""
+        table = self._tables[key]
+        missing = self.blocks_for(num_tokens) - len(table)
+        if missing > self.available_blocks:
+            return False
+        for _ in range(missing):
+            table.append(self._take())
+        return True
+
+    def publish(self, key: RequestKey, index: int, block_hash: BlockHash) -> None:
+        """Block `index` of `key` is full and computed in all layers. An equal block that came first keeps the hash."""
+        block = self._tables[key][index]
+        if self.caching and block_hash not in self._by_hash and self._hash_of[block] is None:
+            self._by_hash[block_hash] = block
+            self._hash_of[block] = block_hash
+
+    def free(self, key: RequestKey) -> None:
+        """Takes the blocks back; full published ones stay cached. Raises KeyError if `key` has none."""
+        for block in reversed(self._tables.pop(key)):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._hash_of[block] is None:
+                    heapq.heappush(self._free, block)
+                else:
+                    self._idle[block] = None
+
+    def _take(self) -> BlockId:
+        if self._free:
+            block = heapq.heappop(self._free)
+        else:
+            block = next(iter(self._idle))
+            del self._idle[block]
+            block_hash = self._hash_of[block]
+            if block_hash is None:
+                raise IntegrityError(f"block {block} is idle but has no hash")
+            del self._by_hash[block_hash]
+            self._hash_of[block] = None
+        self._refs[block] = 1
+        return block
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError with everything that is wrong. Cost: the size of the pool."""
+        wrong: list[str] = []
+        refs = [0] * self.num_blocks
+        for key, table in self._tables.items():
+            if len(set(table)) != len(table):
+                wrong.append(f"{key} holds a block twice: {table}")
+            for block in table:
+                refs[block] += 1
+        for block in map(BlockId, range(self.num_blocks)):
+            if refs[block] != self._refs[block]:
+                wrong.append(f"block {block} is in {refs[block]} tables and counts {self._refs[block]}")
+            if refs[block] > 1 and self._hash_of[block] is None:
+                wrong.append(f"block {block} is shared but was never published")
+        free, idle = set(self._free), set(self._idle)
+        if len(free) != len(self._free):
+            wrong.append("a block is free twice")
+        owned = {block for block in map(BlockId, range(self.num_blocks)) if refs[block]}
+        for name, left, right in (("free and owned", free, owned), ("idle and owned", idle, owned)):
+            if left & right:
+                wrong.append(f"blocks {sorted(left & right)} are {name}")
+        if free & idle:
+            wrong.append(f"blocks {sorted(free & idle)} are free and idle")
+        if lost := set(range(1, self.num_blocks)) - free - idle - owned:
+            wrong.append(f"blocks {sorted(lost)} are lost")
+        if 0 in free | idle | owned:
+            wrong.append("block 0 is handed out")
+        hashed = {block: block_hash for block, block_hash in enumerate(self._hash_of) if block_hash is not None}
+        if {block_hash: block for block, block_hash in hashed.items()} != self._by_hash or len(hashed) != len(
+            self._by_hash
+        ):
+            wrong.append("the hash index differs from the blocks' hashes")
+        if set(hashed) & free or idle - set(hashed):
+            wrong.append("a free block has a hash or an idle block has none")
+        if wrong:
+            raise IntegrityError("; ".join(wrong))

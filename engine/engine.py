@@ -1,0 +1,465 @@
+"""The engine: one thread that owns the model, the KV pool and every running request.
+
+Read `_run` first. Other threads talk to it through an inbox of calls that it empties before each step; it sleeps on the
+inbox when there is nothing to compute. Each request ends in `_end`, with exactly one output that has a finish reason.
+
+- unified: submit -> waiting -> steps -> outputs;
+- prefill worker (`kv_export`): the KV is announced layer by layer while the step runs, `finished` passes the first
+  token on, and the blocks stay until `release`, or until a lease ends;
+- decode worker (`kv_import`): blocks are reserved; `complete` brings the first token and the request joins the running
+  batch, `fail` makes it compute its prompt here.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from tandem.common.checkpoint import resolve_model
+from tandem.common.errors import TandemError
+from tandem.engine.block_manager import BlockManager, IntegrityError
+from tandem.engine.export import LayerAnnouncer
+from tandem.engine.intake import Intake
+from tandem.engine.loader import load_model
+from tandem.engine.memory import make_pool
+from tandem.engine.request import (
+    EngineRequest,
+    FinishReason,
+    KvExport,
+    KvImport,
+    RequestKey,
+    RequestOutput,
+    TokenLogprobs,
+)
+from tandem.engine.reservation import Reservation
+from tandem.engine.runner import Runner
+from tandem.engine.sampler import Sampler, score_prompts
+from tandem.engine.scheduler import Scheduler, StepPlan
+from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.settings import EngineConfig
+from tandem.engine.status import EngineStatus, StepMeter
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    def __init__(self, config: EngineConfig, on_outputs: Callable[[list[RequestOutput]], None]) -> None:
+        """Loads the model and reserves the KV pool. Raises ConfigError for a setting or model that cannot be used.
+
+        `on_outputs` is called on the engine thread, once per step, and must not block.
+        """
+        self.config = config
+        self._on_outputs = on_outputs
+        torch.set_num_threads(config.num_threads)
+        self.loaded = load_model(
+            resolve_model(config.model),
+            dtype=config.dtype,
+            device=config.device,
+            quantization=config.quantization,
+            attention=config.attention,
+        )
+        self.pool, self.max_model_len = make_pool(config, self.loaded)
+        self.blocks = BlockManager(self.pool.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
+        )
+        self._runner = Runner(self.blocks, config.max_num_seqs, self.max_model_len, self.loaded.device)
+        self._sampler = Sampler(config.max_num_seqs, self.loaded.config.vocab_size, self.loaded.device)
+        self._meter = StepMeter()
+        self._intake = Intake(config, self.loaded, self.max_model_len)
+        self._sequences: dict[RequestKey, Sequence] = {}
+        """Not ended."""
+        self._leases: dict[RequestKey, tuple[float, Sequence]] = {}
+        """Blocks kept for an exporter, and until when; the earliest end first."""
+        self._outputs: list[RequestOutput] = []
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """Bounded in effect: it is emptied before each step, and requests beyond `max_waiting` are refused then."""
+        self._lock = threading.Lock()
+        """Guards `_known` and `_stopping`."""
+        self._known: set[RequestKey] = set()
+        """Submitted and not ended, or ended with blocks that an exporter may still read."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queues `request`; everything that happens to it, a refusal too, comes through `on_outputs`.
+
+        Raises TandemError `unavailable` after `stop`, and `invalid_request` for a key that is in use.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._stopping:
+                raise TandemError("unavailable", "the worker is shutting down")
+            if request.key in self._known:
+                raise TandemError("invalid_request", f"request {request.key} is being served already")
+            self._known.add(request.key)
+            self._inbox.put(partial(self._accept, request, now))
+
+    def cancel(self, key: RequestKey) -> None:
+        """Ends the request with CANCELLED. Without effect if it has ended."""
+        self._inbox.put(partial(self._end_by_key, key, FinishReason.CANCELLED))
+
+    def release(self, key: RequestKey, error: str = "") -> None:
+        """An exporter no longer reads the blocks of `key`: they are freed. The hand-over succeeded, unless there is an
+        `error` or it comes before `KvExport.finished`: then the request ends with `worker_lost`."""
+        self._inbox.put(partial(self._release, key, error))
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            free_blocks=self.blocks.available_blocks,
+            total_blocks=self.blocks.usable_blocks,
+            pending_prefill_tokens=self.scheduler.pending_prefill_tokens,
+            prefill_tokens_per_s=self._meter.prefill_tokens_per_s,
+            decode_step_s=self._meter.decode_step_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError if the books do not balance; between two steps, so it may wait for one."""
+        if not self._thread.is_alive():
+            self._check()
+            return
+        done: Future[None] = Future()
+
+        def check() -> None:
+            try:
+                self._check()
+                done.set_result(None)
+            except IntegrityError as error:
+                done.set_exception(error)
+
+        self._inbox.put(check)
+        while True:
+            try:
+                done.result(timeout=1.0)
+                return
+            except TimeoutError:
+                if not self._thread.is_alive():
+                    self._check()
+                    return
+
+    def stop(self, timeout: float) -> bool:
+        """Ends all requests with `unavailable` and the thread with them. False if it is still in a step after
+        `timeout` seconds."""
+        with self._lock:
+            self._stopping = True
+        self._inbox.put(lambda: None)
+        if self._thread.ident is None:
+            self._close()
+        elif self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # The engine thread
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.config.num_threads)
+        idle = True
+        with torch.inference_mode():
+            while not self._stopping:
+                try:
+                    self._receive(wait=idle)
+                    now = time.monotonic()
+                    self._expire(now)
+                    plan = self.scheduler.schedule(now)
+                    self._begin(plan)
+                    if plan.num_tokens:
+                        self._step(plan)
+                    idle = not (plan.num_tokens or plan.admitted or plan.preempted)
+                except Exception:
+                    logger.exception("the engine failed outside a step; all its requests are given up")
+                    self._end_all("internal", "the engine failed; see its log")
+                self._flush()
+            self._close()
+
+    def _close(self) -> None:
+        self._receive(wait=False)
+        self._end_all("unavailable", "the worker is shutting down")
+        for _, sequence in list(self._leases.values()):
+            self._free(sequence)
+        self._flush()
+
+    def _receive(self, wait: bool) -> None:
+        """Carries out what other threads asked for; sleeps until something comes, or is due, if `wait`."""
+        if wait:
+            try:
+                self._inbox.get(timeout=self._next_event())()
+            except queue.Empty:
+                return
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
+
+    def _next_event(self) -> float | None:
+        times = [end for end, _ in self._leases.values()][:1]
+        if (deadline := self.scheduler.next_deadline()) is not None:
+            times.append(deadline)
+        return max(min(times) - time.monotonic(), 0.0) if times else None
+
+    def _expire(self, now: float) -> None:
+        for sequence in self.scheduler.expired(now):
+            if sequence.key in self._sequences:
+                self._fail(sequence, "deadline_exceeded", "the request ran out of time")
+        for key, (end, sequence) in list(self._leases.items()):
+            if end > now:
+                break
+            logger.warning("the hand-over of %s was not confirmed within %g s", key, self.config.export_lease_s)
+            if key in self._sequences:
+                self._fail(sequence, "unavailable", "the hand-over was not confirmed in time")
+            self._free(sequence)
+
+    def _begin(self, plan: StepPlan) -> None:
+        """Rows and hand-overs of the sequences that lost or got their blocks."""
+        for sequence in plan.preempted:
+            self._runner.release(sequence)
+        for sequence in plan.admitted:
+            if not self._start(sequence):
+                plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence is not sequence]
+
+    def _start(self, sequence: Sequence) -> bool:
+        """`sequence` has its blocks, or its import has ended. If this fails, the request alone ends."""
+        request = sequence.request
+        try:
+            if request.kv_import is not None and sequence.phase is Phase.IMPORTING:
+                self._reserve(sequence, request.kv_import)
+                return True
+            self._runner.admit(sequence)
+            self._sampler.admit(sequence)
+            if request.kv_export is not None:
+                request.kv_export.begin(sequence.key, self._runner.slots(sequence).tolist(), sequence.num_computed)
+        except Exception:
+            logger.exception("request %s failed as it began", sequence.key)
+            self._fail(sequence, "internal", "the request failed as it began; see the worker's log")
+            return False
+        return True
+
+    def _step(self, plan: StepPlan) -> None:
+        started = time.perf_counter()
+        announcer = LayerAnnouncer(plan)
+        try:
+            batch, sampled = self._runner.build(plan)
+            logits = self.loaded.decoder.forward(batch, self.pool, announcer if announcer else None)
+            if logits.shape[0] > len(sampled):
+                score_prompts(plan.chunks, logits[len(sampled) :])
+                logits = logits[: len(sampled)]
+            if not sampled and self.loaded.device.type == "cuda":
+                # Nothing else waits for the device; its time and its errors belong to this step.
+                torch.cuda.synchronize(self.loaded.device)
+            tokens, logprobs = self._sampler.sample(logits, sampled)
+            self.scheduler.computed(plan)
+            for sequence in announcer.broken:
+                self._fail(sequence, "internal", "the hand-over failed; see the worker's log")
+            for index, sequence in enumerate(sampled):
+                if sequence.phase is Phase.RUNNING:
+                    self._advance(sequence, tokens[index], logprobs[index] if logprobs is not None else None)
+        except Exception as error:
+            logger.exception("a step failed; its %d requests are given up", len(plan.decodes) + len(plan.chunks))
+            for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
+                if sequence.key in self._sequences:
+                    self._fail(sequence, "internal", f"computing the request failed ({type(error).__name__})")
+            return
+        prefill_tokens = plan.num_tokens - len(plan.decodes)
+        self._meter.add(len(plan.decodes), prefill_tokens, time.perf_counter() - started)
+
+    def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        """`token` was chosen to follow the last one of `sequence`."""
+        params = sequence.request.sampling
+        output = RequestOutput(sequence.key, start_index=sequence.num_output)
+        if sequence.num_output < params.max_tokens:
+            sequence.append(token)
+            output.token_ids.append(token)
+            if logprobs is not None:
+                output.logprobs.append(logprobs)
+            if token in sequence.stop_ids and sequence.num_output >= params.min_tokens:
+                output.finish_reason = FinishReason.STOP
+                output.stop_token_id = token
+        if output.finish_reason is None and len(sequence.tokens) >= sequence.max_total:
+            output.finish_reason = FinishReason.LENGTH
+        if sequence.report is not None:
+            report, now = sequence.report, time.monotonic()
+            report.queue_s = (sequence.first_scheduled or now) - sequence.submitted
+            report.prefill_s = now - (sequence.first_scheduled or now)
+            output.prompt, sequence.report = report, None
+            if params.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *sequence.prompt_logprobs]
+        if (export := sequence.request.kv_export) is not None:
+            self._export_finished(sequence, export, output)
+        elif output.finish_reason is not None:
+            self._end(sequence, output)
+        else:
+            self._outputs.append(output)
+
+    # Requests come and go
+
+    def _accept(self, request: EngineRequest, submitted: float) -> None:
+        try:
+            sequence = self._intake.sequence(request, submitted)
+            self.scheduler.add(sequence)
+        except Exception as error:
+            output = RequestOutput(request.key, finish_reason=FinishReason.ERROR)
+            output.error_code, output.error_message = "internal", "the request could not be read; see the worker's log"
+            if isinstance(error, TandemError):
+                output.error_code, output.error_message = error.code, error.message
+            else:
+                logger.exception("request %s could not be queued", request.key)
+            self._outputs.append(output)
+            self._forget(request.key)
+            self._tell_end(request, output)
+        else:
+            self._sequences[request.key] = sequence
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+        output = RequestOutput(sequence.key, finish_reason=FinishReason.ERROR, start_index=sequence.num_output)
+        output.error_code, output.error_message = code, message
+        self._end(sequence, output)
+
+    def _end_by_key(self, key: RequestKey, reason: FinishReason) -> None:
+        if (sequence := self._sequences.get(key)) is not None:
+            self._end(sequence, RequestOutput(key, finish_reason=reason, start_index=sequence.num_output))
+
+    def _end_all(self, code: str, message: str) -> None:
+        for sequence in list(self._sequences.values()):
+            try:
+                self._fail(sequence, code, message)
+            except Exception:
+                logger.exception("the end of %s left something behind", sequence.key)
+
+    def _end(self, sequence: Sequence, output: RequestOutput) -> None:
+        """The only way out of the engine: `output` is the request's last. Its blocks go back, or are kept under a lease
+        while an exporter may still read them."""
+        del self._sequences[sequence.key]
+        self._outputs.append(output)
+        if sequence.reservation is not None:
+            sequence.reservation.close()
+        aborted = sequence.request.kv_export is not None and output.finish_reason is not FinishReason.HANDED_OVER
+        if aborted and sequence.phase is not Phase.WAITING:
+            self._hold(sequence)
+        else:
+            self._free(sequence)
+        self._tell_end(sequence.request, output)
+
+    def _tell_end(self, request: EngineRequest, output: RequestOutput) -> None:
+        try:
+            if request.kv_export is not None and output.finish_reason is not FinishReason.HANDED_OVER:
+                request.kv_export.aborted(output.error_message or "cancelled")
+            if request.kv_import is not None:
+                request.kv_import.closed()
+        except Exception:
+            logger.exception("the hand-over of %s failed as it was told of the end", request.key)
+
+    def _free(self, sequence: Sequence) -> None:
+        self._leases.pop(sequence.key, None)
+        self._runner.release(sequence)
+        self.scheduler.finish(sequence)
+        self._forget(sequence.key)
+
+    def _forget(self, key: RequestKey) -> None:
+        with self._lock:
+            self._known.discard(key)
+
+    def _flush(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            try:
+                self._on_outputs(outputs)
+            except Exception:
+                logger.exception("the receiver of outputs failed; %d outputs are lost", len(outputs))
+
+    # Hand-overs: prefill worker
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Out of the steps; its blocks are kept until they are released or the lease ends."""
+        self._runner.release(sequence)
+        self.scheduler.hold(sequence)
+        self._leases.pop(sequence.key, None)
+        self._leases[sequence.key] = (time.monotonic() + self.config.export_lease_s, sequence)
+
+    def _export_finished(self, sequence: Sequence, export: KvExport, output: RequestOutput) -> None:
+        self._hold(sequence)
+        try:
+            export.finished(output)
+        except Exception:
+            logger.exception("the export of %s failed at its end", sequence.key)
+            self._fail(sequence, "internal", "the hand-over failed; see the worker's log")
+
+    def _release(self, key: RequestKey, error: str) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            if sequence.phase is Phase.HOLDING and not error:
+                self._end(sequence, RequestOutput(key, finish_reason=FinishReason.HANDED_OVER))
+            else:
+                self._fail(sequence, "worker_lost", error or "the hand-over was given up")
+        if (lease := self._leases.get(key)) is not None:
+            self._free(lease[1])
+
+    # Hand-overs: decode worker
+
+    def _reserve(self, sequence: Sequence, kv_import: KvImport) -> None:
+        slots = torch.from_numpy(self._runner.slots(sequence)).to(self.loaded.device)
+        sequence.reservation = Reservation(
+            self.pool,
+            slots,
+            skip_tokens=sequence.num_computed,
+            completed=lambda first: self._inbox.put(partial(self._import_completed, sequence, first)),
+            failed=lambda reason: self._inbox.put(partial(self._import_failed, sequence, reason)),
+        )
+        kv_import.reserved(sequence.reservation)
+
+    def _import_completed(self, sequence: Sequence, first: RequestOutput) -> None:
+        if sequence.phase is not Phase.IMPORTING:
+            return
+        sequence.reservation = None
+        self.scheduler.join(sequence, sequence.num_prompt)
+        self.scheduler.publish(sequence)
+        for token in first.token_ids:
+            sequence.append(token)
+        sequence.report, report = None, sequence.report
+        output = replace(first, key=sequence.key, start_index=0, prompt=first.prompt or report)
+        if output.finish_reason is not None:
+            self._end(sequence, output)
+        elif self._start(sequence):
+            self._outputs.append(output)
+
+    def _import_failed(self, sequence: Sequence, reason: str) -> None:
+        if sequence.phase is not Phase.IMPORTING or sequence.reservation is None:
+            return
+        logger.info("request %s computes its prompt here: %s", sequence.key, reason)
+        if sequence.report is not None:
+            sequence.report.recompute_reason = reason
+        self.scheduler.join(sequence, sequence.reservation.skip_tokens)
+        sequence.reservation = None
+        self._start(sequence)
+
+    # Books
+
+    def _check(self) -> None:
+        self.scheduler.check_integrity()
+        wrong: list[str] = []
+        rows = [sequence.row for sequence in self._sequences.values() if sequence.row >= 0]
+        if len(set(rows)) != len(rows) or len(rows) + self._runner.free_rows != self.config.max_num_seqs:
+            wrong.append(f"rows {rows} are in use and {self._runner.free_rows} are free")
+        with self._lock:
+            known = set(self._known)
+        if not self._sequences.keys() | self._leases.keys() <= known:
+            wrong.append("a request in the engine is not known to it")
+        for key in known - self._sequences.keys() - self._leases.keys():
+            if self.blocks.holds(key):
+                wrong.append(f"{key} is gone and holds blocks")
+        if wrong:
+            raise IntegrityError("; ".join(wrong))

@@ -1,0 +1,61 @@
+"""What becomes of a request before it is queued: checked, hashed, given a seed."""
+
+from __future__ import annotations
+
+import random
+
+from tandem.common.errors import TandemError
+from tandem.engine.loader import LoadedModel
+from tandem.engine.request import EngineRequest
+from tandem.engine.sampler import Traits
+from tandem.engine.sequence import Sequence
+from tandem.engine.settings import EngineConfig
+from tandem.kvstore.identity import prefix_chain, salted
+
+
+class Intake:
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, max_model_len: int) -> None:
+        self._block_size = config.block_size
+        self._caching = config.enable_prefix_caching
+        self._namespace = loaded.namespace
+        self._vocab_size = loaded.config.vocab_size
+        self._eos_ids = frozenset(loaded.config.eos_token_ids)
+        self._max_model_len = max_model_len
+
+    def sequence(self, request: EngineRequest, submitted: float) -> Sequence:
+        """The state of `request`, which came at time.monotonic() `submitted`. Raises TandemError naming the field for
+        what can never be served, and for token ids that would break the step they are part of."""
+        self._validate(request)
+        params = request.sampling
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        root = salted(self._namespace, request.cache_salt)
+        return Sequence(
+            request,
+            root=root,
+            chain=prefix_chain(root, request.prompt_token_ids, self._block_size) if self._caching else [],
+            seed=random.getrandbits(64) if params.seed is None else params.seed,
+            stop_ids=stop_ids,
+            traits=Traits.of(params, stop_ids),
+            max_model_len=self._max_model_len,
+            submitted=submitted,
+        )
+
+    def _validate(self, request: EngineRequest) -> None:
+        prompt, params = request.prompt_token_ids, request.sampling
+        if not prompt:
+            raise TandemError("invalid_request", "the prompt is empty", param="prompt")
+        if len(prompt) + min(params.max_tokens, 1) > self._max_model_len:
+            raise TandemError(
+                "context_length_exceeded",
+                f"the prompt has {len(prompt)} tokens; the maximum context length is {self._max_model_len} tokens, "
+                "output included",
+                param="prompt",
+            )
+        for name, ids in (
+            ("prompt", prompt),
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+                raise TandemError("invalid_request", f"{name}: token ids are 0 to {self._vocab_size - 1}", param=name)

@@ -1,0 +1,135 @@
+"""Loads a model folder: config, weights, attention backend and the identity of the KV it will compute."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from tandem.common.errors import ConfigError
+from tandem.engine.attention import AttentionBackend, ReferenceAttention
+from tandem.engine.config import ModelConfig
+from tandem.engine.cpu_attention import CpuAttention
+from tandem.engine.model import Decoder
+from tandem.engine.weights import Checkpoint
+from tandem.kvstore.identity import KvIdentity, Namespace, namespace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("int8",)
+ATTENTIONS = ("auto", "torch", "triton")
+KV_LAYOUT = "[K|V][token][kv_head][dim]"
+_COMPATIBILITY_KEY = blake3(b"tandem kv compatibility v1").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    decoder: Decoder
+    config: ModelConfig
+    dtype: torch.dtype
+    """Of the weights, activations and the KV pool."""
+    device: torch.device
+    namespace: Namespace
+    """Of its KV, without a tenant's salt."""
+    compatibility: bytes
+    """32 bytes; workers whose values are equal may exchange KV."""
+
+
+def load_model(
+    folder: Path, *, dtype: str, device: str, quantization: str | None, attention: str = "auto"
+) -> LoadedModel:
+    """Loads `folder` (Hugging Face format) for inference.
+
+    `dtype` is auto, float32, bfloat16 or float16; `device` is auto, cpu, cuda or cuda:N; `quantization` is None or
+    int8 (weights only, CPU); `attention` is auto, torch or triton. Raises ConfigError for anything unusable.
+    """
+    target = _device(device)
+    config = ModelConfig.from_folder(folder)
+    kind = _dtype(dtype, target)
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization: {quantization!r} is not supported; supported: {', '.join(QUANTIZATIONS)}")
+    if quantization is not None and target.type != "cpu":
+        raise ConfigError(f"quantization: {quantization} is supported on the CPU only, not on {target}")
+    backend = _attention(attention, config, target)
+    with Checkpoint(folder) as checkpoint:
+        decoder = Decoder(config, checkpoint, backend, dtype=kind, device=target, quantization=quantization)
+        weights_digest = checkpoint.digest()
+    identity = namespace(
+        KvIdentity(
+            weights_digest=weights_digest,
+            tokenizer_digest=_file_digest(folder / "tokenizer.json"),
+            kv_dtype=str(kind).removeprefix("torch."),
+            layout=KV_LAYOUT,
+            rope=json.dumps(asdict(config.rope), sort_keys=True),
+            attention=json.dumps(
+                {
+                    "num_heads": config.num_heads,
+                    "num_kv_heads": config.num_kv_heads,
+                    "head_dim": config.head_dim,
+                    "sliding_windows": config.sliding_windows,
+                    "rms_norm_eps": config.rms_norm_eps,
+                    "quantization": quantization,
+                },
+                sort_keys=True,
+            ),
+            num_layers=config.num_layers,
+        )
+    )
+    compatibility = blake3(identity, key=_COMPATIBILITY_KEY).digest()
+    return LoadedModel(decoder, config, kind, target, identity, compatibility)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is not a device; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name!r} is not available: torch sees no CUDA device")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the device computes in it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _cpu_computes_bfloat16() else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: {name!r} is not supported; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Not merely emulated: oneDNN also accepts bfloat16 on processors with AVX-512 only, where it is slow."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _attention(name: str, config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """auto: triton on a GPU. torch on a GPU is the slow reference."""
+    if name not in ATTENTIONS:
+        raise ConfigError(f"attention: {name!r} is not supported; use {', '.join(ATTENTIONS)}")
+    on_gpu = device.type == "cuda"
+    if name == "triton" or (name == "auto" and on_gpu):
+        if not on_gpu:
+            raise ConfigError("attention: triton needs a GPU; use auto or torch")
+        try:
+            from tandem.engine.kernels.backend import TritonAttention
+        except ImportError as error:
+            raise ConfigError("attention: triton is not installed; install tandem-llm[gpu]") from error
+        return TritonAttention(config.sliding_windows)
+    return ReferenceAttention(config.sliding_windows) if on_gpu else CpuAttention(config.sliding_windows)
+
+
+def _file_digest(path: Path) -> bytes:
+    """Empty where there is no such file."""
+    return blake3(path.read_bytes()).digest() if path.is_file() else b""

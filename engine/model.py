@@ -1,0 +1,175 @@
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 in one file.
+
+The families differ only in what `ModelConfig` says: biases, norms on q and k, rope settings, sliding windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem.engine.attention import AttentionBackend
+from tandem.engine.batch import ForwardBatch, KvPool
+from tandem.engine.config import ModelConfig
+from tandem.engine.linear import Linear, make_linear
+from tandem.engine.rope import RotaryTable, rotate
+from tandem.engine.weights import Checkpoint
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model holds."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    projections = (
+        ("self_attn.q_proj", q_rows, hidden, config.qkv_bias),
+        ("self_attn.k_proj", kv_rows, hidden, config.qkv_bias),
+        ("self_attn.v_proj", kv_rows, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, q_rows, config.o_bias),
+        ("mlp.gate_proj", inner, hidden, config.mlp_bias),
+        ("mlp.up_proj", inner, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, inner, config.mlp_bias),
+    )
+    norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
+    if config.qk_norm:
+        norms += [("self_attn.q_norm", config.head_dim), ("self_attn.k_norm", config.head_dim)]
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows, columns, bias in projections:
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+        for name, size in norms:
+            shapes[f"{prefix}{name}.weight"] = (size,)
+    return shapes
+
+
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (Zhang and Sennrich, 2019).
+
+    On the CPU a few plain operations take two thirds of the time of torch's own for a handful of rows; they use
+    sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(n eps)) / sqrt(n).
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        """weight [n] or, with one weight per head, [heads, n]."""
+        size = weight.shape[-1]
+        self._scaled = weight.float() * size**0.5
+        self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return torch.mul(x, self._scaled).div_(torch.hypot(length, self._floor)).to(x.dtype)
+
+
+@dataclass(slots=True)
+class _Layer:
+    input_norm: RmsNorm
+    qkv: Linear
+    qk_norm: RmsNorm | None
+    """Over the heads of q, then those of k."""
+    output: Linear
+    mlp_norm: RmsNorm
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model in memory. Not thread-safe: one engine thread calls `forward`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        attention: AttentionBackend,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None = None,
+    ) -> None:
+        """Reads the weights. Raises ConfigError where they do not fit `config`."""
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self._attention = attention
+        self._rotary = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings, device)
+        checkpoint.check(expected_tensors(config), tolerated=("lm_head.weight",) if config.tie_word_embeddings else ())
+
+        def read(*names: str) -> Tensor:
+            parts = [checkpoint.read(name).to(device, dtype) for name in names]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        def linear(prefix: str, *names: str, bias: bool) -> Linear:
+            weight = read(*(f"{prefix}{name}.weight" for name in names))
+            biases = read(*(f"{prefix}{name}.bias" for name in names)) if bias else None
+            return make_linear(weight, biases, quantization=quantization)
+
+        def norm(name: str) -> RmsNorm:
+            return RmsNorm(read(name), config.rms_norm_eps)
+
+        def qk_norm(prefix: str) -> RmsNorm:
+            q, k = read(f"{prefix}q_norm.weight"), read(f"{prefix}k_norm.weight")
+            heads = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
+            return RmsNorm(heads, config.rms_norm_eps)
+
+        def layers() -> Iterator[_Layer]:
+            for index in range(config.num_layers):
+                prefix = f"model.layers.{index}."
+                attention, mlp = prefix + "self_attn.", prefix + "mlp."
+                yield _Layer(
+                    input_norm=norm(prefix + "input_layernorm.weight"),
+                    qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
+                    qk_norm=qk_norm(attention) if config.qk_norm else None,
+                    output=linear(attention, "o_proj", bias=config.o_bias),
+                    mlp_norm=norm(prefix + "post_attention_layernorm.weight"),
+                    gate_up=linear(mlp, "gate_proj", "up_proj", bias=config.mlp_bias),
+                    down=linear(mlp, "down_proj", bias=config.mlp_bias),
+                )
+
+        self._embedding = read("model.embed_tokens.weight")
+        self._layers = list(layers())
+        self._final_norm = norm("model.norm.weight")
+        head = self._embedding if config.tie_word_embeddings else read("lm_head.weight")
+        self._head = make_linear(head, None)
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether each row's logits depend only on its own tokens, bit for bit, however it is batched or chunked (see
+        `linear.py` and `cpu_attention.py` for what that rests on)."""
+        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        return all(linear.row_invariant for linear in (*linears, self._head))
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, pool: KvPool, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Runs the rows of `batch` through the model and writes their K and V into `pool` at `batch.slots`.
+
+        `on_layer(l)` is called as soon as layer l of the pool holds them. Returns float32 logits [R, vocab_size] of
+        `batch.logit_rows`.
+        """
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        rotated = heads + kv_heads
+        cos, sin = self._rotary.at(batch.positions, self.dtype)
+        hidden = self._embedding.index_select(0, batch.token_ids)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(layer.input_norm(hidden)).view(hidden.shape[0], rotated + kv_heads, -1)
+            qk, v = qkv[:, :rotated], qkv[:, rotated:]
+            if layer.qk_norm is not None:
+                qk = layer.qk_norm(qk)
+            qk = rotate(qk, cos, sin)
+            pool.write(index, batch.slots, qk[:, heads:], v)
+            if on_layer is not None:
+                on_layer(index)
+            attended = self._attention.attend(index, qk[:, :heads], batch, pool)
+            hidden = layer.output.plus(attended, hidden)
+            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
+            hidden = layer.down.plus(F.silu(gate).mul_(up), hidden)
+        return self._head(self._final_norm(hidden.index_select(0, batch.logit_rows))).float()

@@ -1,0 +1,330 @@
+"""What is computed in the next step: one queue, one token budget (the idea of vLLM v1's scheduler, at a small size).
+
+Pure policy: no tensors, no clock, no randomness. The engine passes the time in and carries the plan out.
+
+Rules, in order:
+
+1. Every decoding request gets its one token. Where a block is missing, the request that is last in order (highest
+   priority value, then latest arrival) is preempted: its blocks go back, its output is kept and computed again.
+2. Running prompts share what is left of the budget, in order; chunks end at block boundaries.
+3. Waiting requests are admitted in order while slots, budget and blocks last. A request gets the blocks of all its
+   known tokens at once or waits, so every admitted request can finish its prompt. Requests with a KV import wait in
+   the same queue, then hold their blocks outside the steps until the import ends; they count as slots, so the number
+   of slots bounds what absent peers can hold.
+4. A waiting request whose next block is just being computed by a request before it in order waits for that block
+   instead of computing it twice (n > 1, shared system prompts).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass, field
+
+from tandem.common.errors import TandemError
+from tandem.engine.block_manager import BlockManager, IntegrityError
+from tandem.engine.request import RequestKey
+from tandem.engine.sequence import Phase, Sequence
+from tandem.kvstore.identity import BlockHash, extend_chain
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` of a sequence's prompt (or of what a preemption lost)."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    """Got their blocks in this step: RUNNING or IMPORTING, cached tokens in `num_computed`."""
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class Scheduler:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int
+    ) -> None:
+        self.blocks = blocks
+        self._max_num_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._max_waiting = max_waiting
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        """Sorted by order."""
+        self._running: list[Sequence] = []
+        """Sorted by order."""
+        self._importing: dict[RequestKey, Sequence] = {}
+        self._holding: dict[RequestKey, Sequence] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        """A heap; entries of finished sequences are dropped when they come up."""
+        self._arrivals = 0
+
+    # Intake and end
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues `sequence`. Raises TandemError `overloaded`, or `context_length_exceeded` if it can never fit."""
+        if self.blocks.blocks_for(sequence.max_total) > self.blocks.usable_blocks:
+            raise TandemError(
+                "context_length_exceeded",
+                f"the request may need {sequence.max_total} tokens of KV cache, "
+                f"the worker has {self.blocks.usable_blocks * self.blocks.block_size}",
+            )
+        if len(self._waiting) >= self._max_waiting:
+            raise TandemError("overloaded", f"{len(self._waiting)} requests are waiting already", retry_after_s=1.0)
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        insort(self._waiting, (*sequence.order, sequence))
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends `sequence` in whatever phase it is, and takes its blocks back."""
+        self._leave(sequence)
+        sequence.phase = Phase.FINISHED
+        if self.blocks.holds(sequence.key):
+            self.blocks.free(sequence.key)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Out of the steps, but the blocks stay: until `finish`."""
+        self._leave(sequence)
+        sequence.phase = Phase.HOLDING
+        self._holding[sequence.key] = sequence
+
+    def join(self, sequence: Sequence, num_computed: int) -> None:
+        """An import ended: `num_computed` tokens of the sequence are in its blocks, the rest is computed here."""
+        self._leave(sequence)
+        sequence.wants_import = False
+        sequence.num_computed = num_computed
+        sequence.phase = Phase.RUNNING
+        insort(self._running, sequence, key=_order)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """The sequences whose deadline has passed. Each is returned once; the caller finishes it."""
+        late: list[Sequence] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.phase is not Phase.FINISHED:
+                late.append(sequence)
+        return late
+
+    def next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][2].phase is Phase.FINISHED:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    # Steps
+
+    def schedule(self, now: float) -> StepPlan:
+        """The next step; `now` (s) becomes the time at which sequences were first scheduled."""
+        plan = StepPlan()
+        self._plan_decodes(plan)
+        left = self._budget - len(plan.decodes)
+        for sequence in self._running:
+            if left <= 0:
+                break
+            if _prefills(sequence):
+                left -= self._plan_chunk(plan, sequence, left)
+        if not plan.preempted:
+            self._admit(plan, left, now)
+        return plan
+
+    def computed(self, plan: StepPlan) -> None:
+        """All layers of the planned tokens are in the pool: advance, and publish the blocks that became full."""
+        block_size = self.blocks.block_size
+        for sequence in plan.decodes:
+            sequence.num_computed += 1
+            if sequence.num_computed % block_size == 0:
+                self.publish(sequence)
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.num_tokens
+            if sequence.num_computed <= sequence.num_prompt and (
+                not sequence.chunk_ends or sequence.chunk_ends[-1] < sequence.num_computed
+            ):
+                sequence.chunk_ends.append(sequence.num_computed)
+            self.publish(sequence)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Puts the blocks of `sequence` that are full and computed into the prefix cache."""
+        if not self.blocks.caching:
+            return
+        block_size, chain = self.blocks.block_size, sequence.chain
+        for index in range(sequence.published, sequence.num_computed // block_size):
+            if index == len(chain):
+                tokens = sequence.tokens[index * block_size : (index + 1) * block_size]
+                chain.append(extend_chain(chain[-1] if chain else sequence.root, tokens))
+            self.blocks.publish(sequence.key, index, chain[index])
+            sequence.published = index + 1
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        block_size = self.blocks.block_size
+        for sequence in tuple(self._running):
+            if sequence.phase is not Phase.RUNNING or _prefills(sequence):
+                continue
+            if sequence.num_computed % block_size == 0:
+                while not self.blocks.extend(sequence.key, sequence.num_computed + 1):
+                    victim = self._victim()
+                    self._preempt(plan, victim)
+                    if victim is sequence:
+                        break
+                if sequence.phase is not Phase.RUNNING:
+                    continue
+            plan.decodes.append(sequence)
+        if plan.preempted:
+            plan.decodes = [sequence for sequence in plan.decodes if sequence.phase is Phase.RUNNING]
+
+    def _plan_chunk(self, plan: StepPlan, sequence: Sequence, left: int) -> int:
+        num_tokens = sequence.remaining
+        ends = (end for end in sequence.chunk_ends if end > sequence.num_computed)
+        if (end := next(ends, None)) is not None:
+            num_tokens = min(num_tokens, end - sequence.num_computed)
+        if num_tokens > left:
+            end = (sequence.num_computed + left) // self.blocks.block_size * self.blocks.block_size
+            num_tokens = max(end - sequence.num_computed, 0)
+        if num_tokens:
+            plan.chunks.append(Chunk(sequence, num_tokens))
+        return num_tokens
+
+    def _admit(self, plan: StepPlan, left: int, now: float) -> None:
+        slots = self._max_num_seqs - len(self._running) - len(self._importing)
+        if not self._waiting or slots <= 0:
+            return
+        pending = self._pending_blocks()
+        index = 0
+        while index < len(self._waiting) and slots > 0 and left > 0:
+            sequence = self._waiting[index][2]
+            usable = [] if sequence.scores_prompt else sequence.chain
+            if not sequence.wants_import and self._computed_elsewhere(sequence, usable, pending):
+                index += 1
+                continue
+            # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
+            cached = self.blocks.allocate(sequence.key, len(sequence.tokens), usable, reserve=len(self._running))
+            if cached is None:
+                break
+            del self._waiting[index]
+            slots -= 1
+            sequence.num_computed = cached
+            sequence.published = cached // self.blocks.block_size
+            if sequence.first_scheduled is None:
+                sequence.first_scheduled = now
+                if sequence.report is not None:
+                    sequence.report.cached_tokens = cached
+            plan.admitted.append(sequence)
+            if sequence.wants_import:
+                sequence.phase = Phase.IMPORTING
+                self._importing[sequence.key] = sequence
+                continue
+            sequence.phase = Phase.RUNNING
+            insort(self._running, sequence, key=_order)
+            left -= self._plan_chunk(plan, sequence, left)
+            for block_hash in sequence.chain[sequence.published :]:
+                if self.blocks.caching:
+                    pending.setdefault(block_hash, sequence.order)
+
+    def _computed_elsewhere(
+        self, sequence: Sequence, chain: list[BlockHash], pending: dict[BlockHash, tuple[int, int]]
+    ) -> bool:
+        """Whether the first block that `sequence` misses is being computed by somebody before it."""
+        reusable = chain[: (len(sequence.tokens) - 1) // self.blocks.block_size]
+        hits = self.blocks.cached_prefix(reusable, len(sequence.tokens))
+        return hits < len(reusable) and pending.get(reusable[hits], sequence.order) < sequence.order
+
+    def _pending_blocks(self) -> dict[BlockHash, tuple[int, int]]:
+        """Blocks that running prompts will publish, with the order of the first that will."""
+        pending: dict[BlockHash, tuple[int, int]] = {}
+        if not self.blocks.caching:
+            return pending
+        for sequence in self._running:
+            if _prefills(sequence):
+                for block_hash in sequence.chain[sequence.published :]:
+                    pending.setdefault(block_hash, sequence.order)
+        return pending
+
+    def _victim(self) -> Sequence:
+        """The last in order among those whose blocks nobody else reads."""
+        for sequence in reversed(self._running):
+            if sequence.request.kv_export is None:
+                return sequence
+        raise IntegrityError("a decode needs a block and there is nobody to preempt")
+
+    def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.blocks.free(sequence.key)
+        sequence.restart()
+        insort(self._waiting, (*sequence.order, sequence))
+        plan.preempted.append(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        match sequence.phase:
+            case Phase.WAITING:
+                self._waiting.remove((*sequence.order, sequence))
+            case Phase.RUNNING:
+                self._running.remove(sequence)
+            case Phase.IMPORTING:
+                del self._importing[sequence.key]
+            case Phase.HOLDING:
+                del self._holding[sequence.key]
+            case Phase.FINISHED:
+                pass
+
+    # What is going on (readable from any thread: each property copies before it looks)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with blocks: computed, importing or held for a hand-over."""
+        return len(self._running) + len(self._importing) + len(self._holding)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Prompt tokens that are to be computed here, as far as known: cache hits of waiting requests unknown."""
+        waiting = sum(entry[2].remaining for entry in tuple(self._waiting) if not entry[2].wants_import)
+        return waiting + sum(sequence.remaining for sequence in tuple(self._running) if _prefills(sequence))
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError with what is wrong here or in the blocks."""
+        self.blocks.check_integrity()
+        wrong: list[str] = []
+        phases = (
+            (Phase.WAITING, [entry[2] for entry in self._waiting]),
+            (Phase.RUNNING, self._running),
+            (Phase.IMPORTING, list(self._importing.values())),
+            (Phase.HOLDING, list(self._holding.values())),
+        )
+        keys: list[RequestKey] = []
+        for phase, sequences in phases:
+            for sequence in sequences:
+                keys.append(sequence.key)
+                if sequence.phase is not phase:
+                    wrong.append(f"{sequence.key} is {sequence.phase} among the {phase.value}")
+                if self.blocks.holds(sequence.key) != (phase is not Phase.WAITING):
+                    wrong.append(f"{sequence.key} is {phase.value} and has blocks: {self.blocks.holds(sequence.key)}")
+                elif phase is not Phase.WAITING:
+                    capacity = len(self.blocks.table(sequence.key)) * self.blocks.block_size
+                    if capacity < sequence.num_computed:
+                        wrong.append(f"{sequence.key} computed {sequence.num_computed} tokens in {capacity} slots")
+        if len(set(keys)) != len(keys):
+            wrong.append("a request is in two phases")
+        if self.blocks.num_owners != sum(1 for key in keys if self.blocks.holds(key)):
+            wrong.append("blocks are owned by a request that is gone")
+        if wrong:
+            raise IntegrityError("; ".join(wrong))
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+def _prefills(sequence: Sequence) -> bool:
+    return sequence.num_computed < sequence.num_prompt or len(sequence.tokens) - sequence.num_computed > 1

@@ -1,0 +1,142 @@
+"""One request on its way through the engine: the state that scheduler, runner and sampler share."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from tandem.engine.request import EngineRequest, PromptReport, RequestKey, TokenLogprobs
+from tandem.kvstore.identity import BlockHash
+
+if TYPE_CHECKING:
+    from tandem.engine.reservation import Reservation
+    from tandem.engine.sampler import Traits
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"
+    """In the queue, without blocks."""
+    IMPORTING = "importing"
+    """Blocks reserved, waiting for KV from elsewhere; takes no part in steps."""
+    RUNNING = "running"
+    """Computed in steps."""
+    HOLDING = "holding"
+    """Computed here; its blocks are kept until the hand-over is confirmed."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """`num_computed` chases `len(tokens)`: the KV of tokens below it is in the pool.
+
+    A sequence with one token left beyond its prompt decodes; one with more, or with prompt tokens left, prefills.
+    After a preemption the output so far is computed again like a prompt, and no token is emitted twice because only a
+    step that reaches the last token samples.
+    """
+
+    __slots__ = (
+        "arrival",
+        "chain",
+        "chunk_ends",
+        "deadline",
+        "first_scheduled",
+        "key",
+        "last_token",
+        "max_total",
+        "num_computed",
+        "num_prompt",
+        "phase",
+        "prefill_finished",
+        "priority",
+        "prompt_logprobs",
+        "published",
+        "report",
+        "request",
+        "reservation",
+        "root",
+        "row",
+        "seed",
+        "stop_ids",
+        "submitted",
+        "tokens",
+        "traits",
+        "wants_import",
+    )
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        *,
+        root: bytes,
+        chain: list[BlockHash],
+        seed: int,
+        stop_ids: frozenset[int],
+        traits: Traits,
+        max_model_len: int,
+        submitted: float,
+    ) -> None:
+        self.request = request
+        self.key: RequestKey = request.key
+        self.priority = request.priority
+        self.deadline = request.deadline
+        self.tokens = list(request.prompt_token_ids)
+        self.last_token = self.tokens[-1]
+        self.num_prompt = len(self.tokens)
+        self.max_total = min(self.num_prompt + request.sampling.max_tokens, max_model_len)
+        """Tokens at which it ends with `length`."""
+        self.num_computed = 0
+        self.root = root
+        """The tenant's namespace: the parent of the chain."""
+        self.chain = chain
+        """Hashes of the leading full blocks of `tokens`; grows as the output fills more."""
+        self.published = 0
+        """Leading blocks that are in the prefix cache."""
+        self.seed = seed
+        self.stop_ids = stop_ids
+        self.traits = traits
+        self.phase = Phase.WAITING
+        self.arrival = -1
+        """Set by the scheduler: the order of arrival."""
+        self.row = -1
+        """Set by the runner: the place in its persistent buffers."""
+        self.wants_import = request.kv_import is not None
+        """Until the import has succeeded, failed or been preempted."""
+        self.reservation: Reservation | None = None
+        self.chunk_ends: list[int] = []
+        """Where the prompt's chunks ended the first time, so that a recompute runs the same kernels on the same
+        shapes."""
+        self.submitted = submitted
+        self.first_scheduled: float | None = None
+        self.prefill_finished: float | None = None
+        self.report: PromptReport | None = PromptReport()
+        """Until it has gone out with the first output."""
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Lower goes first; the highest is preempted first."""
+        return self.priority, self.arrival
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt log-probabilities are wanted and have not been sent yet."""
+        return self.report is not None and self.request.sampling.prompt_logprobs is not None
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.last_token = token
+
+    def restart(self) -> None:
+        """Its blocks are gone: everything is computed again."""
+        self.phase = Phase.WAITING
+        self.num_computed = 0
+        self.published = 0
+        self.prompt_logprobs.clear()

@@ -1,0 +1,155 @@
+"""Engine dataclasses to and from worker.proto. `output_to_proto` runs for every request of every step: keep it fast."""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+
+from google.protobuf.message import DecodeError
+
+from tandem.common.errors import ERROR_KINDS, TandemError
+from tandem.common.sampling import SamplingParams
+from tandem.engine.request import EngineRequest, FinishReason, PromptReport, RequestKey, RequestOutput, TokenLogprobs
+from tandem.proto import worker_pb2
+
+_STAMP = struct.Struct("<Hd")
+"""Length of the clock's name, seconds."""
+
+
+def key_to_proto(key: RequestKey) -> worker_pb2.RequestKey:
+    return worker_pb2.RequestKey(request_id=key.request_id, epoch=key.epoch)
+
+
+def key_from_proto(message: worker_pb2.RequestKey) -> RequestKey:
+    return RequestKey(message.request_id, message.epoch)
+
+
+def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
+    key = output.key
+    message = worker_pb2.RequestOutput(
+        key=worker_pb2.RequestKey(request_id=key.request_id, epoch=key.epoch),
+        start_index=output.start_index,
+        token_ids=output.token_ids,
+    )
+    if output.logprobs:
+        message.logprobs.extend(map(_logprobs_to_proto, output.logprobs))
+    if output.finish_reason is not None:
+        message.finish_reason = worker_pb2.FinishReason.ValueType(int(output.finish_reason))
+        if output.stop_token_id is not None:
+            message.stop_token_id = output.stop_token_id
+        if output.error_code:
+            message.error.CopyFrom(error_to_proto(output.error_code, output.error_message))
+    if output.prompt is not None:
+        report = output.prompt
+        message.prompt.CopyFrom(
+            worker_pb2.PromptReport(
+                cached_tokens=report.cached_tokens,
+                queue_s=report.queue_s,
+                prefill_s=report.prefill_s,
+                handover_s=report.handover_s,
+                computed_by=report.computed_by,
+                recompute_reason=report.recompute_reason,
+            )
+        )
+    if output.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_logprobs_to_proto, output.prompt_logprobs))
+    return message
+
+
+def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
+    """Raises ValueError for a finish reason that this version does not know."""
+    report = message.prompt
+    prompt = PromptReport(
+        cached_tokens=report.cached_tokens,
+        queue_s=report.queue_s,
+        prefill_s=report.prefill_s,
+        handover_s=report.handover_s,
+        computed_by=report.computed_by,
+        recompute_reason=report.recompute_reason,
+    )
+    prompt_logprobs: list[TokenLogprobs | None] = [
+        _logprobs_from_proto(entry) if entry.rank else None for entry in message.prompt_logprobs
+    ]
+    return RequestOutput(
+        key=key_from_proto(message.key),
+        start_index=message.start_index,
+        token_ids=list(message.token_ids),
+        logprobs=[_logprobs_from_proto(entry) for entry in message.logprobs],
+        finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
+        error_code=message.error.code,
+        error_message=message.error.message,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        prompt=prompt if message.HasField("prompt") else None,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def pack_first(output: RequestOutput, clock: str, now: float) -> bytes:
+    """What ends a hand-over: the first token, and when it was computed on the monotonic clock of host `clock`."""
+    name = clock.encode()
+    return _STAMP.pack(len(name), now) + name + output_to_proto(output).SerializeToString()
+
+
+def unpack_first(payload: bytes, clock: str, now: float) -> RequestOutput:
+    """The reverse, with `prompt.handover_s` filled in where both ends have one clock.
+
+    Raises ValueError for bytes that `pack_first` did not make.
+    """
+    try:
+        length, computed_at = _STAMP.unpack_from(payload)
+        start = _STAMP.size + length
+        output = output_from_proto(worker_pb2.RequestOutput.FromString(payload[start:]))
+    except (struct.error, DecodeError) as error:
+        raise ValueError(f"a first output of {len(payload)} bytes cannot be read: {error}") from error
+    if output.prompt is not None and clock and payload[_STAMP.size : start] == clock.encode():
+        output.prompt.handover_s = max(now - computed_at, 0.0)
+    return output
+
+
+def error_to_proto(code: str, text: str) -> worker_pb2.WorkerError:
+    known = code if code in ERROR_KINDS else "internal"
+    return worker_pb2.WorkerError(code=known, message=text, retriable=ERROR_KINDS[known].retriable)
+
+
+def error_output(key: RequestKey, code: str, text: str) -> RequestOutput:
+    return RequestOutput(key, finish_reason=FinishReason.ERROR, error_code=code, error_message=text)
+
+
+def request_from_proto(submit: worker_pb2.Submit) -> EngineRequest:
+    """Raises TandemError for numbers that would upset a whole step; the engine itself checks tokens and lengths."""
+    sampling = SamplingParams.from_proto(submit.sampling)
+    timeout_s = submit.timeout_s if submit.HasField("timeout_s") else None
+    ranges = (
+        ("temperature", 0.0 <= sampling.temperature < math.inf),
+        ("top_p", 0.0 < sampling.top_p <= 1.0),
+        ("min_p", 0.0 <= sampling.min_p <= 1.0),
+        ("repetition_penalty", 0.0 < sampling.repetition_penalty < math.inf),
+        ("presence_penalty", math.isfinite(sampling.presence_penalty)),
+        ("frequency_penalty", math.isfinite(sampling.frequency_penalty)),
+        ("logit_bias", not any(map(math.isnan, sampling.logit_bias.values()))),
+        ("timeout_s", timeout_s is None or math.isfinite(timeout_s)),
+    )
+    for name, fits in ranges:
+        if not fits:
+            raise TandemError("invalid_request", f"{name} is out of range", param=name)
+    return EngineRequest(
+        key=key_from_proto(submit.key),
+        prompt_token_ids=list(submit.prompt_token_ids),
+        sampling=sampling,
+        priority=submit.priority,
+        deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+        cache_salt=submit.cache_salt,
+    )
+
+
+def _logprobs_to_proto(entry: TokenLogprobs | None) -> worker_pb2.TokenLogprobs:
+    if entry is None:
+        return worker_pb2.TokenLogprobs()
+    return worker_pb2.TokenLogprobs(
+        logprob=entry.logprob, rank=entry.rank, top_ids=entry.top_ids, top_logprobs=entry.top_logprobs
+    )
+
+
+def _logprobs_from_proto(entry: worker_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(entry.logprob, entry.rank, tuple(entry.top_ids), tuple(entry.top_logprobs))

@@ -1,0 +1,70 @@
+"""What a worker counts, in Prometheus terms. Gauges are read from the engine when somebody scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
+
+from tandem.engine.request import RequestOutput
+from tandem.proto import worker_pb2
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class WorkerMetrics:
+    """Counters of the requests that pass; one per process (or per `registry` in tests)."""
+
+    def __init__(self, status: Callable[[], worker_pb2.WorkerStatus], registry: CollectorRegistry = REGISTRY) -> None:
+        self._requests = Counter(
+            "tandem_worker_requests", "Ended requests", ["finish_reason", "error"], registry=registry
+        )
+        self._tokens = Counter("tandem_worker_generated_tokens", "Tokens sent to routers", registry=registry)
+        self._cached = Counter("tandem_worker_cached_prompt_tokens", "Prompt tokens not computed", registry=registry)
+        self._recomputes = Counter(
+            "tandem_worker_handover_recomputes", "Hand-overs that became a recompute", registry=registry
+        )
+        self._refused = Counter("tandem_worker_refused_requests", "Requests refused", ["error"], registry=registry)
+        self._slow_readers = Counter(
+            "tandem_worker_slow_sessions", "Sessions ended because the router did not read", registry=registry
+        )
+        self._prefill = Histogram(
+            "tandem_worker_prefill_seconds", "Scheduled until first token", registry=registry, buckets=_SECONDS
+        )
+        self._handover = Histogram(
+            "tandem_worker_handover_seconds", "First token until KV complete", registry=registry, buckets=_SECONDS
+        )
+        registry.register(_EngineGauges(status))
+
+    def output(self, output: RequestOutput) -> None:
+        if output.token_ids:
+            self._tokens.inc(len(output.token_ids))
+        if output.finish_reason is not None:
+            self._requests.labels(output.finish_reason.name.lower(), output.error_code).inc()
+        report = output.prompt
+        if report is not None:
+            self._cached.inc(report.cached_tokens)
+            self._prefill.observe(report.prefill_s)
+            if report.handover_s > 0:
+                self._handover.observe(report.handover_s)
+            if report.recompute_reason:
+                self._recomputes.inc()
+
+    def refused(self, code: str) -> None:
+        self._refused.labels(code).inc()
+
+    def slow_session(self) -> None:
+        self._slow_readers.inc()
+
+
+class _EngineGauges(Collector):
+    def __init__(self, status: Callable[[], worker_pb2.WorkerStatus]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        status = self._status()
+        for field in status.DESCRIPTOR.fields:
+            value = float(getattr(status, field.name))
+            yield GaugeMetricFamily(f"tandem_worker_{field.name}", f"WorkerStatus.{field.name}", value=value)

@@ -1,0 +1,46 @@
+"""Settings that prefill and decode workers share, besides those of their engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+from tandem.common.errors import ConfigError
+from tandem.engine.settings import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig(EngineConfig):
+    """An engine and where it can be reached."""
+
+    listen: str = "127.0.0.1:9100"
+    """Address of the gRPC service: HOST:PORT, or unix:/path for routers on the same host."""
+    worker_id: str = ""
+    """Name in logs, metrics and reports. Empty: made of role, host and process id."""
+    drain_grace_s: float = 30.0
+    """On SIGTERM: how long running requests may take before they are aborted."""
+    metrics_port: int = 0
+    """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of this project's own loggers."""
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
+        if self.drain_grace_s < 0:
+            raise ConfigError(f"drain_grace_s {self.drain_grace_s}: must not be negative")
+        if not self.listen.startswith("unix:"):
+            split_address(self.listen, "listen")
+
+    def named(self, role: str) -> str:
+        """The worker's id."""
+        return self.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def split_address(address: str, setting: str) -> tuple[str, int]:
+    """HOST:PORT as a pair; [::1]:80 for IPv6. Raises ConfigError naming `setting`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{setting} {address!r}: must be HOST:PORT")
+    return host.strip("[]"), int(port)

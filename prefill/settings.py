@@ -1,0 +1,15 @@
+"""Settings of a prefill worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.engine.worker_settings import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig(WorkerConfig):
+    """Nothing beyond an engine and its address: where KV goes is said by each request."""
+
+    listen: str = "127.0.0.1:9100"
+    """Address of the gRPC service: HOST:PORT, or unix:/path for routers on the same host."""

@@ -1,0 +1,20 @@
+"""A prefill worker: computes prompts and hands KV and first token to decode workers. Keeps nothing in between."""
+
+from __future__ import annotations
+
+from tandem.engine.worker_process import WorkerProcess
+from tandem.kvstore.transport import KvClientPool
+from tandem.prefill.exporter import Exporter
+from tandem.prefill.settings import PrefillConfig
+
+
+async def serve(config: PrefillConfig) -> None:
+    """Runs until SIGTERM. Raises ConfigError for what cannot be loaded or bound."""
+    process = WorkerProcess(config, "prefill")
+    await process.load()
+    transport = KvClientPool(process.identity)
+    try:
+        exporter = Exporter(process.engine, transport, process.worker_id)
+        await process.serve(exporter, kv_endpoint=None)
+    finally:
+        transport.close()

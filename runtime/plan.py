@@ -1,0 +1,83 @@
+"""Which processes `tandem serve` runs, with which settings: pure, no processes here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.runtime.settings import ServeConfig
+
+BUNDLED_NAME = "tandem-small"
+
+
+@dataclass(frozen=True, slots=True)
+class ChildPlan:
+    """One process: `tandem COMMAND --config FILE`, where FILE holds `settings`."""
+
+    name: str
+    command: str
+    settings: dict[str, object]
+
+
+def served_name(config: ServeConfig) -> str:
+    """The model's name in the API."""
+    if config.served_model_name:
+        return config.served_model_name
+    return Path(config.model_folder).name if config.model else BUNDLED_NAME
+
+
+def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[ChildPlan]:
+    """Workers first, the router last. `port` is the router's, already chosen."""
+    shared = config.engine_settings() | {
+        "served_model_name": served_name(config),
+        "drain_grace_s": config.drain_grace_s,
+        "log_level": config.log_level,
+        "metrics_port": 0,
+    }
+    workers: list[ChildPlan] = []
+    for role, count in (("prefill", config.num_prefill), ("decode", config.decode)):
+        for index in range(count):
+            name = f"{role}-{index}"
+            own: dict[str, object] = {"worker_id": name, "listen": f"unix:{run_directory / name}.sock"}
+            if role == "decode":
+                own |= {"kv_unix": f"{run_directory / name}.kv", "kv_listen": ""}
+            workers.append(ChildPlan(name, role, shared | own))
+    router: dict[str, object] = {
+        "model": config.model_folder,
+        "served_model_name": served_name(config),
+        "host": config.host,
+        "port": port,
+        "prefill_workers": [worker.settings["listen"] for worker in workers if worker.command == "prefill"],
+        "decode_workers": [worker.settings["listen"] for worker in workers if worker.command == "decode"],
+        "drain_grace_s": config.drain_grace_s,
+        "log_level": config.log_level,
+    }
+    if config.disaggregate is not None:
+        router["disaggregate"] = config.disaggregate
+    return [*workers, ChildPlan("router", "router", router)]
+
+
+def ready_text(config: ServeConfig, url: str, seconds: float, needs_key: bool) -> str:
+    """What the user sees once everything runs: where it is, and two ways to try it."""
+    name = served_name(config)
+    kind = (
+        f"{config.num_prefill} prefill + {config.decode} decode" if config.num_prefill else f"{config.decode} unified"
+    )
+    header = "    -H 'Authorization: Bearer '$TANDEM_API_KEY \\\n" if needs_key else ""
+    key = 'os.environ["TANDEM_API_KEY"]' if needs_key else '"none"'
+    imports = "import os\n  " if needs_key else ""
+    return f"""\
+Tandem is ready: {url} serves {name} ({kind}, started in {seconds:.1f} s)
+
+  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+{header}    -d '{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "Tell me a story."}}]}}'
+
+  {imports}from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key={key})
+  reply = client.chat.completions.create(
+      model="{name}", messages=[{{"role": "user", "content": "Tell me a story."}}]
+  )
+  print(reply.choices[0].message.content)
+
+Ctrl-C stops it.
+"""

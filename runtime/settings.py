@@ -1,0 +1,63 @@
+"""Settings of `tandem serve`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tandem.common.errors import ConfigError
+from tandem.engine.settings import EngineConfig
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "small_model" / "model"
+"""In a clone of the project; a wheel comes without it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(EngineConfig):
+    """The whole platform on this machine. Engine settings go to every worker. Settings of the router that are not
+    listed here are read from its environment variables, see `tandem router --help`."""
+
+    model: str = ""
+    """A folder in Hugging Face format, or a hub id (OWNER/NAME). Empty: the small model that comes with the project."""
+    host: str = "127.0.0.1"
+    """Address of the HTTP server. 0.0.0.0: reachable from other machines."""
+    port: int = 8000
+    """Port of the HTTP server. 0: any free one; the ready line says which."""
+    roles: Literal["disaggregated", "unified"] = "disaggregated"
+    """unified: no prefill workers; decode workers compute prompts themselves."""
+    prefill: int = 1
+    """Prefill workers."""
+    decode: int = 1
+    """Decode workers."""
+    disaggregate: Literal["auto", "always", "never"] | None = None
+    """When the router uses a prefill worker. None: the router's own default."""
+    drain_grace_s: float = 30.0
+    """On Ctrl-C or SIGTERM: how long running requests may take before they are aborted."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of all processes."""
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
+        if self.decode < 1:
+            raise ConfigError(f"--decode {self.decode}: at least one decode worker is needed")
+        if self.prefill < 0:
+            raise ConfigError(f"--prefill {self.prefill}: must not be negative")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: must be between 0 and 65535")
+        if not self.model and not (BUNDLED_MODEL / "config.json").is_file():
+            raise ConfigError("--model is missing: this installation comes without the small model, name a folder")
+
+    @property
+    def num_prefill(self) -> int:
+        return 0 if self.roles == "unified" else self.prefill
+
+    @property
+    def model_folder(self) -> str:
+        return self.model or str(BUNDLED_MODEL)
+
+    def engine_settings(self) -> dict[str, object]:
+        """Fields of EngineConfig as a worker's configuration file has them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)}
+        return values | {"model": self.model_folder}

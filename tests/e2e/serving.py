@@ -1,0 +1,173 @@
+"""A real `tandem serve` for end-to-end tests: started as a user would, looked at through HTTP and the process table."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+
+READY_S = 60.0
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 15.0, what: str = "") -> Any:
+    """The first true value of `condition`, polled; fails after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {timeout_s:g} s: {what or condition}")
+        time.sleep(0.02)
+    return value
+
+
+def tandem_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tandem.runtime.cli", *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Without settings that the developer may have in the shell."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TANDEM_", "OTEL_"))}
+    return kept | extra
+
+
+class Serve:
+    """`with Serve(model, "--dtype", "float32") as serve:`; `serve.url` answers."""
+
+    def __init__(self, model: Path, *arguments: object, **variables: str) -> None:
+        self.process = subprocess.Popen(
+            tandem_command("serve", "--model", model, "--port", 0, *arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**variables),
+        )
+        self.log: list[str] = []
+        self._output: queue.Queue[str] = queue.Queue()
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        for stream, take in ((self.process.stdout, self._output.put), (self.process.stderr, self.log.append)):
+            threading.Thread(target=_pump, args=(stream, take), daemon=True).start()
+
+    def __enter__(self) -> Serve:
+        line = ""
+        end = time.monotonic() + READY_S
+        while not line.startswith("Tandem is ready"):
+            try:
+                line = self._output.get(timeout=0.1)
+            except queue.Empty:
+                if self.process.poll() is not None or time.monotonic() > end:
+                    self.process.kill()
+                    raise AssertionError("serve did not become ready:\n" + "\n".join(self.log[-40:])) from None
+        found = re.search(r"http://\S+", line)
+        assert found is not None, line
+        self.url = found.group()
+        self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+        self.model = self.http.get("/v1/models").json()["data"][0]["id"]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.http.close()
+        children = self.children()
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            for child in children.values():
+                child.kill()
+            raise
+        if kind is not None:
+            print("\n".join(self.log[-60:]))
+
+    # Processes
+
+    def children(self) -> dict[str, psutil.Process]:
+        """Running children by name, such as decode-0."""
+        found = {}
+        try:
+            processes = psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return {}
+        for process in processes:
+            try:
+                command = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if (name := re.search(r"/([a-z]+(-\d+)?)\.yaml", command)) is not None:
+                found[name.group(1)] = process
+        return found
+
+    def kill(self, name: str) -> None:
+        self.children()[name].send_signal(signal.SIGKILL)
+
+    # Requests
+
+    def complete(self, prompt: list[int] | str, max_tokens: int = 16, **fields: Any) -> dict[str, Any]:
+        """The body of a greedy completion that goes on to `max_tokens`."""
+        answer = self.http.post("/v1/completions", json=self._body(prompt, max_tokens, fields))
+        assert answer.status_code == 200, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    def tokens(self, prompt: list[int], max_tokens: int = 16, **fields: Any) -> list[int]:
+        tokens: list[int] = self.complete(prompt, max_tokens, **fields)["choices"][0]["token_ids"]
+        return tokens
+
+    def stream(self, prompt: list[int] | str, max_tokens: int = 16, **fields: Any) -> Iterator[dict[str, Any]]:
+        """The events of a streaming completion, `[DONE]` left out. Close the iterator to disconnect."""
+        body = self._body(prompt, max_tokens, fields) | {"stream": True}
+        with self.http.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.read()
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line.removeprefix("data: "))
+
+    def _body(self, prompt: list[int] | str, max_tokens: int, fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **fields,
+        }
+
+    # Metrics
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over all series of `name` with these labels; 0 without any."""
+        total = 0.0
+        for line in self.http.get("/metrics").text.splitlines():
+            series, _, value = line.rpartition(" ")
+            if re.split(r"[{ ]", series, maxsplit=1)[0] == name and all(
+                f'{key}="{wanted}"' in series for key, wanted in labels.items()
+            ):
+                total += float(value)
+        return total
+
+    def handovers(self) -> float:
+        return self.metric("tandem_router_placements_total", reason="handover")
+
+    def recomputes(self) -> float:
+        return self.metric("tandem_router_handover_recomputes_total")
+
+    def idle(self) -> bool:
+        return self.metric("tandem_worker_running") == self.metric("tandem_worker_waiting") == 0
+
+
+def _pump(stream: Any, take: Callable[[str], object]) -> None:
+    for line in stream:
+        take(line.rstrip("\n"))

@@ -1,0 +1,265 @@
+"""Sampling against an obvious reference that looks at one request at a time, in float64, with a full sort."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from tandem.engine.sampler import Sampler, token_logprobs, uniform
+from tandem.engine.sequence import Sequence
+from tests.engine_harness import make_sequence
+
+VOCAB = 50
+EOS = frozenset({3})
+CPU = torch.device("cpu")
+NOISE = [0.652448475, 0.034011662, 0.368189514, 0.517745614]
+"""uniform(seed, position) of four pairs."""
+
+
+def kept_distribution(logits: npt.NDArray[np.float64], sequence: Sequence) -> npt.NDArray[np.float64]:
+    """The probabilities that a token of `sequence` is drawn from."""
+    params, output = sequence.request.sampling, sequence.tokens[sequence.num_prompt :]
+    x = logits.copy()
+    for token in set(sequence.tokens):
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    for token in set(output):
+        x[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    if params.allowed_token_ids:
+        banned = sorted(set(range(VOCAB)) - set(params.allowed_token_ids))
+        x[banned] = -np.inf
+    if len(output) < params.min_tokens:
+        x[sorted(sequence.stop_ids)] = -np.inf
+    if params.temperature == 0:
+        return np.eye(VOCAB)[int(np.argmax(x))]
+    x = x / params.temperature
+    probs = np.exp(x - x.max())
+    probs /= probs.sum()
+    order = sorted(range(VOCAB), key=lambda token: -probs[token])
+    keep = order[: params.top_k] if params.top_k else order
+    if params.top_p < 1:
+        total, mass, nucleus = probs[keep].sum(), 0.0, []
+        for token in keep:
+            nucleus.append(token)
+            mass += probs[token]
+            if mass >= params.top_p * total:
+                break
+        keep = nucleus
+    keep = [token for token in keep if probs[token] >= params.min_p * probs.max()]
+    out = np.zeros(VOCAB)
+    out[keep] = probs[keep]
+    return out / out.sum()
+
+
+def expected_token(logits: npt.NDArray[np.float64], sequence: Sequence) -> int:
+    cdf = np.cumsum(kept_distribution(logits, sequence))
+    return int(np.searchsorted(cdf, uniform(sequence.seed, len(sequence.tokens)), side="right"))
+
+
+def admit(sampler: Sampler, sequences: list[Sequence]) -> None:
+    for row, sequence in enumerate(sequences):
+        sequence.row = row
+        sampler.admit(sequence)
+
+
+def sequence(index: int, **sampling: Any) -> Sequence:
+    prompt = [(index * 7 + i * 3) % VOCAB for i in range(6)]
+    return make_sequence(f"r{index}", prompt, eos=EOS, **({"seed": index + 1, "max_tokens": 1000} | sampling))
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "cold": {"temperature": 0.5},
+    "hot": {"temperature": 2.5},
+    "top_k": {"top_k": 4},
+    "top_k of one": {"top_k": 1},
+    "top_k beyond the vocabulary": {"top_k": 500},
+    "top_p": {"top_p": 0.6},
+    "tiny top_p": {"top_p": 1e-6},
+    "min_p": {"min_p": 0.2},
+    "top_p of top_k": {"top_k": 5, "top_p": 0.7, "temperature": 2.0},
+    "min_p and top_p": {"min_p": 0.3, "top_p": 0.9, "temperature": 2.0},
+    "all filters": {"top_k": 10, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
+    "repetition": {"repetition_penalty": 1.7},
+    "repetition below one": {"repetition_penalty": 0.8},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.9},
+    "greedy with penalties": {"temperature": 0.0, "frequency_penalty": 0.9, "repetition_penalty": 1.3},
+    "bias": {"logit_bias": {5: 4.0, 9: -100.0}},
+    "allowed": {"allowed_token_ids": (4, 8, 15, 16)},
+    "allowed with bias, greedy": {"allowed_token_ids": (4, 8), "logit_bias": {8: 50.0, 9: 90.0}, "temperature": 0.0},
+    "min_tokens": {"min_tokens": 12, "logit_bias": {3: 60.0, 7: 30.0}, "stop_token_ids": (7,)},
+}
+
+
+def logits_of(step: int, rows: int) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(step)) * 2
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_feature_agrees_with_the_reference(feature: str) -> None:
+    sampler = Sampler(4, VOCAB, CPU)
+    sequences = [sequence(i, **FEATURES[feature]) for i in range(4)]
+    admit(sampler, sequences)
+    for step in range(25):
+        logits = logits_of(step, 4)
+        expected = [expected_token(logits[i].double().numpy(), s) for i, s in enumerate(sequences)]
+        tokens, logprobs = sampler.sample(logits, sequences)
+        assert tokens == expected
+        assert logprobs is None
+        for one, token in zip(sequences, tokens, strict=True):
+            one.append(token)
+
+
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone() -> None:
+    together, tokens_alone = Sampler(len(FEATURES), VOCAB, CPU), []
+    for index, options in enumerate(FEATURES.values()):
+        alone, one = Sampler(1, VOCAB, CPU), sequence(index, **options)
+        admit(alone, [one])
+        for step in range(15):
+            tokens, _ = alone.sample(logits_of(step, len(FEATURES))[index : index + 1].clone(), [one])
+            one.append(tokens[0])
+        tokens_alone.append(one.tokens)
+    batch = [sequence(index, **options) for index, options in enumerate(FEATURES.values())]
+    admit(together, batch)
+    for step in range(15):
+        tokens, _ = together.sample(logits_of(step, len(FEATURES)), batch)
+        for one, token in zip(batch, tokens, strict=True):
+            one.append(token)
+    assert [one.tokens for one in batch] == tokens_alone
+
+
+def test_a_row_that_was_used_before_starts_afresh() -> None:
+    sampler = Sampler(1, VOCAB, CPU)
+    options = {"frequency_penalty": 5.0, "logit_bias": {1: 3.0}, "temperature": 0.0}
+    first, second = sequence(0, **options), sequence(0, **options)
+    outputs = []
+    for one in (first, second):
+        admit(sampler, [one])
+        for step in range(10):
+            one.append(sampler.sample(logits_of(step, 1), [one])[0][0])
+        outputs.append(one.tokens)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_readmitted_request_keeps_its_penalties() -> None:
+    sampler = Sampler(1, VOCAB, CPU)
+    one = sequence(0, frequency_penalty=2.0, repetition_penalty=1.2, temperature=0.0)
+    for step in range(20):
+        if step % 5 == 0:
+            admit(sampler, [one])
+        logits = logits_of(step % 3, 1)
+        expected = expected_token(logits[0].double().numpy(), one)
+        one.append(sampler.sample(logits, [one])[0][0])
+        assert one.last_token == expected
+
+
+def test_the_lowest_id_wins_a_tie() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[1, 7] = logits[1, 30] = 1.0
+    sequences = [sequence(0, temperature=0.0), sequence(1, temperature=0.0)]
+    assert Sampler(2, VOCAB, CPU).sample(logits, sequences)[0] == [0, 7]
+
+
+def test_stop_tokens_are_not_masked_when_nothing_else_is_allowed() -> None:
+    sampler = Sampler(1, VOCAB, CPU)
+    one = sequence(0, min_tokens=5, allowed_token_ids=(3,))
+    admit(sampler, [one])
+    assert sampler.sample(logits_of(0, 1), [one])[0] == [3]
+
+
+def test_the_noise_is_fixed_for_ever() -> None:
+    """A change here changes what every seeded request of every user returns."""
+    assert [uniform(seed, position) for seed, position in ((0, 0), (0, 1), (1, 0), (2**64 - 1, 4096))] == [
+        pytest.approx(value, abs=1e-7) for value in NOISE
+    ]
+    assert uniform(5, 9) == uniform(5 + 2**64, 9)
+
+
+def test_the_noise_is_even_and_uncorrelated() -> None:
+    grid = np.array([[uniform(seed, position) for position in range(300)] for seed in range(100)])
+    assert grid.min() >= 0
+    assert grid.max() < 1
+    histogram = np.histogram(grid, bins=20, range=(0, 1))[0]
+    expected = grid.size / 20
+    assert ((histogram - expected) ** 2 / expected).sum() < 45, "chi-squared with 19 degrees of freedom, p ~ 0.001"
+    assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.7, "top_k": 12}, {"min_p": 0.1, "temperature": 1.4}])
+def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
+    draws = 6000
+    sampler = Sampler(1, VOCAB, CPU)
+    logits = logits_of(1, 1)
+    probs = kept_distribution(logits[0].double().numpy(), sequence(0, **options))
+    sequences = [make_sequence(f"s{i}", [1], seed=i, **options) for i in range(draws)]
+    tokens, _ = sampler.sample(logits.expand(draws, VOCAB).clone(), sequences)
+    counts = np.bincount(tokens, minlength=VOCAB)
+    assert not counts[probs == 0].any()
+    likely = probs * draws >= 5
+    statistic = ((counts[likely] - probs[likely] * draws) ** 2 / (probs[likely] * draws)).sum()
+    degrees = likely.sum() - 1
+    assert statistic < degrees + 4 * math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_noise_give_tokens_of_some_probability(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.engine.sampler.uniform", lambda seed, position: noise)
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, 10:20] = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    token = Sampler(1, VOCAB, CPU).sample(logits, [sequence(0)])[0][0]
+    assert token == (10 if noise == 0 else 19)
+
+
+def test_logprobs_are_the_models_own() -> None:
+    """Before temperature, penalties and bias; for those who asked, as many as they asked for."""
+    sampler = Sampler(3, VOCAB, CPU)
+    sequences = [
+        sequence(0, temperature=0.3, logprobs=3, logit_bias={20: 100.0}, presence_penalty=1.0),
+        sequence(1, temperature=0.0),
+        sequence(2, logprobs=0),
+    ]
+    admit(sampler, sequences)
+    logits = logits_of(0, 3)
+    raw = torch.log_softmax(logits.double(), -1)
+    tokens, logprobs = sampler.sample(logits.clone(), sequences)
+    assert tokens[0] == 20
+    assert logprobs is not None
+    assert logprobs[1] is None
+    for row, count in ((0, 3), (2, 0)):
+        entry = logprobs[row]
+        assert entry is not None
+        assert entry.logprob == pytest.approx(raw[row, tokens[row]].item(), abs=1e-5)
+        assert entry.rank == 1 + int((raw[row] > raw[row, tokens[row]]).sum())
+        best = torch.sort(raw[row], descending=True)
+        assert entry.top_ids == tuple(best.indices[:count].tolist())
+        assert entry.top_logprobs == pytest.approx(best.values[:count].tolist(), abs=1e-5)
+
+
+def test_alternatives_beyond_the_vocabulary_are_all_of_it() -> None:
+    (entry,) = token_logprobs(logits_of(0, 1)[:, :5], [2], [20])
+    assert sorted(entry.top_ids) == [0, 1, 2, 3, 4]
+
+
+def test_plain_greedy_takes_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(4, VOCAB, CPU)
+    monkeypatch.setattr(sampler, "_edit", None)
+    monkeypatch.setattr(sampler, "_choose", None)
+    logits = logits_of(0, 4)
+    tokens, logprobs = sampler.sample(logits, [sequence(i, temperature=0.0) for i in range(4)])
+    assert tokens == logits.argmax(-1).tolist()
+    assert logprobs is None
+
+
+def test_tables_exist_only_once_somebody_needs_them() -> None:
+    sampler = Sampler(4, VOCAB, CPU)
+    admit(sampler, [sequence(i) for i in range(4)])
+    assert sampler._counts is sampler._bias is None

@@ -1,0 +1,77 @@
+"""What `tandem serve` starts follows from its settings alone."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tandem.common.errors import ConfigError
+from tandem.common.settings import parse_settings
+from tandem.decode.settings import DecodeConfig
+from tandem.prefill.settings import PrefillConfig
+from tandem.router.settings import RouterConfig
+from tandem.runtime.plan import plan_children, ready_text
+from tandem.runtime.serve import free_port
+from tandem.runtime.settings import ServeConfig
+
+RUN = Path("/run/t")
+CLASSES = {"prefill": PrefillConfig, "decode": DecodeConfig, "router": RouterConfig}
+
+
+def test_workers_come_first_and_the_router_knows_all_of_them() -> None:
+    plans = plan_children(ServeConfig(model="m", prefill=2, decode=1), RUN, 81)
+    assert [plan.name for plan in plans] == ["prefill-0", "prefill-1", "decode-0", "router"]
+    router = plans[-1].settings
+    assert router["prefill_workers"] == ["unix:/run/t/prefill-0.sock", "unix:/run/t/prefill-1.sock"]
+    assert router["decode_workers"] == [plans[2].settings["listen"]]
+    assert router["port"] == 81
+
+
+def test_unified_means_no_prefill_workers() -> None:
+    plans = plan_children(ServeConfig(model="m", roles="unified", prefill=3), RUN, 81)
+    assert [plan.name for plan in plans] == ["decode-0", "router"]
+
+
+def test_every_process_can_read_the_file_it_gets(tmp_path: Path) -> None:
+    config = ServeConfig(model="some/dir", dtype="float32", kv_cache_bytes=10**9, disaggregate="always")
+    for plan in plan_children(config, RUN, 81):
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml.safe_dump(plan.settings))
+        parsed = parse_settings(
+            CLASSES[plan.command], ["--config", str(path)], command="t", description="d", examples=()
+        )
+        assert {name: getattr(parsed, name) for name in plan.settings} == plan.settings
+
+
+def test_engine_settings_reach_the_workers() -> None:
+    config = ServeConfig(model="m", num_threads=3, max_num_seqs=7, enable_prefix_caching=False)
+    for plan in plan_children(config, RUN, 81)[:-1]:
+        assert plan.settings["num_threads"] == 3
+        assert plan.settings["max_num_seqs"] == 7
+        assert plan.settings["enable_prefix_caching"] is False
+
+
+@pytest.mark.parametrize(("model", "name"), [("/models/Tiny-1B", "Tiny-1B"), ("owner/Tiny-1B", "Tiny-1B")])
+def test_the_model_is_named_like_its_folder(model: str, name: str) -> None:
+    assert plan_children(ServeConfig(model=model), RUN, 81)[-1].settings["served_model_name"] == name
+
+
+def test_the_ready_text_shows_commands_to_copy() -> None:
+    config = ServeConfig(model="/models/Tiny-1B")
+    text = ready_text(config, "http://127.0.0.1:81", 1.25, needs_key=False)
+    assert "http://127.0.0.1:81/v1/chat/completions" in text
+    assert 'model="Tiny-1B"' in text
+    assert "Authorization" not in text
+    assert "Authorization: Bearer" in ready_text(config, "http://127.0.0.1:81", 1.25, needs_key=True)
+
+
+def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
+    port = free_port("127.0.0.1", 0)
+    assert free_port("127.0.0.1", port) == port
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match=f"--port {port}: in use"):
+        free_port("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="--host"):
+        free_port("203.0.113.7", 0)
