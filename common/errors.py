@@ -8,34 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
-
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
     """One row of the table."""
 
     http_status: int
-    grpc_code: grpc.StatusCode
+    grpc_code: str
+    """Name of a member of grpc.StatusCode; a name, so that processes without gRPC need not load it."""
     openai_type: str
     retriable: bool
     """Whether the same request may succeed elsewhere or a moment later."""
 
 
 ERROR_KINDS: dict[str, ErrorKind] = {
-    "invalid_request": ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", False),
-    "context_length_exceeded": ErrorKind(400, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", False),
-    "invalid_api_key": ErrorKind(401, grpc.StatusCode.UNAUTHENTICATED, "authentication_error", False),
-    "model_not_found": ErrorKind(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error", False),
-    "not_found": ErrorKind(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error", False),
-    "method_not_allowed": ErrorKind(405, grpc.StatusCode.UNIMPLEMENTED, "invalid_request_error", False),
-    "request_too_large": ErrorKind(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid_request_error", False),
-    "overloaded": ErrorKind(503, grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded_error", True),
-    "unavailable": ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error", True),
-    "worker_lost": ErrorKind(503, grpc.StatusCode.UNAVAILABLE, "unavailable_error", True),
-    "deadline_exceeded": ErrorKind(504, grpc.StatusCode.DEADLINE_EXCEEDED, "timeout_error", True),
-    "cancelled": ErrorKind(499, grpc.StatusCode.CANCELLED, "cancelled_error", False),
-    "internal": ErrorKind(500, grpc.StatusCode.INTERNAL, "server_error", False),
+    "invalid_request": ErrorKind(400, "INVALID_ARGUMENT", "invalid_request_error", False),
+    "context_length_exceeded": ErrorKind(400, "INVALID_ARGUMENT", "invalid_request_error", False),
+    "invalid_api_key": ErrorKind(401, "UNAUTHENTICATED", "authentication_error", False),
+    "model_not_found": ErrorKind(404, "NOT_FOUND", "invalid_request_error", False),
+    "not_found": ErrorKind(404, "NOT_FOUND", "invalid_request_error", False),
+    "method_not_allowed": ErrorKind(405, "UNIMPLEMENTED", "invalid_request_error", False),
+    "request_too_large": ErrorKind(413, "RESOURCE_EXHAUSTED", "invalid_request_error", False),
+    "overloaded": ErrorKind(503, "RESOURCE_EXHAUSTED", "overloaded_error", True),
+    "unavailable": ErrorKind(503, "UNAVAILABLE", "unavailable_error", True),
+    "worker_lost": ErrorKind(503, "UNAVAILABLE", "unavailable_error", True),
+    "deadline_exceeded": ErrorKind(504, "DEADLINE_EXCEEDED", "timeout_error", True),
+    "cancelled": ErrorKind(499, "CANCELLED", "cancelled_error", False),
+    "internal": ErrorKind(500, "INTERNAL", "server_error", False),
 }
 
 

@@ -1,9 +1,11 @@
-"""One forward step as tensors: made by the runner, read by the model and the attention backends; and the KV pool they share."""
+"""One forward step as tensors, made by the runner and read by the model; and the KV pool that all of them share."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +69,12 @@ class KvPool:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            # numpy takes zero pages from the system, which cost nothing until they are written; torch writes zeros.
+            raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            self.storage = torch.from_numpy(raw).view(dtype).view(shape)
+        else:
+            self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self.k = [self.storage[layer, 0] for layer in range(num_layers)]
         self.v = [self.storage[layer, 1] for layer in range(num_layers)]
         row = num_kv_heads * head_dim

@@ -31,7 +31,7 @@ _KEY_TILE = 512
 """Keys that the flash kernel handles at a time."""
 _GRANULARITY = {torch.float32: 256, torch.bfloat16: 32}
 """Keys that a row's context is padded to a multiple of."""
-_GROUP_BYTES = 1 << 20
+_GROUP_BYTES = 2 << 20
 """KV a group of decode rows gathers at most, unless one row is longer: it should stay in the second-level cache."""
 _GROUP_WASTE = 256
 """Padded keys that cost about as much as one more group."""
@@ -42,12 +42,16 @@ _LONG_CONTEXT, _LONG_CONTEXT_ROWS = 16_384, 64
 
 @dataclass(slots=True)
 class _Gather:
-    """Some blocks of one or more requests as [requests, keys]."""
+    """Some blocks of one or more requests, and where in the scratch memory they are read to. All gathers share it:
+    `k` and `v` are valid until the next read."""
 
     index: Tensor
-    """int64 [2 * requests * blocks]: rows of the layer's storage seen as [K|V blocks, ...]."""
-    requests: int
-    keys: int
+    """int64 [2 * requests * blocks]: rows of a layer's storage seen as [K|V blocks, ...]."""
+    target: Tensor
+    """[2 * requests * blocks, ...]"""
+    k: Tensor
+    """[requests, num_kv_heads, keys, head_dim]"""
+    v: Tensor
 
 
 @dataclass(slots=True)
@@ -86,18 +90,24 @@ class CpuAttention:
         self._plans: dict[int | None, _StepPlan] = {}
         self._bands: dict[tuple[int | None, int], _Band] = {}
         self._scratch = torch.empty(0)
+        self._pool: KvPool | None = None
+        self._layers: list[Tensor] = []
+        """Each layer of the pool as [K|V blocks, ...]."""
 
     def attend(self, layer: int, q: Tensor, batch: ForwardBatch, pool: KvPool) -> Tensor:
         """See `AttentionBackend`."""
         if batch is not self._batch:
             self._batch = batch
             self._plans.clear()
+        if pool is not self._pool:
+            self._pool = pool
+            self._layers = [pool.storage[index].view(2 * pool.num_blocks, -1) for index in range(pool.num_layers)]
         window = self._windows[layer]
         plan = self._plans.get(window)
         if plan is None:
             plan = self._plans[window] = self._plan(window, q, batch, pool)
         heads = q.view(q.shape[0], pool.num_kv_heads, -1, q.shape[2])
-        storage = pool.storage[layer].view(2 * pool.num_blocks, -1)
+        storage = self._layers[layer]
         if not plan.prefill and len(plan.decode) == 1:
             return self._decode(heads, plan.decode[0], storage).reshape(q.shape[0], -1)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
@@ -108,39 +118,42 @@ class CpuAttention:
             else:
                 out.index_copy_(0, rows, self._decode(heads.index_select(0, rows), group, storage).flatten(1))
         for gather, pieces in plan.prefill:
-            k, v = self._read(gather, storage, heads)
+            torch.index_select(storage, 0, gather.index, out=gather.target)
             for piece in pieces:
-                self._prefill(heads, k, v, piece, out)
+                self._prefill(heads, gather, piece, out)
         return out
 
     def _decode(self, q: Tensor, group: _DecodeGroup, storage: Tensor) -> Tensor:
         """q and result [requests, num_kv_heads, group, head_dim]."""
-        k, v = self._read(group.gather, storage, q)
-        out: Tensor = _flash(q, k, v, 0.0, False, attn_mask=group.mask)[0]
+        gather = group.gather
+        torch.index_select(storage, 0, gather.index, out=gather.target)
+        out: Tensor = _flash(q, gather.k, gather.v, 0.0, False, attn_mask=group.mask)[0]
         return out
 
-    def _prefill(self, heads: Tensor, k: Tensor, v: Tensor, piece: _PrefillPiece, out: Tensor) -> None:
-        """heads [N, num_kv_heads, group, head_dim]; k, v [1, num_kv_heads, keys, head_dim]; writes rows of `out`."""
+    def _prefill(self, heads: Tensor, gather: _Gather, piece: _PrefillPiece, out: Tensor) -> None:
+        """heads [N, num_kv_heads, group, head_dim]; `gather` is read; writes rows of `out`."""
         first, count = piece.row, piece.num_tokens
         q = heads[first : first + count].transpose(0, 1).flatten(1, 2).unsqueeze(0)
         spare = piece.mask.shape[0] - q.shape[2]
         if spare:
             q = F.pad(q, (0, 0, 0, spare))
         keys = slice(piece.first_key, piece.first_key + piece.mask.shape[1])
-        o: Tensor = _flash(q, k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=piece.mask[None, None])[0]
+        k, v = gather.k[:, :, keys], gather.v[:, :, keys]
+        o: Tensor = _flash(q, k, v, 0.0, False, attn_mask=piece.mask[None, None])[0]
         o = o[0, :, : count * heads.shape[2]].view(heads.shape[1], count, heads.shape[2], -1).transpose(0, 1)
         out[first : first + count].view(o.shape).copy_(o)
 
-    def _read(self, gather: _Gather, storage: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V [requests, num_kv_heads, keys, head_dim]: views of the scratch memory, valid until the next read."""
-        size = gather.index.numel() * storage.shape[1]
-        if self._scratch.numel() < size or self._scratch.dtype != storage.dtype:
-            self._scratch = torch.empty(size, dtype=storage.dtype)
+    def _gather(self, blocks: Tensor, pool: KvPool) -> _Gather:
+        """blocks int64 [requests, blocks]."""
+        index = blocks.flatten()
+        index = torch.cat((index, index + pool.num_blocks))
+        width = pool.block_size * pool.num_kv_heads * pool.head_dim
+        size = index.numel() * width
+        if self._scratch.numel() < size or self._scratch.dtype != pool.storage.dtype:
+            self._scratch = torch.empty(size, dtype=pool.storage.dtype)
         flat = self._scratch[:size]
-        torch.index_select(storage, 0, gather.index, out=flat.view(-1, storage.shape[1]))
-        shape = (2, gather.requests, gather.keys, like.shape[1], like.shape[3])
-        k, v = flat.view(shape).transpose(2, 3).unbind(0)
-        return k, v
+        k, v = flat.view(2, blocks.shape[0], -1, pool.num_kv_heads, pool.head_dim).transpose(2, 3).unbind(0)
+        return _Gather(index, flat.view(-1, width), k, v)
 
     def _plan(self, window: int | None, q: Tensor, batch: ForwardBatch, pool: KvPool) -> _StepPlan:
         step = math.lcm(pool.block_size, _GRANULARITY.get(q.dtype, pool.block_size)) // pool.block_size
@@ -183,8 +196,7 @@ class CpuAttention:
         if window is not None:
             visible &= positions > last - window
         mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-        gather = _Gather(_both(blocks.flatten(), pool), len(starts), span * pool.block_size)
-        return _DecodeGroup(rows, gather, mask[:, None, None])
+        return _DecodeGroup(rows, self._gather(blocks, pool), mask[:, None, None])
 
     def _plan_slice(
         self, piece: PrefillSlice, window: int | None, group: int, step: int, dtype: torch.dtype, pool: KvPool
@@ -194,7 +206,7 @@ class CpuAttention:
         start = _first_block(piece.context_len, window, block_size)
         count = _round_up(-(-total // block_size) - start, step)
         blocks = piece.block_ids[start : -(-total // block_size)]
-        gather = _Gather(_both(F.pad(blocks, (0, count - blocks.numel())), pool), 1, count * block_size)
+        gather = self._gather(F.pad(blocks, (0, count - blocks.numel())).unsqueeze(0), pool)
         rows = _PREFILL_ROWS if total <= _LONG_CONTEXT else _LONG_CONTEXT_ROWS
         tokens = max(1, rows // group)
         band = self._bands.get((window, rows))
@@ -229,7 +241,7 @@ class _Band:
         if offset > self._offset or keys - offset > self._matrix.shape[1] - self._offset:
             self._grow(offset, keys - offset)
         rows = tokens * self.group
-        rows += rows % 32 == 1
+        rows += 0
         shift = self._offset - offset
         return self._matrix[:rows, shift : shift + keys]
 
@@ -240,11 +252,6 @@ class _Band:
         visible = visible_keys(positions, torch.arange(offset + after), self._window)
         self._matrix = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
         self._offset = offset
-
-
-def _both(blocks: Tensor, pool: KvPool) -> Tensor:
-    """The K blocks, then the V blocks, of a layer's storage seen as [2 * num_blocks, ...]."""
-    return torch.cat((blocks, blocks + pool.num_blocks))
 
 
 def _first_block(position: int, window: int | None, block_size: int) -> int:

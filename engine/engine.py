@@ -180,6 +180,7 @@ class Engine:
                     self._expire(now)
                     plan = self.scheduler.schedule(now)
                     self._begin(plan)
+                    self._flush()  # a first token that came with imported KV does not wait for the step
                     if plan.num_tokens:
                         self._step(plan)
                     idle = not (plan.num_tokens or plan.admitted or plan.preempted)

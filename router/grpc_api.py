@@ -212,5 +212,5 @@ async def _abort(context: Context, error: TandemError) -> NoReturn:
     trailing = [("tandem-error", error.code)]
     if error.param:
         trailing.append(("tandem-param", error.param))
-    await context.abort(error.kind.grpc_code, error.message[:500], tuple(trailing))
+    await context.abort(grpc.StatusCode[error.kind.grpc_code], error.message[:500], tuple(trailing))
     raise error  # abort has raised already

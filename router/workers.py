@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_MIN_S = 0.1
-RETRY_MAX_S = 2.0
+RETRY_MAX_S = 0.5
 REFUSED_RETRY_S = 5.0
 """A refused worker can only be mended by a restart of it."""
 
