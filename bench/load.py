@@ -60,9 +60,11 @@ async def _stream(base_url: str, body: dict[str, object], result: Result, keep_t
             now = time.perf_counter() - start
             if b'"error"' in line:
                 raise ValueError(line[:300].decode())
-            if b'"usage"' in line and b'"choices":[]' in line.replace(b" ", b""):
-                result.tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-                continue
+            if b'"completion_tokens"' in line:  # some servers send usage with the last text, some after it
+                event = json.loads(line[6:])
+                result.tokens = event["usage"]["completion_tokens"]
+                if not event["choices"]:
+                    continue
             if result.first == 0.0:
                 result.first = now
             else:

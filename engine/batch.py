@@ -43,7 +43,7 @@ class ForwardBatch:
     """max(context_lens), 0 without decode rows: known on the host without a device sync."""
     prefills: list[PrefillSlice]
     logit_rows: Tensor
-    """int64 [R]: rows whose logits are wanted."""
+    """int64 [R]: rows whose logits are wanted; without prefill slices, R = N means all rows in order."""
 
 
 class KvPool:

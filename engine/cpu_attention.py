@@ -4,11 +4,12 @@ Decode rows are computed in groups of similar context length, prefill slices in 
 heads that share a KV head is folded into the rows, so that its keys are packed once. Masks, block lists and the split
 into groups are made once per step and sliding window, not per layer.
 
-**Row invariance.** A row's result depends only on its own context: not on the other rows, the padding, or the chunk of
-the prompt it is computed in. Three measures see to it: padded keys are masked and their number is rounded up to a
-granularity at which the kernel adds them as exact zeros; with a sliding window the first key is aligned to the kernel's
-own key tile; and no tile of query rows is a single row, for which it takes another path (with as many KV heads as query
-heads a decode row is one, so there a decode row and the same row in a prefill may differ in the last bit).
+**Row invariance.** A row's result has the same bits whatever the other rows, the padding, and the chunk of the prompt
+it is computed in; a decode row has those of the same row in a prefill. Three measures see to it: padded keys are masked
+and their number is rounded up to a granularity at which the kernel adds them as exact zeros; with a sliding window the
+first key is aligned to the kernel's own key tile; and no tile of query rows has so few that the kernel's matrix product
+takes another path. Measured with torch 2.13 under AVX-512 and AMX, with one and two threads. `row_invariant` says for
+which models it holds.
 """
 
 from __future__ import annotations
@@ -35,9 +36,26 @@ _GROUP_BYTES = 2 << 20
 """KV a group of decode rows gathers at most, unless one row is longer: it should stay in the second-level cache."""
 _GROUP_WASTE = 256
 """Padded keys that cost about as much as one more group."""
+_ROW_TILE = 32
+"""Query rows that the kernel handles at a time, at least."""
 _PREFILL_ROWS = 384
 """Rows (tokens x heads of a group) of a prefill slice computed at a time: bounds the mask to this times the context."""
 _LONG_CONTEXT, _LONG_CONTEXT_ROWS = 16_384, 64
+
+
+def row_invariant(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """See above. In bfloat16 other head sizes are summed in another order by tiles of 64 rows and more, and a decode
+    row of one query head per KV head keeps its fast path, which rarely differs from a prefill's result by one bit."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if dtype == torch.bfloat16:
+        return group > 1 and (head_dim % 32 == 0 or head_dim < 32)
+    return dtype == torch.float32
+
+
+def _fewest_rows(dtype: torch.dtype, head_dim: int) -> int:
+    """Rows that a tile must have to be computed like a full one."""
+    return max(2, head_dim // 24 + 1) if dtype == torch.float32 else 2
 
 
 @dataclass(slots=True)
@@ -72,7 +90,7 @@ class _PrefillPiece:
     first_key: int
     """Of the keys gathered for the slice."""
     mask: Tensor
-    """[tokens * group (+ 1), keys], 0 or -inf."""
+    """[tokens * group, or a few rows more, keys], 0 or -inf."""
 
 
 @dataclass(slots=True)
@@ -82,7 +100,7 @@ class _StepPlan:
 
 
 class CpuAttention:
-    """`AttentionBackend` for one thread of steps. Scratch memory grows to what the largest gather needed."""
+    """`AttentionBackend` of one model, for one thread. Scratch memory grows to what the largest gather needed."""
 
     def __init__(self, sliding_windows: tuple[int | None, ...]) -> None:
         self._windows = sliding_windows
@@ -127,8 +145,11 @@ class CpuAttention:
         """q and result [requests, num_kv_heads, group, head_dim]."""
         gather = group.gather
         torch.index_select(storage, 0, gather.index, out=gather.target)
+        heads = q.shape[2]
+        if q.dtype == torch.float32:
+            q = F.pad(q, (0, 0, 0, max(0, _fewest_rows(q.dtype, q.shape[3]) - heads)))
         out: Tensor = _flash(q, gather.k, gather.v, 0.0, False, attn_mask=group.mask)[0]
-        return out
+        return out[:, :, :heads]
 
     def _prefill(self, heads: Tensor, gather: _Gather, piece: _PrefillPiece, out: Tensor) -> None:
         """heads [N, num_kv_heads, group, head_dim]; `gather` is read; writes rows of `out`."""
@@ -172,8 +193,7 @@ class CpuAttention:
             ends = batch.context_lens if index is None else batch.context_lens.index_select(0, index)
             first, span = [starts[row] for row in rows], max(spans[row] for row in rows)
             decode.append(self._decode_group(index, tables, ends, first, span, window, q, pool))
-        group = q.shape[1] // pool.num_kv_heads
-        return _StepPlan(decode, [self._plan_slice(s, window, group, step, q.dtype, pool) for s in batch.prefills])
+        return _StepPlan(decode, [self._plan_slice(piece, window, step, q, pool) for piece in batch.prefills])
 
     def _decode_group(
         self,
@@ -199,7 +219,7 @@ class CpuAttention:
         return _DecodeGroup(rows, self._gather(blocks, pool), mask[:, None, None])
 
     def _plan_slice(
-        self, piece: PrefillSlice, window: int | None, group: int, step: int, dtype: torch.dtype, pool: KvPool
+        self, piece: PrefillSlice, window: int | None, step: int, q: Tensor, pool: KvPool
     ) -> tuple[_Gather, list[_PrefillPiece]]:
         block_size = pool.block_size
         total = piece.context_len + piece.num_tokens
@@ -208,10 +228,11 @@ class CpuAttention:
         blocks = piece.block_ids[start : -(-total // block_size)]
         gather = self._gather(F.pad(blocks, (0, count - blocks.numel())).unsqueeze(0), pool)
         rows = _PREFILL_ROWS if total <= _LONG_CONTEXT else _LONG_CONTEXT_ROWS
+        group = q.shape[1] // pool.num_kv_heads
         tokens = max(1, rows // group)
         band = self._bands.get((window, rows))
-        if band is None or band.group != group or band.dtype != dtype:
-            band = self._bands[window, rows] = _Band(window, tokens, group, dtype)
+        if band is None:
+            band = self._bands[window, rows] = _Band(window, tokens, group, _fewest_rows(q.dtype, q.shape[2]), q.dtype)
         pieces = []
         for offset in range(0, piece.num_tokens, tokens):
             size = min(tokens, piece.num_tokens - offset)
@@ -227,30 +248,33 @@ class _Band:
     """Causal masks of all offsets as views of one matrix: the rows of a piece see the same diagonal band wherever its
     keys begin."""
 
-    def __init__(self, window: int | None, tokens: int, group: int, dtype: torch.dtype) -> None:
-        self.group = group
-        self.dtype = dtype
+    def __init__(self, window: int | None, tokens: int, group: int, fewest_rows: int, dtype: torch.dtype) -> None:
         self._window = window
         self._tokens = tokens
+        self._group = group
+        self._fewest_rows = fewest_rows
+        self._dtype = dtype
         self._offset = -1
         self._matrix = torch.empty(0)
 
     def mask(self, offset: int, tokens: int, keys: int) -> Tensor:
-        """[tokens * group (+ 1 so that no tile has a single row), keys] of 0 and -inf, for `tokens` tokens of which
+        """[tokens * group, or more so that no tile has too few rows, keys] of 0 and -inf, for `tokens` tokens of which
         the first is key number `offset`."""
         if offset > self._offset or keys - offset > self._matrix.shape[1] - self._offset:
             self._grow(offset, keys - offset)
-        rows = tokens * self.group
-        rows += 0
+        rows = tokens * self._group
+        last = rows % _ROW_TILE
+        if last:
+            rows += max(0, self._fewest_rows - last)
         shift = self._offset - offset
         return self._matrix[:rows, shift : shift + keys]
 
     def _grow(self, offset: int, after: int) -> None:
         offset = self._offset if offset <= self._offset else max(offset, 2 * self._offset)
         after = max(after, self._tokens + _KEY_TILE)
-        positions = torch.arange(self._tokens + 1).repeat_interleave(self.group) + offset
+        positions = torch.arange(self._tokens + self._fewest_rows).repeat_interleave(self._group) + offset
         visible = visible_keys(positions, torch.arange(offset + after), self._window)
-        self._matrix = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
+        self._matrix = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, -torch.inf)
         self._offset = offset
 
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from tandem.common.errors import ConfigError
 from tandem.engine.attention import AttentionBackend, ReferenceAttention
 from tandem.engine.config import ModelConfig
-from tandem.engine.cpu_attention import CpuAttention
+from tandem.engine.cpu_attention import CpuAttention, row_invariant
 from tandem.engine.model import Decoder
 from tandem.engine.weights import Checkpoint
 from tandem.kvstore.identity import KvIdentity, Namespace, namespace
@@ -38,6 +38,9 @@ class LoadedModel:
     """Of its KV, without a tenant's salt."""
     compatibility: bytes
     """32 bytes; workers whose values are equal may exchange KV."""
+    row_invariant: bool
+    """Whether a row's logits and KV depend on its own tokens only, bit for bit, however it is batched or chunked: what
+    `linear.py` and `cpu_attention.py` promise, for every part of this model."""
 
 
 def load_model(
@@ -81,7 +84,9 @@ def load_model(
         )
     )
     compatibility = blake3(identity, key=_COMPATIBILITY_KEY).digest()
-    return LoadedModel(decoder, config, kind, target, identity, compatibility)
+    invariant = decoder.row_invariant_layers and isinstance(backend, CpuAttention)
+    invariant = invariant and row_invariant(kind, config.head_dim, config.num_heads // config.num_kv_heads)
+    return LoadedModel(decoder, config, kind, target, identity, compatibility, invariant)
 
 
 def _device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tandem.engine.attention import AttentionBackend
 from tandem.engine.batch import ForwardBatch, KvPool
 from tandem.engine.config import ModelConfig
-from tandem.engine.linear import Linear, make_linear
+from tandem.engine.linear import Linear, make_linear, padded_rows
 from tandem.engine.rope import RotaryTable, rotate
 from tandem.engine.weights import Checkpoint
 
@@ -142,9 +142,8 @@ class Decoder:
         self._head = make_linear(head, None)
 
     @property
-    def row_invariant(self) -> bool:
-        """Whether each row's logits depend only on its own tokens, bit for bit, however it is batched or chunked (see
-        `linear.py` and `cpu_attention.py` for what that rests on)."""
+    def row_invariant_layers(self) -> bool:
+        """Whether every linear layer is row-invariant (see `linear.py`)."""
         linears = [linear for layer in self._layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         return all(linear.row_invariant for linear in (*linears, self._head))
 
@@ -157,10 +156,12 @@ class Decoder:
         """
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         rotated = heads + kv_heads
+        num_rows, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
+        every_row = num_logits == num_rows and not batch.prefills
         cos, sin = self._rotary.at(batch.positions, self.dtype)
-        hidden = self._embedding.index_select(0, batch.token_ids)
+        hidden = self._padded(self._embedding.index_select(0, batch.token_ids))
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(layer.input_norm(hidden)).view(hidden.shape[0], rotated + kv_heads, -1)
+            qkv = layer.qkv(layer.input_norm(hidden))[:num_rows].view(num_rows, rotated + kv_heads, -1)
             qk, v = qkv[:, :rotated], qkv[:, rotated:]
             if layer.qk_norm is not None:
                 qk = layer.qk_norm(qk)
@@ -169,7 +170,18 @@ class Decoder:
             if on_layer is not None:
                 on_layer(index)
             attended = self._attention.attend(index, qk[:, :heads], batch, pool)
-            hidden = layer.output.plus(attended, hidden)
+            if index == len(self._layers) - 1 and not every_row:
+                # Nobody attends to what the last layer makes of the other rows.
+                attended = attended.index_select(0, batch.logit_rows)
+                hidden = self._padded(hidden.index_select(0, batch.logit_rows))
+            hidden = layer.output.plus(self._padded(attended), hidden)
             gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
             hidden = layer.down.plus(F.silu(gate).mul_(up), hidden)
-        return self._head(self._final_norm(hidden.index_select(0, batch.logit_rows))).float()
+        return self._head(self._final_norm(hidden))[:num_logits].float()
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x [n, size] with zero rows up to the next row count that linear layers are made ready for."""
+        if self.device.type != "cpu":
+            return x
+        spare = padded_rows(x.shape[0]) - x.shape[0]
+        return F.pad(x, (0, 0, 0, spare)) if spare else x

@@ -94,10 +94,15 @@ class _Export:
         self._key = key
         self._pool = exporter.engine.pool
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._ended: str | None = None
+        """The error of a stream that is over; empty: none."""
 
     # KvExport: engine thread
 
     def begin(self, key: RequestKey, slots: Sequence[int], cached_tokens: int) -> None:
+        if self._ended is not None:
+            # The stream was over before the engine knew the request, so the release meant nothing to it then.
+            self._exporter.engine.release(key, self._ended)
         self._slots = torch.tensor(slots, dtype=torch.int64).to(self._pool.storage.device)
         for layer in range(self._pool.num_layers):
             self.layer_ready(layer, 0, cached_tokens)
@@ -134,5 +139,6 @@ class _Export:
 
     def _release(self, error: str) -> None:
         """Ends the request with `worker_lost` if there is an error and it has not ended yet."""
+        self._ended = error
         self._exporter.forget(self._key)
         self._exporter.engine.release(self._key, error)

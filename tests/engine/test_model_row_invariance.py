@@ -1,12 +1,17 @@
 """What does not change a row's logits by a single bit: other rows in the batch, padding, and how a prompt is chunked.
 
-It holds where `Decoder.row_invariant` says so, and was measured on processors with AMX; elsewhere nothing is promised,
-so these tests run there only. It is what makes greedy output the same whether a request ran alone, batched with
-others, handed over, preempted or recomputed.
+It holds where `LoadedModel.row_invariant` says so. It was measured on processors with AVX-512, in bfloat16 with
+AVX512-BF16 or AMX; elsewhere it is not promised (with AVX2 it does not hold), so these tests run there only. It is what
+makes greedy output the same whether a request ran alone, batched with others, handed over, preempted or recomputed.
+
+Not row-invariant: bfloat16 models with a large layer of more than 448 inputs (`linear.py`), with a head size above 32
+that is not a multiple of 32, or with as many KV heads as query heads (`cpu_attention.py`); float32 models with a layer
+of more than 1,024 inputs; int8 models; any model on a GPU.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,20 +22,24 @@ from tests.engine.paged_model import PagedModel
 from tests.models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported(), reason="row invariance is promised on processors with AMX only"
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="row invariance was measured with AVX-512 only"
 )
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small-model": {"hidden_size": 384, "intermediate_size": 960, "num_attention_heads": 6, "num_hidden_layers": 2},
     "sliding-window": {"family": "mistral", "sliding_window": 50, "hidden_size": 128},
     "qk-norm": {"family": "qwen3", "num_attention_heads": 8, "head_dim": 32},
+    "wide-heads": {"head_dim": 128},
 }
 
 
 @pytest.fixture(scope="module", params=[(size, dtype) for size in SIZES for dtype in ("bfloat16", "float32")])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     size, dtype = request.param
+    if dtype == "bfloat16" and not BFLOAT16:
+        pytest.skip("this processor does not compute in bfloat16")
     overrides = dict(SIZES[size])
     folder = tmp_path_factory.mktemp("model") / size
     tiny_model(overrides.pop("family", "llama"), folder, **overrides)
@@ -42,7 +51,24 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def test_these_models_promise_it(loaded: LoadedModel) -> None:
-    assert loaded.decoder.row_invariant
+    assert loaded.row_invariant
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "overrides"),
+    [
+        ("bfloat16", None, {"num_key_value_heads": 4}),
+        ("bfloat16", None, {"head_dim": 80}),
+        ("bfloat16", None, {"hidden_size": 512, "intermediate_size": 2048}),
+        ("float32", None, {"intermediate_size": 1040}),
+        ("float32", "int8", {}),
+    ],
+)
+def test_models_for_which_it_does_not_hold_do_not_promise_it(
+    tmp_path: Path, dtype: str, quantization: str | None, overrides: dict[str, Any]
+) -> None:
+    folder = tiny_model("llama", tmp_path / "model", num_hidden_layers=1, **overrides)
+    assert not load_model(folder, dtype=dtype, device="cpu", quantization=quantization).row_invariant
 
 
 @pytest.mark.parametrize("length", [5, 130, 700])

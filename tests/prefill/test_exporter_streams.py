@@ -126,6 +126,16 @@ def test_a_failed_hand_over_ends_the_request_with_the_reason(end: str) -> None:
     assert "gone: nobody waits" in scene.engine.released[0][1]
 
 
+def test_a_stream_that_ends_before_the_engine_knows_the_request_releases_again_as_it_begins() -> None:
+    scene = Scene()
+    scene.attach().listener.on_refuse(Reason("overloaded", "no room"))
+    scene.engine.released.clear()  # it meant nothing to the engine
+    scene.export.begin(KEY, SLOTS, 0)
+    ((key, error),) = scene.engine.released
+    assert key == KEY
+    assert "no room" in error
+
+
 def test_a_cancelled_request_aborts_its_stream() -> None:
     scene = Scene()
     stream = scene.attach()
