@@ -52,17 +52,21 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
     }
-    if config.disaggregate is not None:
-        router["disaggregate"] = config.disaggregate
+    for name in ("disaggregate", "grpc_port"):
+        if (value := getattr(config, name)) is not None:
+            router[name] = value
+    if config.api_keys_file is not None:
+        router["api_keys_file"] = str(config.api_keys_file.absolute())
     return [*workers, ChildPlan("router", "router", router)]
 
 
-def ready_text(config: ServeConfig, url: str, seconds: float, needs_key: bool) -> str:
+def ready_text(config: ServeConfig, url: str, seconds: float) -> str:
     """What the user sees once everything runs: where it is, and two ways to try it."""
     name = served_name(config)
     kind = (
         f"{config.num_prefill} prefill + {config.decode} decode" if config.num_prefill else f"{config.decode} unified"
     )
+    needs_key = config.api_keys_file is not None
     header = "    -H 'Authorization: Bearer '$TANDEM_API_KEY \\\n" if needs_key else ""
     key = 'os.environ["TANDEM_API_KEY"]' if needs_key else '"none"'
     imports = "import os\n  " if needs_key else ""
@@ -70,12 +74,12 @@ def ready_text(config: ServeConfig, url: str, seconds: float, needs_key: bool) -
 Tandem is ready: {url} serves {name} ({kind}, started in {seconds:.1f} s)
 
   curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-{header}    -d '{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "Tell me a story."}}]}}'
+{header}    -d '{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "Who are you?"}}]}}'
 
   {imports}from openai import OpenAI
   client = OpenAI(base_url="{url}/v1", api_key={key})
   reply = client.chat.completions.create(
-      model="{name}", messages=[{{"role": "user", "content": "Tell me a story."}}]
+      model="{name}", messages=[{{"role": "user", "content": "Who are you?"}}]
   )
   print(reply.choices[0].message.content)
 

@@ -25,6 +25,10 @@ class ServeConfig(EngineConfig):
     """Address of the HTTP server. 0.0.0.0: reachable from other machines."""
     port: int = 8000
     """Port of the HTTP server. 0: any free one; the ready line says which."""
+    grpc_port: int | None = None
+    """Port of the gRPC API, `tandem.v1.Inference`. None: off."""
+    api_keys_file: Path | None = None
+    """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
     roles: Literal["disaggregated", "unified"] = "disaggregated"
     """unified: no prefill workers; decode workers compute prompts themselves."""
     prefill: int = 1
@@ -46,6 +50,8 @@ class ServeConfig(EngineConfig):
             raise ConfigError(f"--prefill {self.prefill}: must not be negative")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: must be between 0 and 65535")
+        if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
+            raise ConfigError(f"--grpc_port {self.grpc_port}: must be between 0 and 65535")
         if not self.model and not (BUNDLED_MODEL / "config.json").is_file():
             raise ConfigError("--model is missing: this installation comes without the small model, name a folder")
 

@@ -97,8 +97,7 @@ class Supervisor:
 
         waits = [asyncio.create_task(announce(child)) for child in self._children[:-1]]
         await asyncio.gather(*waits, self._router_ready(router))
-        needs_key = bool(os.environ.get("TANDEM_API_KEYS_FILE"))
-        print(ready_text(self._config, self._url, time.monotonic() - started, needs_key), flush=True)
+        print(ready_text(self._config, self._url, time.monotonic() - started), flush=True)
 
     async def _router_ready(self, router: Child) -> None:
         while True:

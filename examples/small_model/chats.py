@@ -184,13 +184,9 @@ def find_topics(documents: list[Document]) -> dict[str, str]:
     """Words to ask about and how to call them: names ('Alice') and nouns ('the sea', 'whales')."""
     text = " ".join(paragraph for document in documents for paragraph in document)
     lower = Counter(re.findall(r"\b[a-z]+\b", text))
-    names = Counter(
-        re.findall(r"(?<=[a-z,;] )(?:Mrs?\. |Miss |Lady |Captain |Colonel )?[A-Z][a-z]{2,}\b", text)
-    )
+    names = Counter(re.findall(r"(?<=[a-z,;] )(?:Mrs?\. |Miss |Lady |Captain |Colonel )?[A-Z][a-z]{2,}\b", text))
     topics = {n: n for n, count in names.items() if count >= 8 and lower[n.lower()] < count / 4}
-    nouns = Counter(
-        re.findall(r"\b(?:the|a|an) ([a-z]{3,})(?=[.,;:!?]| (?:was|is|had|has|of|and|that|which)\b)", text)
-    )
+    nouns = Counter(re.findall(r"\b(?:the|a|an) ([a-z]{3,})(?=[.,;:!?]| (?:was|is|had|has|of|and|that|which)\b)", text))
     for noun, count in nouns.items():
         if count >= 14 and count > lower[noun] / 12 and not noun.endswith(("ly", "ing", "ed", "est")):
             topics[noun] = f"the {noun}"
@@ -226,9 +222,7 @@ def _about(document: Document, topics: dict[str, str], rng: random.Random) -> It
             word = rng.choice((names if names and rng.random() < 0.6 else words)[-3:])
             named = topics[word]
             special = WHO if word[0].isupper() else WHAT
-            question = (
-                rng.choice(ABOUT + special).format(named) if rng.random() < 0.95 else rng.choice(ANYTHING)
-            )
+            question = rng.choice(ABOUT + special).format(named) if rng.random() < 0.95 else rng.choice(ANYTHING)
             yield [user(question), assistant(answer), *_next_turn(document, index, rng)]
             break
 

@@ -82,9 +82,7 @@ def show_chats(speaker: Speaker, samples: int) -> None:
         answers += [speaker.write(ids, 300) for _ in range(samples)]
         ended += sum(answer[-1] == end for answer in answers)
         asked += len(answers)
-        print(
-            f"- **{question}**\n  greedy: {speaker.text(answers[0])}\n  sampled: {speaker.text(answers[-1])}"
-        )
+        print(f"- **{question}**\n  greedy: {speaker.text(answers[0])}\n  sampled: {speaker.text(answers[-1])}")
     print(f"\n{ended} of {asked} answers ended within 300 tokens\n")
 
 

@@ -65,9 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="default: %(default)s")
-    parser.add_argument(
-        "--dropout", type=float, default=0.05, help="on every block's output (default: %(default)s)"
-    )
+    parser.add_argument("--dropout", type=float, default=0.05, help="on every block's output (default: %(default)s)")
     parser.add_argument("--chat-share", type=float, default=0.23, help="of the tokens (default: %(default)s)")
     parser.add_argument("--long-share", type=float, default=0.12, help="of the steps, at full context")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -254,9 +252,7 @@ def _amend(file: Path, **entries: object) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def prepare(
-    corpus: Corpus, options: argparse.Namespace
-) -> tuple[PreTrainedTokenizerFast, Prose, list[Sequence]]:
+def prepare(corpus: Corpus, options: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Prose, list[Sequence]]:
     """Tokenizer, prose and chats; all three come from the training part of the novels alone."""
     chats = make_chats(corpus.train, random.Random(options.seed))
     spoken = [" ".join(questions + answers) for questions, answers in PERSONA]

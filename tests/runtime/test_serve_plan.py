@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_every_process_can_read_the_file_it_gets(tmp_path: Path) -> None:
         assert {name: getattr(parsed, name) for name in plan.settings} == plan.settings
 
 
+def test_the_router_gets_what_serve_says_about_it(tmp_path: Path) -> None:
+    config = ServeConfig(model="m", grpc_port=9001, api_keys_file=Path("keys"), disaggregate="never")
+    router = plan_children(config, RUN, 81)[-1].settings
+    assert (router["grpc_port"], router["disaggregate"]) == (9001, "never")
+    assert router["api_keys_file"] == str(Path("keys").absolute())
+
+
 def test_engine_settings_reach_the_workers() -> None:
     config = ServeConfig(model="m", num_threads=3, max_num_seqs=7, enable_prefix_caching=False)
     for plan in plan_children(config, RUN, 81)[:-1]:
@@ -61,11 +69,13 @@ def test_the_model_is_named_like_its_folder(model: str, name: str) -> None:
 
 def test_the_ready_text_shows_commands_to_copy() -> None:
     config = ServeConfig(model="/models/Tiny-1B")
-    text = ready_text(config, "http://127.0.0.1:81", 1.25, needs_key=False)
+    text = ready_text(config, "http://127.0.0.1:81", 1.25)
     assert "http://127.0.0.1:81/v1/chat/completions" in text
     assert 'model="Tiny-1B"' in text
     assert "Authorization" not in text
-    assert "Authorization: Bearer" in ready_text(config, "http://127.0.0.1:81", 1.25, needs_key=True)
+    assert "Authorization: Bearer" in ready_text(
+        replace(config, api_keys_file=Path("keys")), "http://127.0.0.1:81", 1.25
+    )
 
 
 def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
