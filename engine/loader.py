@@ -15,6 +15,7 @@ from tandem.engine.attention import AttentionBackend, ReferenceAttention
 from tandem.engine.config import ModelConfig
 from tandem.engine.cpu_attention import CpuAttention, row_invariant
 from tandem.engine.model import Decoder
+from tandem.engine.native import NativeKernels, load_kernels, supports
 from tandem.engine.weights import Checkpoint
 from tandem.kvstore.identity import KvIdentity, Namespace, namespace
 
@@ -49,7 +50,9 @@ def load_model(
     """Loads `folder` (Hugging Face format) for inference.
 
     `dtype` is auto, float32, bfloat16 or float16; `device` is auto, cpu, cuda or cuda:N; `quantization` is None or
-    int8 (weights only, CPU); `attention` is auto, torch or triton. Raises ConfigError for anything unusable.
+    int8 (weights only, CPU); `attention` is auto, torch or triton: auto is triton on a GPU, and on the CPU torch with
+    native kernels where they can be had (`native.py`; set torch's thread count before). Raises ConfigError for anything
+    unusable.
     """
     target = _device(device)
     config = ModelConfig.from_folder(folder)
@@ -58,9 +61,15 @@ def load_model(
         raise ConfigError(f"quantization: {quantization!r} is not supported; supported: {', '.join(QUANTIZATIONS)}")
     if quantization is not None and target.type != "cpu":
         raise ConfigError(f"quantization: {quantization} is supported on the CPU only, not on {target}")
-    backend = _attention(attention, config, target)
+    native = None
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+    if attention == "auto" and supports(kind, target, *sizes):
+        native = load_kernels()
+    backend = _attention(attention, config, target, native)
     with Checkpoint(folder) as checkpoint:
-        decoder = Decoder(config, checkpoint, backend, dtype=kind, device=target, quantization=quantization)
+        decoder = Decoder(
+            config, checkpoint, backend, dtype=kind, device=target, quantization=quantization, native=native
+        )
         weights_digest = checkpoint.digest()
     identity = namespace(
         KvIdentity(
@@ -119,7 +128,7 @@ def _cpu_computes_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _attention(name: str, config: ModelConfig, device: torch.device) -> AttentionBackend:
+def _attention(name: str, config: ModelConfig, device: torch.device, native: NativeKernels | None) -> AttentionBackend:
     """auto: triton on a GPU. torch on a GPU is the slow reference."""
     if name not in ATTENTIONS:
         raise ConfigError(f"attention: {name!r} is not supported; use {', '.join(ATTENTIONS)}")
@@ -132,7 +141,7 @@ def _attention(name: str, config: ModelConfig, device: torch.device) -> Attentio
         except ImportError as error:
             raise ConfigError("attention: triton is not installed; install tandem-llm[gpu]") from error
         return TritonAttention(config.sliding_windows)
-    return ReferenceAttention(config.sliding_windows) if on_gpu else CpuAttention(config.sliding_windows)
+    return ReferenceAttention(config.sliding_windows) if on_gpu else CpuAttention(config.sliding_windows, native)
 
 
 def _file_digest(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from tandem.engine.attention import AttentionBackend
 from tandem.engine.batch import ForwardBatch, KvPool
 from tandem.engine.config import ModelConfig
 from tandem.engine.linear import Linear, make_linear, padded_rows
+from tandem.engine.native import NativeKernels
 from tandem.engine.rope import RotaryTable, rotate
 from tandem.engine.weights import Checkpoint
 
@@ -60,13 +61,18 @@ class RmsNorm:
     sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(n eps)) / sqrt(n).
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        """weight [n] or, with one weight per head, [heads, n]."""
+    def __init__(self, weight: Tensor, eps: float, native: NativeKernels | None = None) -> None:
+        """weight [n] or, with one weight per head and without native kernels, [heads, n]."""
         size = weight.shape[-1]
+        self._native = native
+        self._weight = weight.float()
+        self._eps = eps
         self._scaled = weight.float() * size**0.5
         self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._native is not None:
+            return self._native.rms_norm(x, self._weight, self._eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return torch.mul(x, self._scaled).div_(torch.hypot(length, self._floor)).to(x.dtype)
 
@@ -77,6 +83,8 @@ class _Layer:
     qkv: Linear
     qk_norm: RmsNorm | None
     """Over the heads of q, then those of k."""
+    native_qk_norm: tuple[Tensor, Tensor] | None
+    """The same for native kernels: float32 weights [head_dim] of q and k."""
     output: Linear
     mlp_norm: RmsNorm
     gate_up: Linear
@@ -95,12 +103,15 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         quantization: str | None = None,
+        native: NativeKernels | None = None,
     ) -> None:
-        """Reads the weights. Raises ConfigError where they do not fit `config`."""
+        """Reads the weights. Raises ConfigError where they do not fit `config`. `native` is None or made for a model of
+        these sizes (`native.supports`)."""
         self.config = config
         self.dtype = dtype
         self.device = device
         self._attention = attention
+        self.native = native
         self._rotary = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings, device)
         checkpoint.check(expected_tensors(config), tolerated=("lm_head.weight",) if config.tie_word_embeddings else ())
 
@@ -114,12 +125,19 @@ class Decoder:
             return make_linear(weight, biases, quantization=quantization)
 
         def norm(name: str) -> RmsNorm:
-            return RmsNorm(read(name), config.rms_norm_eps)
+            return RmsNorm(read(name), config.rms_norm_eps, native)
+
+        def qk_norms(prefix: str) -> tuple[Tensor, Tensor]:
+            return read(f"{prefix}q_norm.weight"), read(f"{prefix}k_norm.weight")
 
         def qk_norm(prefix: str) -> RmsNorm:
-            q, k = read(f"{prefix}q_norm.weight"), read(f"{prefix}k_norm.weight")
+            q, k = qk_norms(prefix)
             heads = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
             return RmsNorm(heads, config.rms_norm_eps)
+
+        def native_qk_norm(prefix: str) -> tuple[Tensor, Tensor]:
+            q, k = qk_norms(prefix)
+            return q.float(), k.float()
 
         def layers() -> Iterator[_Layer]:
             for index in range(config.num_layers):
@@ -128,7 +146,8 @@ class Decoder:
                 yield _Layer(
                     input_norm=norm(prefix + "input_layernorm.weight"),
                     qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
-                    qk_norm=qk_norm(attention) if config.qk_norm else None,
+                    qk_norm=qk_norm(attention) if config.qk_norm and native is None else None,
+                    native_qk_norm=native_qk_norm(attention) if config.qk_norm and native is not None else None,
                     output=linear(attention, "o_proj", bias=config.o_bias),
                     mlp_norm=norm(prefix + "post_attention_layernorm.weight"),
                     gate_up=linear(mlp, "gate_proj", "up_proj", bias=config.mlp_bias),
@@ -154,30 +173,50 @@ class Decoder:
         `on_layer(l)` is called as soon as layer l of the pool holds them. Returns float32 logits [R, vocab_size] of
         `batch.logit_rows`.
         """
-        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        rotated = heads + kv_heads
         num_rows, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         every_row = num_logits == num_rows and not batch.prefills
-        cos, sin = self._rotary.at(batch.positions, self.dtype)
+        angles = self._rotary.angles(batch.positions) if self.native else self._rotary.at(batch.positions, self.dtype)
         hidden = self._padded(self._embedding.index_select(0, batch.token_ids))
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(layer.input_norm(hidden))[:num_rows].view(num_rows, rotated + kv_heads, -1)
-            qk, v = qkv[:, :rotated], qkv[:, rotated:]
-            if layer.qk_norm is not None:
-                qk = layer.qk_norm(qk)
-            qk = rotate(qk, cos, sin)
-            pool.write(index, batch.slots, qk[:, heads:], v)
+            qkv = layer.qkv(layer.input_norm(hidden))[:num_rows]
+            q = self._rotate_and_write(qkv, angles, index, batch.slots, pool)
             if on_layer is not None:
                 on_layer(index)
-            attended = self._attention.attend(index, qk[:, :heads], batch, pool)
+            attended = self._attention.attend(index, q, batch, pool)
             if index == len(self._layers) - 1 and not every_row:
                 # Nobody attends to what the last layer makes of the other rows.
                 attended = attended.index_select(0, batch.logit_rows)
                 hidden = self._padded(hidden.index_select(0, batch.logit_rows))
             hidden = layer.output.plus(self._padded(attended), hidden)
-            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
-            hidden = layer.down.plus(F.silu(gate).mul_(up), hidden)
+            hidden = layer.down.plus(self._gated(layer.gate_up(layer.mlp_norm(hidden))), hidden)
         return self._head(self._final_norm(hidden))[:num_logits].float()
+
+    def _rotate_and_write(
+        self, qkv: Tensor, angles: tuple[Tensor, Tensor], index: int, slots: Tensor, pool: KvPool
+    ) -> Tensor:
+        """Returns q [N, num_heads, head_dim] of qkv [N, ...], normed and rotated; k, so too, and v go to the pool."""
+        heads, rotated, layer = (
+            self.config.num_heads,
+            self.config.num_heads + self.config.num_kv_heads,
+            self._layers[index],
+        )
+        qkv = qkv.view(qkv.shape[0], rotated + self.config.num_kv_heads, -1)
+        if self.native is not None:
+            eps = self.config.rms_norm_eps
+            self.native.rotate_and_write(qkv, layer.native_qk_norm, eps, angles, index, slots, pool)
+            return qkv[:, :heads]
+        qk, v = qkv[:, :rotated], qkv[:, rotated:]
+        if layer.qk_norm is not None:
+            qk = layer.qk_norm(qk)
+        qk = rotate(qk, *angles)
+        pool.write(index, slots, qk[:, heads:], v)
+        return qk[:, :heads]
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     def _padded(self, x: Tensor) -> Tensor:
         """x [n, size] with zero rows up to the next row count that linear layers are made ready for."""

@@ -65,6 +65,10 @@ class RotaryTable:
         self._cos = (angles.cos() * rope.attention_factor).to(device)
         self._sin = (angles.sin() * rope.attention_factor).to(device)
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each float32 [N, head_dim / 2], of `positions` int64 [N]."""
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors that `rotate` takes, for `positions` int64 [N]: [cos, cos] and [-sin, sin], each
         [N, 1, head_dim] of `dtype`."""

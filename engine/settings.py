@@ -17,13 +17,14 @@ class EngineConfig:
     served_model_name: str | None = None
     """The name clients use. None: the last part of `model`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and KV. auto: the checkpoint's, or float32 where the processor has no fast bfloat16."""
+    """Of weights and KV. auto: bfloat16 on a GPU and on processors that compute in it, else float32."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     quantization: Literal["int8"] | None = None
     """int8: weights only, quantised while loading."""
     attention: Literal["auto", "torch", "triton"] = "auto"
-    """auto: triton on a GPU, torch on a CPU."""
+    """auto: triton on a GPU, on a CPU torch with C kernels where they can be compiled. torch: plain torch, with which a
+    decoded row has the same bits as the same row of a prompt."""
     block_size: int = 16
     """Tokens per KV block, a multiple of 16. Both ends of a hand-over may differ in it; rows travel, not blocks."""
     kv_cache_bytes: int | None = None

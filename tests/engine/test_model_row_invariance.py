@@ -6,11 +6,14 @@ makes greedy output the same whether a request ran alone, batched with others, h
 
 Not row-invariant: bfloat16 models with a large layer of more than 448 inputs (`linear.py`), with a head size above 32
 that is not a multiple of 32, or with as many KV heads as query heads (`cpu_attention.py`); float32 models with a layer
-of more than 1,024 inputs; int8 models; any model on a GPU.
+of more than 1,024 inputs; int8 models; any model on a GPU. With native kernels (`native.py`) a decode row may differ by
+rounding from the same row in a prefill, so a request that is preempted and recomputed can continue differently where
+two tokens are almost equally likely; all else holds.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +38,26 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[(size, dtype) for size in SIZES for dtype in ("bfloat16", "float32")])
+@dataclass(frozen=True)
+class Variant:
+    dtype: str
+    attention: str
+    """auto: with native kernels where they can be had, and the model is bfloat16; torch: without."""
+
+
+VARIANTS = (Variant("bfloat16", "auto"), Variant("bfloat16", "torch"), Variant("float32", "auto"))
+
+
+@pytest.fixture(scope="module", params=[(size, variant) for size in SIZES for variant in VARIANTS], ids=str)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    size, dtype = request.param
+    size, variant = request.param
+    dtype = variant.dtype
     if dtype == "bfloat16" and not BFLOAT16:
         pytest.skip("this processor does not compute in bfloat16")
     overrides = dict(SIZES[size])
     folder = tmp_path_factory.mktemp("model") / size
     tiny_model(overrides.pop("family", "llama"), folder, **overrides)
-    return load_model(folder, dtype=dtype, device="cpu", quantization=None)
+    return load_model(folder, dtype=dtype, device="cpu", quantization=None, attention=variant.attention)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -101,7 +115,10 @@ def test_a_row_is_the_same_decoded_or_recomputed_as_a_prompt(loaded: LoadedModel
     paged = PagedModel(loaded, 1, 1024, seed=5)
     paged.prefill(0, tokens[:500])
     decoded = torch.stack([paged.step([(0, token)])[0][0] for token in tokens[500:]])
-    assert torch.equal(decoded, whole[500:])
+    if loaded.decoder.native:
+        assert (decoded - whole[500:]).norm() < 0.02 * whole[500:].norm()
+    else:
+        assert torch.equal(decoded, whole[500:])
 
 
 def test_the_hand_over_of_a_prefix_does_not_change_what_follows(loaded: LoadedModel) -> None:
