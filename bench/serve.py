@@ -260,7 +260,8 @@ def report(found: dict[str, dict[str, list[Figures]]], out: Path | None, rounds:
                 pairs = [a.output_tokens_per_s / b.output_tokens_per_s for a, b in zip(rows, base, strict=False)]
                 ratio = f"{statistics.median(pairs):.2f}"
             spread = spread_of(rows, "output_tokens_per_s")
-            table.setdefault(workload, {})[name] = {**middle, "spread": spread, "vs_unified": ratio}
+            known = {key: value for key, value in middle.items() if value == value}  # without NaN
+            table.setdefault(workload, {})[name] = {**known, "spread": spread, "vs_unified": ratio}
             print(
                 f"{workload:10} {name:14} {middle['ttft_p50']:9.1f} {middle['tpot_p50']:8.2f} {middle['gap_p99']:8.1f}"
                 f" {middle['output_tokens_per_s']:10.0f} {ratio:>10}"
