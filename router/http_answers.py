@@ -47,19 +47,23 @@ async def answer(exchange: Exchange, call: Call, shapes: Format) -> None:
             pairs = list(zip(call.choices, deltas, strict=True))
             await exchange.reply_json(shapes.answer(pairs, call.usage()))
     except TandemError as error:
-        if error is _GONE:
+        if isinstance(error, _Disconnected):
             raise ClientGone from error
         raise
     finally:
         watcher.cancel()
 
 
-_GONE = TandemError("cancelled", "the client went away")
+class _Disconnected(TandemError):
+    """Made anew each time: an exception that is raised twice keeps the frames of both, and all they hold."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled", "the client went away")
 
 
 async def _watch(exchange: Exchange, call: Call) -> None:
     await exchange.wait_for_disconnect()
-    call.fail(_GONE)
+    call.fail(_Disconnected())
 
 
 async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
@@ -77,7 +81,7 @@ async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
                     events += shapes.ending(call.usage()) + DONE
                 await exchange.send_events(events, last=call.finished)
     except TandemError as error:
-        if error is _GONE or not started:
+        if isinstance(error, _Disconnected) or not started:
             raise
         await exchange.send_events(b"data: " + msgspec.json.encode(error_body(error)) + b"\n\n", last=True)
     except TimeoutError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
+from tandem.router.generate import Call
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import House, events, until
 from tests.router.fake_worker import Script
@@ -104,6 +106,20 @@ async def test_client_that_goes_away_cancels_on_both_workers(house: House) -> No
     assert decode.cancelled_ids == prefill.cancelled_ids == {decode.submits[0].key.request_id}
     await until(lambda: router.fleet.decode[0].requests == 0)
     await until(lambda: b"client_disconnects_total 1.0" in router.metrics.text())
+
+
+async def test_nothing_is_kept_of_clients_that_went_away(house: House) -> None:
+    def calls() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Call) for thing in gc.get_objects())
+
+    router = await house.router(await house.decode(script=Script(delay_s=0.01)))
+    client = await house.client(router)
+    for gone in range(3):
+        async with client.stream("POST", "/v1/completions", json={**PROMPT, "max_tokens": 400}) as response:
+            await anext(response.aiter_bytes())
+        await until(lambda gone=gone: f"client_disconnects_total {gone + 1}.0".encode() in router.metrics.text())
+    await until(lambda: calls() == 0)
 
 
 async def test_client_that_goes_away_before_a_whole_answer_cancels_too(house: House) -> None:
