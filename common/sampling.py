@@ -9,7 +9,7 @@ from tandem.proto import worker_pb2
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Validated by the router; the engine trusts it. Defaults: greedy-free OpenAI behaviour, nothing filtered."""
+    """Validated by the router; the engine trusts it. Defaults: those of OpenAI's completions, with no filter on."""
 
     max_tokens: int = 16
     """Output tokens at most."""
