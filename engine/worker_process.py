@@ -20,6 +20,7 @@ from tandem.common.errors import ConfigError
 from tandem.common.telemetry import serve_metrics, set_up_logging, set_up_tracing
 from tandem.engine.block_manager import IntegrityError
 from tandem.engine.engine import Engine
+from tandem.engine.warmup import warm_up
 from tandem.engine.worker_metrics import WorkerMetrics
 from tandem.engine.worker_server import Handover, OutputBridge, WorkerServer
 from tandem.engine.worker_settings import WorkerConfig
@@ -71,8 +72,15 @@ class WorkerProcess:
             self.address = f"{self.config.listen.rpartition(':')[0]}:{port}"
         self._bridge = OutputBridge(asyncio.get_running_loop())
         started = time.monotonic()
-        self.engine = await asyncio.to_thread(Engine, self.config, self._bridge.put)
+        self.engine = await asyncio.to_thread(self._load_engine)
         log.info("loaded %s in %.1f s", self.config.model, time.monotonic() - started)
+
+    def _load_engine(self) -> Engine:
+        config = self.config
+        engine = Engine(config, self._bridge.put)
+        seconds = warm_up(engine.loaded, engine.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        log.debug("warmed up in %.1f s", seconds)
+        return engine
 
     @property
     def identity(self) -> PeerIdentity:
