@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tandem.common.sampling import SamplingParams
 from tandem.kvstore.identity import BlockHash, Namespace, salted
 from tandem.proto import worker_pb2
+from tandem.router.api_keys import Caller
 from tandem.router.attempt import Attempt, Listener
 from tandem.router.metrics import RouterMetrics
 from tandem.router.placement import DecodeCandidate, PrefillCandidate, PrefixAffinity, RequestFacts, place
@@ -23,8 +24,14 @@ class SequenceSpec:
 
     prompt: Prompt
     sampling: SamplingParams
+    caller: Caller
+    wanted_salt: str = ""
+    """The request's own `cache_salt`."""
     priority: int = 0
-    cache_salt: bytes = b""
+
+    @property
+    def cache_salt(self) -> bytes:
+        return self.caller.cache_salt(self.wanted_salt)
 
 
 class Dispatcher:

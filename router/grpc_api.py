@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.common.errors import ConfigError, TandemError
 from tandem.proto import inference_pb2, inference_pb2_grpc
-from tandem.router.api_keys import ApiKeys
+from tandem.router.api_keys import ANYBODY, ApiKeys, Caller
 from tandem.router.choice import ChoiceSpec, Delta, with_seeds
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import MAX_N
@@ -63,9 +63,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived = time.monotonic()
         request_id = uuid.uuid4().hex
         try:
-            self._authenticate(context)
+            caller = self._authenticate(context)
             self._service.check_load()
-            choices = await self._choices(request)
+            choices = await self._choices(request, caller)
             with self._service.call(
                 request_id, choices, arrived=arrived, traceparent=_metadata(context, "traceparent"), streaming=True
             ) as call:
@@ -111,11 +111,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         except TandemError as error:
             await _abort(context, error)
 
-    def _authenticate(self, context: Context) -> None:
-        if self._api_keys is not None:
-            self._api_keys.check(_metadata(context, "authorization"))
+    def _authenticate(self, context: Context) -> Caller:
+        return ANYBODY if self._api_keys is None else self._api_keys.check(_metadata(context, "authorization"))
 
-    async def _choices(self, request: inference_pb2.GenerateRequest) -> list[ChoiceSpec]:
+    async def _choices(self, request: inference_pb2.GenerateRequest, caller: Caller) -> list[ChoiceSpec]:
         model = self._service.model
         model.check_name(request.model)
         fields = SamplingFields(
@@ -141,7 +140,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         sampling = sampling_params(
             fields, defaults=model.defaults, vocab_size=model.vocab_size, max_tokens=max_tokens, logprobs=logprobs
         )
-        spec = ChoiceSpec(SequenceSpec(prompt, sampling), stop=stop_strings(fields), keep_tokens=True)
+        spec = ChoiceSpec(SequenceSpec(prompt, sampling, caller), stop=stop_strings(fields), keep_tokens=True)
         return with_seeds(spec, fields.n or 1)
 
     async def _prompt(self, request: inference_pb2.GenerateRequest) -> Prompt:

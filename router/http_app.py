@@ -64,7 +64,7 @@ class HttpApp:
         try:
             method, handler = _route(exchange.path)
             if self._api_keys is not None and exchange.path not in OPEN_PATHS:
-                self._api_keys.check(exchange.header(b"authorization"))
+                exchange.caller = self._api_keys.check(exchange.header(b"authorization"))
             if exchange.method != method and not (exchange.method == "HEAD" and method == "GET"):
                 headers.append((b"allow", method.encode()))
                 raise TandemError("method_not_allowed", f"{exchange.path} takes {method}, not {exchange.method[:16]}")

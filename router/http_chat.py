@@ -48,7 +48,7 @@ async def chat_completions(exchange: Exchange, service: Service) -> None:
         logprobs=_logprobs(body),
     )
     spec = ChoiceSpec(
-        SequenceSpec(prompt, sampling, body.priority or 0, (body.cache_salt or "").encode()),
+        SequenceSpec(prompt, sampling, exchange.caller, body.cache_salt or "", body.priority or 0),
         stop=stop_strings(body),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from tandem.proto.worker_pb2 import TokenLogprobs
+from tandem.router.api_keys import Caller
 from tandem.router.choice import Choice, ChoiceSpec, Delta, with_seeds
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.generate import Usage
@@ -36,7 +37,7 @@ async def completions(exchange: Exchange, service: Service) -> None:
         raise invalid("prompt", f"x n may make at most {MAX_CHOICES} choices, got {len(prompts) * n}")
     choices: list[ChoiceSpec] = []
     for prompt in prompts:
-        choices += with_seeds(_spec(body, prompt, service), n)
+        choices += with_seeds(_spec(body, prompt, service, exchange.caller), n)
     with service.call(
         exchange.request_id,
         choices,
@@ -68,7 +69,7 @@ async def _prompts(given: str | list[str | int | list[int]], service: Service) -
     raise invalid("prompt", "must be a string, strings, token ids, or lists of token ids, not a mixture")
 
 
-def _spec(body: CompletionBody, prompt: Prompt, service: Service) -> ChoiceSpec:
+def _spec(body: CompletionBody, prompt: Prompt, service: Service, caller: Caller) -> ChoiceSpec:
     score_only = bool(body.echo) and body.max_tokens == 0
     max_tokens = output_tokens(
         1 if score_only else body.max_tokens,
@@ -87,7 +88,7 @@ def _spec(body: CompletionBody, prompt: Prompt, service: Service) -> ChoiceSpec:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     return ChoiceSpec(
-        SequenceSpec(prompt, sampling, body.priority or 0, (body.cache_salt or "").encode()),
+        SequenceSpec(prompt, sampling, caller, body.cache_salt or "", body.priority or 0),
         stop=stop_strings(body),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,

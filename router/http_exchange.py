@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.router.api_keys import ANYBODY
 from tandem.router.http_errors import error_body, error_headers, from_decode_error
 
 if TYPE_CHECKING:  # uvicorn keeps them private
@@ -33,6 +34,8 @@ class Exchange:
         self.method = scope["method"]
         self.path = scope["path"]
         self.arrived = time.monotonic()
+        self.caller = ANYBODY
+        """Set once the API key is checked."""
         self.status = 0
         """Of the answer; 0 until it has begun."""
         self._headers = dict(scope["headers"])

@@ -12,6 +12,7 @@ import pytest
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.proto import worker_pb2
+from tandem.router.api_keys import ANYBODY
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.generate import MAX_BUFFERED_BYTES, Call
@@ -53,7 +54,7 @@ def context(dispatcher: FakeDispatcher, model_folder: Path) -> CallContext:
 
 def streaming_call(context: CallContext, *, logprobs: int | None = None) -> Call:
     sampling = SamplingParams(max_tokens=10**6, logprobs=logprobs)
-    spec = ChoiceSpec(SequenceSpec(Prompt([5, 6]), sampling), keep_tokens=logprobs is not None)
+    spec = ChoiceSpec(SequenceSpec(Prompt([5, 6]), sampling, ANYBODY), keep_tokens=logprobs is not None)
     call = Call(CallSpec("r", [spec], streaming=True), context)
     call.start()
     return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from tandem.router.api_keys import ANYBODY
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import House, events, joined
 from tests.router.fake_worker import Script
@@ -68,7 +69,7 @@ async def test_every_sampling_field_reaches_the_worker(house: House) -> None:
         got = getattr(submit.sampling, name)
         assert (list(got) if isinstance(value, list) else got) == (2**64 - 1 if name == "seed" else value), name
     assert dict(submit.sampling.logit_bias) == {7: -100.0}
-    assert (submit.sampling.logprobs, submit.priority, submit.cache_salt) == (4, -3, b"us")
+    assert (submit.sampling.logprobs, submit.priority, submit.cache_salt) == (4, -3, ANYBODY.cache_salt("us"))
     assert 0 < submit.timeout_s <= 600
 
 

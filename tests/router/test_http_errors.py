@@ -100,7 +100,26 @@ async def test_api_keys(house: House, tmp_path: Path) -> None:
         assert (await client.get(path)).status_code == 200
 
 
-@pytest.mark.parametrize("content", ["", "sk-ann", "ann:123", "# only a comment"])
+async def test_tenants_do_not_meet_each_others_cache_unless_they_share_a_group(house: House, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("ann", "bob", "cy", "di", "team")}
+    groups = {"cy": ":team", "di": ":team"}
+    keys.write_text("".join(f"{name}:{digest}{groups.get(name, '')}\n" for name, digest in digests.items()))
+    worker, client = await house.pair(api_keys_file=keys)
+
+    async def salt(name: str, **fields: str) -> bytes:
+        headers = {"authorization": f"Bearer {name}"}
+        answer = await client.post("/v1/completions", json={"prompt": "a", **fields}, headers=headers)
+        assert answer.status_code == 200
+        return worker.submits[-1].cache_salt
+
+    salts = [await salt(name) for name in ("ann", "bob", "team", "cy")] + [await salt("cy", cache_salt="x")]
+    assert len(set(salts)) == len(salts)
+    assert await salt("di") == await salt("cy")
+    assert await salt("ann") == salts[0]
+
+
+@pytest.mark.parametrize("content", ["", "sk-ann", "ann:123", "# only a comment", "ann:" + "0" * 64 + ":"])
 def test_key_files_that_cannot_be_used(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys"
     path.write_text(content)
