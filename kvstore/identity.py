@@ -20,9 +20,12 @@ SCHEMA_VERSION = 1
 
 Namespace = NewType("Namespace", bytes)
 BlockHash = NewType("BlockHash", bytes)
+PassageHash = NewType("PassageHash", bytes)
 
 _NAMESPACE_KEY = blake3(b"tandem kv namespace v1").digest()
 _PREFIX_KEY = blake3(b"tandem kv prefix chain v1").digest()
+_PASSAGE_KEY = blake3(b"tandem kv passage v1").digest()
+_TOKENS_KEY = blake3(b"tandem kv tokens v1").digest()
 _SALT_KEY = blake3(b"tandem kv tenant salt v1").digest()
 
 
@@ -83,3 +86,15 @@ def prefix_chain(root: Namespace, tokens: Sequence[int], block_size: int) -> lis
         parent = blake3(parent + raw[start : start + step], key=_PREFIX_KEY).digest()
         chain.append(BlockHash(parent))
     return chain
+
+
+def passage_hash(root: Namespace, tokens: Sequence[int]) -> PassageHash:
+    """Identity of a passage wherever it stands. A key of its own keeps it out of the prefix chains, so KV computed
+    without the tokens before it can never answer an exact look-up."""
+    raw = np.asarray(tokens, dtype="<u4").tobytes()
+    return PassageHash(blake3(_encode([root, "passage", raw]), key=_PASSAGE_KEY).digest())
+
+
+def tokens_digest(tokens: Sequence[int]) -> bytes:
+    """32 bytes over the token ids alone: a second check that a stored object is of these tokens."""
+    return blake3(np.asarray(tokens, dtype="<u4").tobytes(), key=_TOKENS_KEY).digest()
