@@ -1,0 +1,52 @@
+"""Objects that have left a tier, remembered for a while: shared by the policies."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from tandem.kvstore.interfaces import ObjectKey
+
+Note = TypeVar("Note")
+
+MAX_GHOSTS = 1 << 18
+"""Some 50 MB of keys at worst, however small the objects are."""
+
+
+class Ghosts(Generic[Note]):
+    """Keys with their sizes and a note each, oldest first. Bounded in the bytes that the objects had, and in number."""
+
+    def __init__(self, limit_bytes: int, forgotten: Callable[[Note], None] | None = None) -> None:
+        """`forgotten` is told the note of a key that is dropped for want of room."""
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self._forgotten = forgotten
+        self._entries: OrderedDict[ObjectKey, tuple[int, Note]] = OrderedDict()
+
+    def add(self, key: ObjectKey, size: int, note: Note) -> None:
+        self.pop(key)
+        self._entries[key] = (size, note)
+        self.used_bytes += size
+        self.trim(self.limit_bytes)
+
+    def pop(self, key: ObjectKey) -> tuple[int, Note] | None:
+        """Size and note."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.used_bytes -= entry[0]
+        return entry
+
+    def trim(self, limit_bytes: int) -> None:
+        """Drops the oldest until they are within `limit_bytes`."""
+        while self._entries and (self.used_bytes > limit_bytes or len(self._entries) > MAX_GHOSTS):
+            _, (size, note) = self._entries.popitem(last=False)
+            self.used_bytes -= size
+            if self._forgotten is not None:
+                self._forgotten(note)
+
+    def __contains__(self, key: ObjectKey) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)

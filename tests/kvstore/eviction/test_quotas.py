@@ -1,0 +1,123 @@
+"""Quotas: the bytes are right, and nobody pays for somebody else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.common.errors import ConfigError
+from tandem.kvstore.eviction import POLICIES, Quotas, make_policy
+from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
+
+CAPACITY = 40
+
+
+def key(number: int) -> ObjectKey:
+    return ObjectKey(number.to_bytes(32, "big"))
+
+
+def info(owner: str, size: int = 1) -> ObjectInfo:
+    return ObjectInfo(size=size, num_tokens=1, owner=owner)
+
+
+def quotas(fraction: float, policy: str = "lru") -> Quotas:
+    return Quotas(CAPACITY, fraction, new_policy=lambda capacity: make_policy(policy, capacity))
+
+
+def anything(_key: ObjectKey) -> bool:
+    return True
+
+
+STEP = st.tuples(
+    st.sampled_from(["put", "put", "put", "hit", "remove"]),
+    st.integers(0, 40),
+    st.integers(1, 5),
+    st.sampled_from("abcd"),
+    st.sets(st.integers(0, 40), max_size=6),
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(STEP, min_size=20, max_size=80), fraction=st.sampled_from([0.25, 0.5, 0.9, 1.0]))
+def test_isolation(policy: str, steps: list[tuple[str, int, int, str, set[int]]], fraction: float) -> None:
+    books = quotas(fraction, policy)
+    resident: dict[ObjectKey, tuple[str, int]] = {}
+
+    def held_by(owner: str) -> int:
+        return sum(size for each, size in resident.values() if each == owner)
+
+    for operation, number, size, owner, leased in steps:
+        held = {key(each) for each in leased}
+
+        def may_leave(candidate: ObjectKey, held: set[ObjectKey] = held) -> bool:
+            return candidate not in held
+
+        if operation == "hit":
+            books.hit(key(number))
+        elif operation == "remove":
+            books.remove(key(number))
+            resident.pop(key(number), None)
+        elif key(number) not in resident:
+            while not books.fits(owner, size) or sum(each for _, each in resident.values()) + size > CAPACITY:
+                over = fraction < 1.0 and held_by(owner) + size > books.limit_bytes
+                assert over == (not books.fits(owner, size))
+                victim = books.evict_for(owner, size, may_leave)
+                if victim is None:
+                    candidates = [each for each, (whose, _) in resident.items() if whose == owner or not over]
+                    assert held.issuperset(candidates), "something could have left"
+                    break
+                assert victim not in held
+                if over:
+                    assert resident[victim][0] == owner, "an owner over its quota evicted somebody else"
+                del resident[victim]
+            else:
+                books.insert(key(number), info(owner, size))
+                resident[key(number)] = (owner, size)
+        assert len(books) == len(resident)
+        assert dict(books.used) == {each: held_by(each) for each in "abcd" if held_by(each)}
+        assert fraction == 1.0 or all(used <= books.limit_bytes for used in books.used.values())
+
+
+def test_who_holds_least_is_safe_while_another_holds_more() -> None:
+    books = quotas(0.8)
+    for number in range(8):
+        books.insert(key(number), info("small"))
+    for number in range(100, 132):
+        books.insert(key(number), info("large"))
+    victims = [books.evict_for("newcomer", 1, anything) for _ in range(20)]
+    assert victims == [key(number) for number in range(100, 120)]
+
+
+def test_without_a_limit_one_policy_orders_all_owners() -> None:
+    books = quotas(1.0)
+    for number in range(6):
+        books.insert(key(number), info("ab"[number % 2]))
+    assert [books.evict(anything) for _ in range(6)] == [key(number) for number in range(6)]
+
+
+def test_a_write_under_way_is_charged() -> None:
+    books = quotas(0.5)
+    books.reserve("a", 15)
+    assert books.fits("a", 5)
+    assert not books.fits("a", 6)
+    books.unreserve("a", 15)
+    books.insert(key(1), info("a", 15))
+    assert dict(books.used) == {"a": 15}
+    books.remove(key(1))
+    assert dict(books.used) == {}
+
+
+def test_inserting_again_replaces() -> None:
+    books = quotas(0.5)
+    books.insert(key(1), info("a", 3))
+    books.insert(key(1), info("b", 4))
+    assert dict(books.used) == {"b": 4}
+    assert len(books) == 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
+def test_an_impossible_fraction_names_the_setting(fraction: float) -> None:
+    with pytest.raises(ConfigError, match="kv_quota_fraction"):
+        quotas(fraction)
