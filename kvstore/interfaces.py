@@ -184,12 +184,22 @@ class EvictionPolicy(Protocol):
         """Residents."""
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedObject:
+    content: bytearray
+    encode_s: float
+    """What encoding took on the other side: no part of what the link takes."""
+
+
 class PeerReader(Protocol):
     """Reads objects of other nodes."""
 
     def read_many(self, node_id: str, ranges: Sequence[tuple[ObjectKey, int, memoryview]]) -> list[bool]:
         """For each (key, offset, out), in order: whether `out` now holds the bytes. Pipelined; blocks for at most a
         few seconds; all False if the node cannot be reached."""
+
+    def read_encoded(self, node_id: str, key: ObjectKey, codec: str) -> EncodedObject | None:
+        """The whole object under another codec. None: that node has it in no host memory, or cannot be reached."""
 
     def push(self, node_id: str, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
         """Puts a replica on another node. False: refused or out of reach."""

@@ -280,6 +280,7 @@ class Submit(_message.Message):
     SEND_KV_TO_FIELD_NUMBER: _builtins.int
     EXPECT_KV_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """lower runs first"""
     timeout_s: _builtins.float
@@ -287,6 +288,8 @@ class Submit(_message.Message):
     cache_salt: _builtins.bytes
     """separates the KV caches of tenants"""
     traceparent: _builtins.str
+    tenant: _builtins.str
+    """charged for what the KV store keeps; empty: "default" """
     @_builtins.property
     def key(self) -> Global___RequestKey: ...
     @_builtins.property
@@ -313,10 +316,11 @@ class Submit(_message.Message):
         send_kv_to: Global___KvEndpoint | None = ...,
         expect_kv: Global___KvSource | None = ...,
         traceparent: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
@@ -621,12 +625,33 @@ class PromptReport(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CachedByTierEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
     HANDOVER_S_FIELD_NUMBER: _builtins.int
     COMPUTED_BY_FIELD_NUMBER: _builtins.int
     RECOMPUTE_REASON_FIELD_NUMBER: _builtins.int
+    CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """taken from a prefix cache, on whichever worker"""
     queue_s: _builtins.float
@@ -638,6 +663,10 @@ class PromptReport(_message.Message):
     """worker id"""
     recompute_reason: _builtins.str
     """why a hand-over became a recompute"""
+    @_builtins.property
+    def cached_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """cached_tokens by where they came from: device, host, disk, peer, remote"""
+
     def __init__(
         self,
         *,
@@ -647,10 +676,11 @@ class PromptReport(_message.Message):
         handover_s: _builtins.float = ...,
         computed_by: _builtins.str = ...,
         recompute_reason: _builtins.str = ...,
+        cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,6 +18,8 @@ Commands:
   prefill   one prefill worker
   decode    one decode worker (also computes prompts when there is no prefill worker)
   router    the HTTP and gRPC front door
+  kvstore   one node of the KV store, shared by the workers of its host
+  kv        look into a store node: stats, lookup, pin, unpin, clear, move, check
   version   print the version
 
 Examples:
@@ -36,6 +38,8 @@ _COMMANDS = {
     "prefill": "tandem.prefill.main",
     "decode": "tandem.decode.main",
     "router": "tandem.router.main",
+    "kvstore": "tandem.kvstore.command",
+    "kv": "tandem.kvstore.admin",
 }
 
 

@@ -47,3 +47,9 @@ def encoded(content: memoryview, codec: str) -> memoryview | None:
         return content
     other = bundle.transcode(content, codec)
     return None if other is None else memoryview(other)
+
+
+def decoded(content: memoryview) -> memoryview | None:
+    """The object with raw rows, as it was before it was encoded; None if it is not one."""
+    raw = bundle.transcode(content, "raw")
+    return None if raw is None else memoryview(raw)

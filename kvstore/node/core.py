@@ -33,6 +33,7 @@ from tandem.kvstore.node.fetching import Load, Loader, NodeFetch, Range, tell_wa
 from tandem.kvstore.node.finding import Avoided, HotKeys, peer_of
 from tandem.kvstore.node.host import HostObject, HostTier, Phase
 from tandem.kvstore.node.index import PolicyFactory
+from tandem.kvstore.node.link_codecs import LinkCodecs
 from tandem.kvstore.node.lower import LowerTier
 from tandem.kvstore.node.settings import PUT_LEASE_S, READ_LEASE_S, NodeSettings
 from tandem.kvstore.node.stats import NodeCounters, TierCounters
@@ -105,6 +106,7 @@ class NodeCore:
             )
             for lower in self._lower.values()
         ]
+        self._link_codecs = LinkCodecs(settings.link_codec, near_allowed=settings.near_allowed)
         self._loader = Loader(self, settings.loaders)
         self._counters = NodeCounters()
         self._tickets: set[Ticket] = set()
@@ -286,11 +288,29 @@ class NodeCore:
             return lower.read_many(ranges)
         if self._peers is None:
             return [False] * len(ranges)
+        started = time.perf_counter()
         done = self._peers.read_many(peer_of(source.link), ranges)
+        if all(done):
+            num_bytes = sum(len(out) for _, _, out in ranges)
+            self._link_codecs.links.observe(source.link, num_bytes, len(ranges), time.perf_counter() - started)
         if not any(done):
             with self._lock:
                 self._avoided.add(source.link, b"", self._clock() + _AVOID_S)
         return done
+
+    def link_codec(self, source: Located) -> str:
+        return self._link_codecs.choose(source)
+
+    def read_encoded(self, source: Located, key: ObjectKey, codec: str) -> memoryview | None:
+        if self._peers is None:
+            return None
+        started = time.perf_counter()
+        answer = self._peers.read_encoded(peer_of(source.link), key, codec)
+        if answer is None:
+            return None
+        seconds = time.perf_counter() - started - answer.encode_s
+        self._link_codecs.links.observe(source.link, len(answer.content), 1, seconds)
+        return content.decoded(memoryview(answer.content))
 
     def still_wanted(self, loads: Sequence[Load]) -> list[Load]:
         with self._lock:

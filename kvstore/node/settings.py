@@ -32,5 +32,9 @@ class NodeSettings:
     """How objects are encoded on their way to the disk tier."""
     remote_codec: str = "raw"
     """How objects are encoded on their way to the remote tier."""
+    link_codec: str = "raw"
+    """How objects are encoded on their way from other nodes; `auto`: whatever is fastest, link by link."""
+    near_allowed: bool = False
+    """Whether auto may choose codecs that are not exact."""
     loaders: int = 4
     """Threads that bring objects into host memory."""

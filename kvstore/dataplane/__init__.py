@@ -1,0 +1,7 @@
+"""How bytes get in and out of a node: workers of its host, and other nodes.
+
+    worker ── client.RemoteHomeNode ──unix socket + mapped arena──┐
+    node ──── peer_reader.SocketPeerReader ──the same, or TCP─────┴── server.DataServer ── session.Session ── KvNode
+
+`protocol.py` has the frames, `auth.py` the handshake, `link.py` the socket. Threads and blocking sockets throughout.
+"""

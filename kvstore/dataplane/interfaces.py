@@ -1,0 +1,53 @@
+"""What the data plane needs of the node it serves: `interfaces.HomeNode`, with places in the arena made visible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from tandem.kvstore.interfaces import Fetch, Located, ObjectInfo, ObjectKey, PutTicket, Refusal
+
+
+class ServedArena(Protocol):
+    @property
+    def fd(self) -> int:
+        """Of the shared memory; negative where the system has none."""
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+    def view(self, offset: int, size: int) -> memoryview: ...
+
+
+class ServedTicket(PutTicket, Protocol):
+    @property
+    def offset(self) -> int:
+        """Of `buffer` in the arena."""
+
+
+class ServedFetch(Fetch, Protocol):
+    def offset(self, index: int) -> int:
+        """Of object `index` in the arena."""
+
+
+class ServedNode(Protocol):
+    """`node.KvNode`."""
+
+    @property
+    def arena(self) -> ServedArena: ...
+
+    def begin_put(self, key: ObjectKey, info: ObjectInfo) -> ServedTicket | Refusal: ...
+
+    def locate(self, keys: Sequence[ObjectKey]) -> list[Located]: ...
+
+    def fetch(self, located: Sequence[Located], lease_s: float | None) -> ServedFetch:
+        """`lease_s` None: until `close`."""
+
+    def quarantine(self, key: ObjectKey, reason: str) -> None: ...
+
+    def view(self, key: ObjectKey) -> AbstractContextManager[memoryview | None]:
+        """Leased read-only bytes of an object in host memory."""
+
+    def read_range(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
+        """From whichever tier of this node has it."""

@@ -1,0 +1,278 @@
+"""Reads objects of other nodes: through their arena on the same host (one copy), over TCP otherwise (received straight
+into the caller's buffers). A few connections per node; a node that failed is left alone for a moment."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.kvstore.dataplane import protocol
+from tandem.kvstore.dataplane.auth import HandshakeRefused, greet
+from tandem.kvstore.dataplane.client import map_arena
+from tandem.kvstore.dataplane.link import STALL_S, Link, connect_tcp, connect_unix, expect
+from tandem.kvstore.dataplane.protocol import MAX_OBJECT_BYTES, MAX_RANGES, Kind, ProtocolError
+from tandem.kvstore.interfaces import EncodedObject, NodeInfo, ObjectInfo, ObjectKey, Refusal
+from tandem.kvstore.transport.peers import local_host_id
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 4
+"""Per node: as many reads at a time; further ones wait for a turn."""
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 5.0
+_Answer = TypeVar("_Answer", bound=protocol.Body)
+_T = TypeVar("_T")
+Ranges = Sequence[tuple[ObjectKey, int, memoryview]]
+_FAULTS = (OSError, ProtocolError, HandshakeRefused)
+
+
+class PeerConnection:
+    """One conversation at a time. Raises OSError, ProtocolError, after which it must be closed."""
+
+    def __init__(self, link: Link, arena: NDArray[np.uint8] | None) -> None:
+        self._link = link
+        self._arena = arena
+        self._last_id = 0
+
+    @classmethod
+    def open(cls, node: NodeInfo, name: str, secret: bytes) -> PeerConnection:
+        """Over the unix socket where node and reader share a host, else TCP. Raises OSError, ProtocolError,
+        HandshakeRefused."""
+        failures: list[str] = []
+        if node.unix_path and node.host_id == local_host_id() and Path(node.unix_path).is_socket():
+            try:
+                return cls._greeted(connect_unix(node.unix_path), node, name, secret)
+            except _FAULTS as error:
+                failures.append(f"{node.unix_path}: {error}")
+        if node.host and node.port:
+            try:
+                return cls._greeted(connect_tcp(node.host, node.port), node, name, secret)
+            except _FAULTS as error:
+                failures.append(f"{node.host}:{node.port}: {error}")
+        raise ConnectionError("; ".join(failures) or "none of its addresses can be used from this host")
+
+    @classmethod
+    def _greeted(cls, link: Link, node: NodeInfo, name: str, secret: bytes) -> PeerConnection:
+        try:
+            greeting = greet(link, name, secret)
+            arena = None
+            if greeting.descriptor is not None:
+                arena = np.frombuffer(map_arena(greeting.descriptor, greeting.arena_bytes), np.uint8)
+            if greeting.server.node_id != node.node_id:
+                raise ConnectionError(f"node {greeting.server.node_id!r} answers there")
+            return cls(link, arena)
+        except BaseException:
+            link.close()
+            raise
+
+    def read_many(self, ranges: Ranges) -> list[bool]:
+        done: list[bool] = []
+        for start in range(0, len(ranges), MAX_RANGES):
+            batch = ranges[start : start + MAX_RANGES]
+            done += self._read(batch) if self._arena is None else self._copy(self._arena, batch)
+        return done
+
+    def _copy(self, arena: NDArray[np.uint8], ranges: Ranges) -> list[bool]:
+        number = self._next_id()
+        self._link.send(Kind.LEASE, number, protocol.Lease(_wire(ranges)))
+        offsets = self._answer(protocol.Leased).offsets
+        if len(offsets) != len(ranges):
+            raise ProtocolError(f"{len(offsets)} places for {len(ranges)} ranges")
+        for offset, (_, _, out) in zip(offsets, ranges, strict=True):
+            if offset + len(out) > len(arena):
+                raise ProtocolError("a place outside the arena")
+            if offset >= 0:
+                _copy(out, arena[offset : offset + len(out)])
+        self._link.send(Kind.RELEASE, number)
+        done = [offset >= 0 for offset in offsets]
+        missing = [i for i, there in enumerate(done) if not there]
+        if missing:  # not in host memory, perhaps on disk
+            for i, there in zip(missing, self._read([ranges[i] for i in missing]), strict=True):
+                done[i] = there
+        return done
+
+    def _read(self, ranges: Ranges) -> list[bool]:
+        number = self._next_id()
+        self._link.send(Kind.READ, number, protocol.Read(_wire(ranges)))
+        done: list[bool] = []
+        for _, _, out in ranges:
+            header, _ = self._link.receive(STALL_S)
+            if header.kind is not Kind.DATA or header.id != number or header.payload_length not in (0, len(out)):
+                raise ProtocolError(f"{header.kind.name} of {header.payload_length} bytes for {len(out)}")
+            if header.payload_length:
+                self._link.read_into(out)
+            done.append(bool(header.payload_length))
+        return done
+
+    def read_encoded(self, key: ObjectKey, codec: str) -> EncodedObject | None:
+        number = self._next_id()
+        self._link.send(Kind.READ_ENCODED, number, protocol.ReadEncoded(key, codec))
+        header, body = self._link.receive(STALL_S)
+        answer = expect(body, protocol.Encoded)
+        if header.id != number or header.payload_length > MAX_OBJECT_BYTES:
+            raise ProtocolError(f"{header.payload_length} bytes for {header.id} where {number} was asked")
+        if not header.payload_length:
+            return None
+        content = bytearray(header.payload_length)
+        self._link.read_into(memoryview(content))
+        return EncodedObject(content, answer.encode_s)
+
+    def push(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        number = self._next_id()
+        if self._arena is None:
+            self._link.send(Kind.PUSH, number, protocol.Push(key, info), content)
+            return self._answer(protocol.Done).done
+        self._link.send(Kind.BEGIN_PUT, number, protocol.BeginPut(key, info))
+        ticket = self._answer(protocol.Ticket)
+        if ticket.refusal is not None:
+            return ticket.refusal is Refusal.EXISTS
+        if not 0 <= ticket.offset <= len(self._arena) - len(content):
+            raise ProtocolError("a place outside the arena")
+        _copy(self._arena[ticket.offset : ticket.offset + len(content)], content)
+        self._link.send(Kind.COMMIT, self._next_id(), protocol.Commit(number, answer=True))
+        return self._answer(protocol.Done).done
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _answer(self, wanted: type[_Answer]) -> _Answer:
+        header, body = self._link.receive(STALL_S)
+        if header.id != self._last_id:
+            raise ProtocolError(f"an answer to {header.id} where {self._last_id} was asked")
+        return expect(body, wanted)
+
+
+def _wire(ranges: Ranges) -> list[protocol.Range]:
+    return [protocol.Range(key, offset, len(out)) for key, offset, out in ranges]
+
+
+def _copy(target: memoryview | NDArray[np.uint8], source: memoryview | NDArray[np.uint8]) -> None:
+    """numpy's copy lets other threads run; a memoryview's does not."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+class _Peer:
+    """The connections to one start of one node."""
+
+    def __init__(self, node: NodeInfo) -> None:
+        self.node = node
+        self.turns = threading.Semaphore(MAX_CONNECTIONS)
+        self.idle: list[PeerConnection] = []
+        self.pause_s = 0.0
+        self.blocked_until = 0.0
+
+    def failed(self) -> None:
+        self.pause_s = min(max(2 * self.pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+        self.blocked_until = time.monotonic() + self.pause_s
+
+
+class SocketPeerReader:
+    """`interfaces.PeerReader`. Never raises."""
+
+    def __init__(self, nodes: Callable[[], dict[str, NodeInfo]], name: str, *, secret: bytes = b"") -> None:
+        """`nodes` lists the live ones, as `Directory.nodes` does; `name` is for the other node's log."""
+        self._nodes = nodes
+        self._name = name
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._peers: dict[str, _Peer] = {}
+        self._closed = False
+
+    def read_many(self, node_id: str, ranges: Ranges) -> list[bool]:
+        answer = self._ask(node_id, lambda connection: connection.read_many(ranges))
+        return [False] * len(ranges) if answer is None else answer
+
+    def read_encoded(self, node_id: str, key: ObjectKey, codec: str) -> EncodedObject | None:
+        return self._ask(node_id, lambda connection: connection.read_encoded(key, codec))
+
+    def push(self, node_id: str, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        return bool(self._ask(node_id, lambda connection: connection.push(key, info, content)))
+
+    def close(self) -> None:
+        """Reads that are under way finish."""
+        with self._lock:
+            self._closed = True
+            peers, self._peers = list(self._peers.values()), {}
+        for peer in peers:
+            self._close_idle(peer)
+
+    def _ask(self, node_id: str, ask: Callable[[PeerConnection], _T]) -> _T | None:
+        peer = self._peer(node_id)
+        if peer is None or not peer.turns.acquire(timeout=STALL_S):
+            return None
+        try:
+            return self._ask_in_turn(peer, ask)
+        except _FAULTS as error:
+            logger.warning("cannot reach node %s: %s", node_id, error)
+            with self._lock:
+                peer.failed()
+            self._close_idle(peer)
+            return None
+        finally:
+            peer.turns.release()
+
+    def _ask_in_turn(self, peer: _Peer, ask: Callable[[PeerConnection], _T]) -> _T | None:
+        with self._lock:
+            connection = peer.idle.pop() if peer.idle else None
+        if connection is not None:
+            try:
+                answer = ask(connection)
+            except TimeoutError:
+                connection.close()
+                raise
+            except (OSError, ProtocolError):
+                connection.close()  # it may be older than a restart of the node: a new one tells
+            else:
+                self._give_back(peer, connection)
+                return answer
+        if time.monotonic() < peer.blocked_until:
+            return None
+        connection = PeerConnection.open(peer.node, self._name, self._secret)
+        try:
+            answer = ask(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(peer, connection)
+        return answer
+
+    def _give_back(self, peer: _Peer, connection: PeerConnection) -> None:
+        with self._lock:
+            peer.pause_s = 0.0
+            keep = self._peers.get(peer.node.node_id) is peer
+            if keep:
+                peer.idle.append(connection)
+        if not keep:
+            connection.close()
+
+    def _peer(self, node_id: str) -> _Peer | None:
+        """None: nobody knows where it is."""
+        nodes = self._nodes()
+        node = nodes.get(node_id)
+        with self._lock:
+            gone = [peer for name, peer in self._peers.items() if nodes.get(name) != peer.node]
+            for peer in gone:
+                del self._peers[peer.node.node_id]
+            known = self._peers.get(node_id)
+            if known is None and node is not None and not self._closed:
+                known = self._peers[node_id] = _Peer(node)
+        for peer in gone:
+            self._close_idle(peer)
+        return known
+
+    def _close_idle(self, peer: _Peer) -> None:
+        with self._lock:
+            idle, peer.idle = peer.idle, []
+        for connection in idle:
+            connection.close()

@@ -1,0 +1,345 @@
+"""The serving end of one connection: a worker's home node, a peer that reads, or both.
+
+One thread reads and answers. Look-ups ask the directory and may take milliseconds, so they have a thread of their own
+from the first one on; a fetch that is not complete at once gets one that tells the client about its layers. When the
+connection ends, so does everything that was opened through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tandem.kvstore.bundle import transcode
+from tandem.kvstore.codecs import CODECS
+from tandem.kvstore.dataplane import protocol
+from tandem.kvstore.dataplane.auth import HandshakeRefused, ServerIdentity, admit, refuse, welcome
+from tandem.kvstore.dataplane.interfaces import ServedFetch, ServedNode, ServedTicket
+from tandem.kvstore.dataplane.link import Link, expect
+from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_OBJECT_BYTES, Body, Header, Kind, ProtocolError
+from tandem.kvstore.dataplane.stats import Counters
+from tandem.kvstore.interfaces import ObjectKey, Refusal
+
+logger = logging.getLogger(__name__)
+
+MAX_TICKETS = 1024
+MAX_FETCHES = 256
+MAX_LEASES = 64
+MAX_LOOKUPS = 64
+"""Of one connection at a time. Beyond: the put is refused, the fetch fails, the lease and the look-up find nothing."""
+SCRATCH_BYTES = 64 << 20
+"""Longest range read from disk for a peer: its loader asks layer by layer."""
+FETCH_S = 60.0
+"""A fetch that brings nothing for this long has failed."""
+_WATCH_S = 1.0
+
+
+class Session:
+    """`start`, and `stop` or wait until the client goes."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        node: ServedNode,
+        identity: ServerIdentity,
+        secret: bytes,
+        counters: Counters,
+        scratch: threading.Semaphore,
+        on_ended: Callable[[Session], None],
+    ) -> None:
+        self._link = Link(sock)
+        self._node = node
+        self._identity = identity
+        self._secret = secret
+        self._counters = counters
+        self._scratch = scratch
+        self._on_ended = on_ended
+        self._name = ""
+        self._tickets: dict[int, ServedTicket] = {}
+        self._fetches: dict[int, ServedFetch] = {}
+        self._leases: dict[int, contextlib.ExitStack] = {}
+        self._lookups: queue.SimpleQueue[tuple[int, list[ObjectKey]] | None] = queue.SimpleQueue()
+        self._num_lookups = threading.Semaphore(MAX_LOOKUPS)
+        self._looking: threading.Thread | None = None
+        self._watchers: set[threading.Thread] = set()
+        self._thread = threading.Thread(target=self._run, name="kv-session", daemon=True)
+        self._handlers: dict[Kind, Callable[[Header, Body], None]] = {
+            Kind.LEASE: self._lease,
+            Kind.RELEASE: self._release,
+            Kind.READ: self._read,
+            Kind.PUSH: self._push,
+            Kind.READ_ENCODED: self._read_encoded,
+        }
+        if self._link.is_unix:  # what lies in the arena is of use to those who can map it
+            self._handlers |= {
+                Kind.BEGIN_PUT: self._begin_put,
+                Kind.COMMIT: self._commit,
+                Kind.ABORT: self._abort,
+                Kind.LOCATE: self._locate,
+                Kind.FETCH: self._fetch,
+                Kind.CLOSE_FETCH: self._close_fetch,
+                Kind.INTACT: self._intact,
+                Kind.QUARANTINE: self._quarantine,
+            }
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def turn_away(self, code: str, message: str) -> None:
+        """Instead of `start`: the server has no room."""
+        with contextlib.suppress(OSError):
+            refuse(self._link, code, message)
+        self._link.close()
+
+    def stop(self) -> None:
+        """From another thread."""
+        self._link.shutdown()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._name = admit(self._link, self._identity, self._secret)
+            arena = self._node.arena
+            shared = self._link.is_unix and arena.fd >= 0
+            welcome(self._link, arena.capacity_bytes if shared else 0, arena.fd if shared else None)
+            while True:
+                header, body = self._link.receive()
+                handle = self._handlers.get(header.kind)
+                if handle is None:
+                    raise ProtocolError(f"{header.kind.name} is not for this side of this connection")
+                handle(header, body)
+        except HandshakeRefused as error:
+            self._counters.add("refused_connections")
+            logger.warning("a client of the data plane was turned away: %s", error)
+        except ProtocolError as error:
+            self._counters.add("malformed_frames")
+            logger.warning("the connection of %r broke the protocol: %s", self._name, error)
+        except OSError as error:
+            logger.debug("the connection of %r ended: %s", self._name, error)
+        except Exception:
+            logger.exception("the connection of %r failed", self._name)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._link.shutdown()
+        for fetch in self._fetches.values():
+            fetch.close()
+        for watcher in list(self._watchers):
+            watcher.join()
+        if self._looking is not None:
+            self._lookups.put(None)
+            self._looking.join()
+        for lease in self._leases.values():
+            lease.close()
+        if self._tickets and self._link.peer_is_dead():
+            for ticket in self._tickets.values():
+                ticket.abort()
+        # A client that lives may still be copying into its buffers: those tickets lapse, and their memory rests for
+        # the grace time that the node keeps for late writers.
+        self._link.close()
+        self._on_ended(self)
+
+    # Puts
+
+    def _begin_put(self, header: Header, body: Body) -> None:
+        put = expect(body, protocol.BeginPut)
+        ticket: ServedTicket | Refusal = Refusal.NO_SPACE
+        if header.id in self._tickets:
+            raise ProtocolError("two puts have one id")
+        if not 0 < put.info.size <= MAX_OBJECT_BYTES:
+            raise ProtocolError(f"an object of {put.info.size} bytes")
+        if len(self._tickets) < MAX_TICKETS:
+            ticket = self._node.begin_put(put.key, put.info)
+        if isinstance(ticket, Refusal):
+            self._link.send(Kind.TICKET, header.id, protocol.Ticket(-1, ticket))
+            return
+        self._tickets[header.id] = ticket
+        self._link.send(Kind.TICKET, header.id, protocol.Ticket(ticket.offset))
+
+    def _commit(self, header: Header, body: Body) -> None:
+        order = expect(body, protocol.Commit)
+        ticket = self._tickets.pop(order.ticket, None)
+        done = ticket is not None and ticket.commit()
+        if order.answer:
+            self._link.send(Kind.DONE, header.id, protocol.Done(done))
+
+    def _abort(self, header: Header, body: Body) -> None:
+        ticket = self._tickets.pop(header.id, None)
+        if ticket is not None:
+            ticket.abort()
+
+    # Look-ups
+
+    def _locate(self, header: Header, body: Body) -> None:
+        keys = expect(body, protocol.Locate).keys
+        if not self._num_lookups.acquire(blocking=False):
+            self._link.send(Kind.LOCATED, header.id, protocol.LocatedRun([]))
+            return
+        self._lookups.put((header.id, keys))
+        if self._looking is None:
+            self._looking = threading.Thread(target=self._look_up, name="kv-lookup", daemon=True)
+            self._looking.start()
+
+    def _look_up(self) -> None:
+        try:
+            while (order := self._lookups.get()) is not None:
+                frame_id, keys = order
+                located = self._node.locate(keys)
+                self._num_lookups.release()
+                self._link.send(Kind.LOCATED, frame_id, protocol.LocatedRun(located))
+        except OSError:
+            pass  # the client went away; the reading thread finds out
+        except Exception:
+            logger.exception("a look-up of %r failed", self._name)
+            self._link.shutdown()
+
+    # Fetches
+
+    def _fetch(self, header: Header, body: Body) -> None:
+        if header.id in self._fetches:
+            raise ProtocolError("two fetches have one id")
+        located = expect(body, protocol.Fetch).located if len(self._fetches) < MAX_FETCHES else []
+        fetch = self._node.fetch(located, lease_s=None)
+        self._fetches[header.id] = fetch
+        sources = list(fetch.sources)
+        complete = fetch.intact() == len(sources)
+        offsets = [fetch.offset(i) for i in range(len(sources))]
+        layers = ALL_LAYERS if complete else 0
+        self._link.send(Kind.FETCHING, header.id, protocol.Fetching(sources, offsets, layers))
+        if not complete:
+            watcher = threading.Thread(target=self._watch, args=(header.id, fetch), name="kv-watch", daemon=True)
+            self._watchers.add(watcher)
+            watcher.start()
+
+    def _watch(self, frame_id: int, fetch: ServedFetch) -> None:
+        try:
+            self._watch_until_done(frame_id, fetch)
+        except OSError:
+            pass  # the client went away; the reading thread finds out
+        except Exception:
+            logger.exception("watching a fetch of %r failed", self._name)
+            self._link.shutdown()
+        finally:
+            self._watchers.discard(threading.current_thread())
+
+    def _watch_until_done(self, frame_id: int, fetch: ServedFetch) -> None:
+        layers = 0
+        heard = time.monotonic()
+        while layers < ALL_LAYERS:
+            started = time.monotonic()
+            if fetch.wait(layers + 1, _WATCH_S):
+                layers += 1
+                while fetch.intact() < len(fetch.sources) and fetch.wait(layers + 1, 0):
+                    layers += 1  # tell of several at once when they come fast
+                if fetch.intact() == len(fetch.sources):
+                    layers = ALL_LAYERS
+                self._link.send(Kind.PROGRESS, frame_id, protocol.Progress(layers, False))
+                heard = time.monotonic()
+            elif time.monotonic() - started < _WATCH_S / 2 or time.monotonic() - heard > FETCH_S:
+                # It did not wait the time out, so the fetch has failed or is closed.
+                self._link.send(Kind.PROGRESS, frame_id, protocol.Progress(layers, True))
+                return
+
+    def _close_fetch(self, header: Header, body: Body) -> None:
+        fetch = self._fetches.pop(header.id, None)
+        if fetch is not None:
+            fetch.close()
+
+    def _intact(self, header: Header, body: Body) -> None:
+        fetch = self._fetches.get(expect(body, protocol.Intact).fetch)
+        self._link.send(Kind.COUNT, header.id, protocol.Count(0 if fetch is None else fetch.intact()))
+
+    def _quarantine(self, header: Header, body: Body) -> None:
+        order = expect(body, protocol.Quarantine)
+        self._node.quarantine(order.key, order.reason)
+
+    # Peers
+
+    def _lease(self, header: Header, body: Body) -> None:
+        ranges = expect(body, protocol.Lease).ranges
+        if header.id in self._leases:
+            raise ProtocolError("two leases have one id")
+        offsets = [-1] * len(ranges)
+        if len(self._leases) < MAX_LEASES and self._link.is_unix:
+            held = self._leases[header.id] = contextlib.ExitStack()
+            start = _address(self._node.arena.view(0, 1))
+            for i, wanted in enumerate(ranges):
+                view = held.enter_context(self._node.view(wanted.key))
+                if view is not None and 0 < wanted.length <= len(view) - wanted.offset:
+                    offsets[i] = _address(view) - start + wanted.offset
+        self._counters.add("leased_ranges", len(ranges) - offsets.count(-1))
+        self._link.send(Kind.LEASED, header.id, protocol.Leased(offsets))
+
+    def _release(self, header: Header, body: Body) -> None:
+        held = self._leases.pop(header.id, None)
+        if held is not None:
+            held.close()
+
+    def _read(self, header: Header, body: Body) -> None:
+        for wanted in expect(body, protocol.Read).ranges:
+            with self._node.view(wanted.key) as view:
+                if view is not None:
+                    fits = wanted.length <= len(view) - wanted.offset
+                    self._send_data(header.id, view[wanted.offset : wanted.offset + wanted.length] if fits else None)
+                    continue
+            self._read_below(header.id, wanted)
+
+    def _read_below(self, frame_id: int, wanted: protocol.Range) -> None:
+        """A range of an object that is not in host memory."""
+        if wanted.length > SCRATCH_BYTES:
+            self._send_data(frame_id, None)
+            return
+        with self._scratch:
+            content = memoryview(bytearray(wanted.length))
+            self._send_data(frame_id, content if self._node.read_range(wanted.key, wanted.offset, content) else None)
+
+    def _read_encoded(self, header: Header, body: Body) -> None:
+        wanted = expect(body, protocol.ReadEncoded)
+        started = time.perf_counter()
+        content = None
+        if wanted.codec in CODECS:
+            with self._scratch, self._node.view(wanted.key) as view:
+                if view is not None and len(view) <= SCRATCH_BYTES:
+                    content = transcode(view, wanted.codec)
+        answer = protocol.Encoded(time.perf_counter() - started)
+        self._link.send(Kind.ENCODED, header.id, answer, memoryview(content or b""))
+        self._counters.add("sent_encoded" if content else "missed_encoded")
+        self._counters.add("sent_bytes", len(content or b""))
+
+    def _send_data(self, frame_id: int, content: memoryview | None) -> None:
+        self._link.send(Kind.DATA, frame_id, payload=content or b"")
+        self._counters.add("sent_ranges" if content else "missed_ranges")
+        self._counters.add("sent_bytes", len(content or b""))
+
+    def _push(self, header: Header, body: Body) -> None:
+        push = expect(body, protocol.Push)
+        if not 0 < header.payload_length == push.info.size:
+            raise ProtocolError(f"{header.payload_length} bytes of an object of {push.info.size}")
+        ticket = self._node.begin_put(push.key, push.info)
+        if isinstance(ticket, Refusal):
+            self._link.skip(header.payload_length)
+            self._link.send(Kind.DONE, header.id, protocol.Done(ticket is Refusal.EXISTS))
+            return
+        try:
+            self._link.read_into(ticket.buffer)
+        except BaseException:
+            ticket.abort()
+            raise
+        self._counters.add("received_bytes", header.payload_length)
+        self._link.send(Kind.DONE, header.id, protocol.Done(ticket.commit()))
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])

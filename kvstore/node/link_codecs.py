@@ -1,0 +1,30 @@
+"""In which codec objects of other nodes cross a link: as they are, or encoded there and decoded here, which pays where
+the link is slower than the codec."""
+
+from __future__ import annotations
+
+from tandem.kvstore.codecs.measure import measure_codecs
+from tandem.kvstore.cost import RAW, CodecCost, LinkCosts, choose_codec
+from tandem.kvstore.interfaces import Located, TierName
+
+AUTO = "auto"
+
+
+class LinkCodecs:
+    """Safe from any thread. The other node's processor is taken to be as fast as this one."""
+
+    def __init__(self, wanted: str, *, near_allowed: bool) -> None:
+        """`wanted` is a codec's name, for every transfer between nodes, or `auto`. Only with `near_allowed` may auto
+        choose a codec that is not exact."""
+        self._wanted = wanted
+        self._near_allowed = near_allowed
+        self._codecs: dict[str, CodecCost] = measure_codecs() if wanted == AUTO else {}
+        self.links = LinkCosts()
+        """Of bytes on the wire, whatever they stand for."""
+
+    def choose(self, source: Located) -> str:
+        if source.tier is not TierName.PEER:
+            return RAW
+        if self._wanted != AUTO:
+            return self._wanted
+        return choose_codec(source.size, source.link, self._codecs, self._near_allowed, self.links)

@@ -1,0 +1,141 @@
+"""`tandem kvstore`: one store node as a process of its own, which workers of the host share and other nodes read.
+
+Loads no torch. The node, its data plane and its registration come from `open.py`; here are gRPC control, metrics, and
+the life of the process: bind, open, serve, drain on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from tandem.common.errors import ConfigError
+from tandem.common.telemetry import serve_metrics, set_up_logging
+from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
+from tandem.kvstore.metrics import StoreMetrics
+from tandem.kvstore.open import open_node
+from tandem.kvstore.service import KvNodeService
+from tandem.kvstore.settings import StoreSettings, split_address
+from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_THREADS = 8
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+]
+_SERVICE = kvnode_pb2.DESCRIPTOR.services_by_name["KvNode"].full_name
+_DIRECTORY = kvdirectory_pb2.DESCRIPTOR.services_by_name["KvDirectory"].full_name
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStoreConfig(StoreSettings):
+    """A store node and where it can be reached."""
+
+    listen: str = "127.0.0.1:9300"
+    """Address of the gRPC service (control, and the directory if this node has it): HOST:PORT, or unix:/path."""
+    kv_node: str = ""
+    """Unix path where workers and nodes of this host reach this node; give workers the same. Empty: a new one in a
+    private temporary folder."""
+    kv_host_bytes: int = 1 << 30
+    """Host memory for KV, bytes. Taken as it fills, then kept."""
+    node_id: str = ""
+    """Name in logs, the directory and reports. Empty: made of host and process id."""
+    drain_grace_s: float = 10.0
+    """On SIGTERM: how long the node may take to write what is not on a lower tier yet."""
+    metrics_port: int = 0
+    """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of this project's own loggers."""
+
+    def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
+        if self.kv_host_bytes <= 0:
+            raise ConfigError(f"kv_host_bytes {self.kv_host_bytes}: a store node needs host memory")
+        if self.drain_grace_s < 0:
+            raise ConfigError(f"drain_grace_s {self.drain_grace_s}: must not be negative")
+        if not self.listen.startswith("unix:"):
+            split_address(self.listen, "listen")
+
+
+def serve(config: KvStoreConfig) -> None:
+    """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once. Raises
+    ConfigError."""
+    node_id = config.node_id or f"kvstore-{socket.gethostname()}-{os.getpid()}"
+    set_up_logging(node_id, config.log_level)
+    stopping = _signals()
+    server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=_OPTIONS)
+    address = _bind(server, config.listen)
+    with tempfile.TemporaryDirectory(prefix="tandem-kv-") as folder:
+        unix_path = config.kv_node or str(Path(folder) / "node.sock")
+        embeds = config.kv_directory in ("", config.listen, address)
+        directory = EmbeddedDirectory() if embeds else open_directory(config.kv_directory)
+        store = open_node(
+            config, node_id, time.time_ns(), unix_path=unix_path, grpc_address=address, directory=directory
+        )
+        try:
+            if config.metrics_port:
+                StoreMetrics(store.stats)
+                host = "127.0.0.1" if config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
+                serve_metrics(host, config.metrics_port)
+            kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory), server)
+            if isinstance(directory, EmbeddedDirectory):
+                add_directory_service(server, directory)
+            health = HealthServicer()
+            health_pb2_grpc.add_HealthServicer_to_server(health, server)
+            names = (_SERVICE, _HEALTH, reflection.SERVICE_NAME, *([_DIRECTORY] if embeds else []))
+            reflection.enable_server_reflection(names, server)
+            server.start()
+            for name in ("", _SERVICE):
+                health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            log.info("store node %s listens on %s, for workers of this host on %s", node_id, address, unix_path)
+            log.info("the directory is %s", "here" if embeds else f"at {config.kv_directory}")
+            print(f"ready {node_id} {address}", flush=True)  # the supervisor waits for this line
+            stopping.wait()
+            health.enter_graceful_shutdown()
+            log.info("draining, for at most %g s", config.drain_grace_s)
+            if not store.node.flush(config.drain_grace_s):
+                log.warning("not everything was written to the lower tiers in time")
+        finally:
+            server.stop(grace=1.0).wait()
+            store.close()
+
+
+def _bind(server: grpc.Server, listen: str) -> str:
+    """Before anything else, so that a mistake shows at once. The address for clients."""
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ConfigError(f"--listen {listen}: cannot be bound; is another process there?") from error
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _signals() -> threading.Event:
+    """Set by the first SIGTERM or SIGINT. The second ends the process."""
+    stopping = threading.Event()
+
+    def arrived(number: int, frame: object) -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, arrived)
+    return stopping

@@ -1,0 +1,130 @@
+"""The gRPC control service of a store node. Calls run on a few threads of the server; the node is thread-safe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import grpc
+
+import tandem
+from tandem.kvstore.interfaces import Directory, Location, ObjectKey, StoreIntegrityError, TierName
+from tandem.kvstore.metrics import node_values
+from tandem.kvstore.node.stats import TierStats
+from tandem.kvstore.open import OpenNode
+from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
+
+KEY_BYTES = 32
+MAX_KEYS = 4096
+"""Of one Lookup."""
+MAX_CHECKED = 1_000_000
+
+_TIERS = {
+    TierName.HOST: kvnode_pb2.TIER_HOST,
+    TierName.DISK: kvnode_pb2.TIER_DISK,
+    TierName.REMOTE: kvnode_pb2.TIER_REMOTE,
+}
+_TIER_NAMES = {number: name for name, number in _TIERS.items()}
+
+
+class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
+    def __init__(self, store: OpenNode, directory: Directory) -> None:
+        self._store = store
+        self._node = store.node
+        self._node_id = store.node.settings.node_id
+        self._directory = directory
+
+    def Stats(self, request: kvnode_pb2.StatsRequest, context: grpc.ServicerContext) -> kvnode_pb2.StatsResponse:
+        stats, data_plane = self._store.stats()
+        values = node_values(stats)
+        peer = kvnode_pb2.TierStats(tier=kvnode_pb2.TIER_PEER, hits=stats.peer_hits, hit_bytes=stats.peer_hit_bytes)
+        if data_plane is not None:
+            names = [field.name for field in fields(data_plane)]
+            values |= {f"data_plane_{name}": float(getattr(data_plane, name)) for name in names}
+        if self._store.replicator is not None:
+            values["replicas_copied"] = float(self._store.replicator.copied)
+        return kvnode_pb2.StatsResponse(
+            node_id=self._node_id,
+            epoch=self._node.settings.epoch,
+            version=tandem.__version__,
+            tiers=[*map(_tier_stats, stats.tiers), peer],
+            values=values,
+            refused_puts={str(reason): count for reason, count in stats.refused.items()},
+            known_nodes=sorted(self._directory.nodes()),
+        )
+
+    def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
+        if len(request.keys) > MAX_KEYS:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(request.keys)} keys; the limit is {MAX_KEYS}")
+        keys = [_key(raw, context) for raw in request.keys]
+        elsewhere = self._directory.lookup(keys)
+        return kvnode_pb2.LookupResponse(
+            objects=[
+                self._found(key, [place for place in places if place.node_id != self._node_id])
+                for key, places in zip(keys, elsewhere, strict=True)
+            ]
+        )
+
+    def _found(self, key: ObjectKey, places: Sequence[Location]) -> kvnode_pb2.FoundObject:
+        info = self._node.info(key)
+        found = kvnode_pb2.FoundObject(
+            key=key,
+            tiers=[_TIERS[tier] for tier in self._node.contains(key)],
+            elsewhere=[
+                kvnode_pb2.Location(node_id=place.node_id, tier=place.tier, size=place.size) for place in places
+            ],
+        )
+        if info is not None:
+            found.size, found.num_tokens, found.owner, found.model = info.size, info.num_tokens, info.owner, info.model
+        return found
+
+    def Pin(self, request: kvnode_pb2.PinRequest, context: grpc.ServicerContext) -> kvnode_pb2.PinResponse:
+        if not request.owner:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "owner: a pin needs one")
+        if not 0 < request.ttl_s < float("inf"):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"ttl_s {request.ttl_s}: must be a positive time")
+        key = _key(request.key, context)
+        return kvnode_pb2.PinResponse(pinned=self._node.pin(key, request.owner, request.ttl_s, request.hard))
+
+    def Unpin(self, request: kvnode_pb2.UnpinRequest, context: grpc.ServicerContext) -> kvnode_pb2.UnpinResponse:
+        return kvnode_pb2.UnpinResponse(unpinned=self._node.unpin(_key(request.key, context), request.owner))
+
+    def Clear(self, request: kvnode_pb2.ClearRequest, context: grpc.ServicerContext) -> kvnode_pb2.ClearResponse:
+        owner = request.owner if request.HasField("owner") else None
+        model = request.model if request.HasField("model") else None
+        return kvnode_pb2.ClearResponse(objects=self._node.clear(owner, model))
+
+    def Move(self, request: kvnode_pb2.MoveRequest, context: grpc.ServicerContext) -> kvnode_pb2.MoveResponse:
+        tier = _TIER_NAMES.get(request.tier)
+        if tier is None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"tier {request.tier}: use host, disk or remote")
+        return kvnode_pb2.MoveResponse(moved=self._node.move(_key(request.key, context), tier))
+
+    def Check(self, request: kvnode_pb2.CheckRequest, context: grpc.ServicerContext) -> kvnode_pb2.CheckResponse:
+        error = ""
+        try:
+            self._node.check_integrity()
+        except StoreIntegrityError as failure:
+            error = str(failure)
+        report = self._node.scrub(min(request.max_objects, MAX_CHECKED))
+        return kvnode_pb2.CheckResponse(
+            integrity_error=error,
+            checked=report.checked,
+            checked_bytes=report.checked_bytes,
+            bad_keys=report.bad,
+            unread=report.unread,
+        )
+
+    def Drain(self, request: kvnode_pb2.DrainRequest, context: grpc.ServicerContext) -> kvnode_pb2.DrainResponse:
+        return kvnode_pb2.DrainResponse(flushed=self._node.flush(request.grace_s))
+
+
+def _key(raw: bytes, context: grpc.ServicerContext) -> ObjectKey:
+    if len(raw) != KEY_BYTES:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a key has {KEY_BYTES} bytes, not {len(raw)}")
+    return ObjectKey(raw)
+
+
+def _tier_stats(tier: TierStats) -> kvnode_pb2.TierStats:
+    names = [field.name for field in kvnode_pb2.TierStats.DESCRIPTOR.fields if field.name != "tier"]
+    return kvnode_pb2.TierStats(tier=_TIERS[tier.tier], **{name: getattr(tier, name) for name in names})

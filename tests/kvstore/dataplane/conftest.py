@@ -1,0 +1,81 @@
+"""A served node that tests script, and clients that go away with the test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tandem.kvstore.dataplane.auth import ServerIdentity
+from tandem.kvstore.dataplane.client import RemoteHomeNode
+from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
+from tandem.kvstore.dataplane.server import DataServer
+from tandem.kvstore.interfaces import NodeInfo
+from tandem.kvstore.transport.peers import local_host_id
+
+from .scripted_node import ScriptedNode
+
+SECRET = b"a secret of at least 16 bytes"
+DEADLINE_S = 10.0
+
+
+class Rig:
+    """One server and as many clients as a test wants."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "node.sock")
+        self.node = ScriptedNode()
+        self.clients: list[RemoteHomeNode | SocketPeerReader] = []
+        self.secret = b""
+        self.server = self.start()
+
+    def start(self, secret: bytes = b"", node_id: str = "n0", epoch: int = 1) -> DataServer:
+        identity = ServerIdentity(node_id, epoch, local_host_id())
+        server = DataServer(self.node, identity, unix_path=self.path, listen=("127.0.0.1", 0), secret=secret)
+        server.start()
+        self.server = server
+        return server
+
+    def home(self, secret: bytes = b"", *, connected: bool = True) -> RemoteHomeNode:
+        home = RemoteHomeNode(self.path, "worker", secret=secret)
+        self.clients.append(home)
+        if connected:
+            assert home.wait_connected(DEADLINE_S)
+        return home
+
+    def info(self, transport: str, epoch: int = 1) -> NodeInfo:
+        if transport == "unix":
+            return NodeInfo(node_id="n0", epoch=epoch, host_id=local_host_id(), unix_path=self.path)
+        return NodeInfo(node_id="n0", epoch=epoch, host_id="elsewhere", host="127.0.0.1", port=self.server.port)
+
+    def reader(self, transport: str, secret: bytes = b"") -> SocketPeerReader:
+        reader = SocketPeerReader(lambda: {"n0": self.info(transport)}, "peer", secret=secret)
+        self.clients.append(reader)
+        return reader
+
+    def close(self) -> None:
+        self.node.look_up.set()
+        for client in self.clients:
+            client.close()
+        self.server.stop()
+        self.node.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], object]], None]:
+    def wait(predicate: Callable[[], object]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not predicate():
+            assert time.monotonic() < deadline, "did not become true in time"
+            time.sleep(0.002)
+
+    return wait

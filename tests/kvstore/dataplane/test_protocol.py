@@ -1,0 +1,210 @@
+"""Frames, handshake, and a server that is told nonsense."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.common.errors import ConfigError
+from tandem.kvstore.dataplane import protocol
+from tandem.kvstore.dataplane.auth import HandshakeRefused, greet, read_secret
+from tandem.kvstore.dataplane.link import Link, LinkClosed, connect_tcp, connect_unix
+from tandem.kvstore.dataplane.protocol import HEADER_BYTES, Header, Kind, ProtocolError, VersionMismatch, pack, parse
+from tandem.kvstore.interfaces import ObjectInfo, Refusal
+
+from .conftest import DEADLINE_S, SECRET, Rig
+from .scripted_node import key
+
+Eventually = Callable[[Callable[[], object]], None]
+
+
+def test_a_header_comes_back_and_has_32_bytes() -> None:
+    header = Header(Kind.DATA, 2**63, 0, 1 << 30)
+    assert len(pack(header)) == HEADER_BYTES == 32
+    assert parse(pack(header)) == header
+
+
+@given(st.integers(0, HEADER_BYTES * 8 - 1))
+def test_no_flipped_bit_goes_unnoticed(bit: int) -> None:
+    raw = bytearray(pack(Header(Kind.READ, 7, 100)))
+    raw[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(ProtocolError):
+        parse(raw)
+
+
+def test_another_version_is_named() -> None:
+    raw = bytearray(pack(Header(Kind.HELLO, 0, 1)))
+    struct.pack_into("<H", raw, 4, 9)
+    with pytest.raises(VersionMismatch, match="version 9"):
+        parse(raw)
+
+
+@given(st.sampled_from(list(Kind)), st.binary(max_size=200))
+def test_any_body_is_a_body_or_an_error(kind: Kind, raw: bytes) -> None:
+    try:
+        body = protocol.decode(Header(kind, 1, len(raw)), raw)
+    except ProtocolError:
+        return
+    assert isinstance(body, protocol.Body)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        Header(Kind.READ, 1, protocol.MAX_BODY_BYTES + 1),
+        Header(Kind.DATA, 1, 0, protocol.MAX_OBJECT_BYTES + 1),
+        Header(Kind.ABORT, 1, 1),
+        Header(Kind.COMMIT, 1, 2, 1),
+    ],
+)
+def test_lengths_beyond_the_bounds_are_refused(header: Header) -> None:
+    with pytest.raises(ProtocolError):
+        parse(pack(header))
+
+
+@pytest.mark.parametrize("connect", ["unix", "tcp"])
+@pytest.mark.parametrize(
+    ("server_secret", "client_secret", "complaint"),
+    [
+        (SECRET, b"", "no secret"),
+        (SECRET, b"another secret of 16 bytes", "another secret"),
+        (b"", SECRET, "has no secret"),
+    ],
+)
+def test_a_wrong_secret_is_refused_on_both_sides(
+    rig: Rig, connect: str, server_secret: bytes, client_secret: bytes, complaint: str
+) -> None:
+    rig.server.stop()
+    rig.start(secret=server_secret)
+    link = connect_unix(rig.path) if connect == "unix" else connect_tcp("127.0.0.1", rig.server.port)
+    with pytest.raises(HandshakeRefused, match=complaint):
+        greet(link, "me", client_secret)
+    link.close()
+
+
+def test_with_the_same_secret_it_works(rig: Rig) -> None:
+    rig.server.stop()
+    rig.start(secret=SECRET)
+    home = rig.home(SECRET)
+    rig.node.store(key(0), b"x")
+    assert len(home.locate([key(0)])) == 1
+    for transport in ("unix", "tcp"):
+        assert rig.reader(transport, SECRET).read_many("n0", [(key(0), 0, memoryview(bytearray(1)))]) == [True]
+        assert rig.reader(transport).read_many("n0", [(key(0), 0, memoryview(bytearray(1)))]) == [False]
+
+
+def test_nothing_is_served_before_the_proof(rig: Rig) -> None:
+    rig.server.stop()
+    rig.start(secret=SECRET)
+    rig.node.store(key(0), b"x")
+    link = connect_tcp("127.0.0.1", rig.server.port)
+    link.send(Kind.READ, 1, protocol.Read([protocol.Range(key(0), 0, 1)]))
+    with pytest.raises(ConnectionError):
+        link.receive(DEADLINE_S)
+    link.close()
+
+
+def greeted(rig: Rig, kind: str) -> Link:
+    link = connect_unix(rig.path) if kind == "unix" else connect_tcp("127.0.0.1", rig.server.port)
+    greet(link, "me", b"")
+    return link
+
+
+INFO = ObjectInfo(size=10, num_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda link: link.sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n....................."),
+        lambda link: link.send(Kind.HELLO, 1, protocol.Hello("x", bytes(32))),
+        lambda link: link.send(Kind.PUSH, 1, protocol.Push(key(1), INFO), b"123"),
+        lambda link: link.send(Kind.BEGIN_PUT, 1, protocol.BeginPut(key(1), INFO)),
+        lambda link: link.sock.sendall(pack(Header(Kind.READ, 1, 3)) + b"\xc1\xc1\xc1"),
+    ],
+)
+def test_nonsense_ends_the_connection_and_nothing_else(
+    rig: Rig, send: Callable[[Link], None], eventually: Eventually
+) -> None:
+    home = rig.home()
+    link = greeted(rig, "tcp")
+    send(link)
+    with pytest.raises(LinkClosed):
+        link.receive(DEADLINE_S)
+    link.close()
+    eventually(lambda: rig.server.stats().malformed_frames == 1)
+    assert home.begin_put(key(2), INFO) is not Refusal.CLOSED
+
+
+def test_a_push_that_breaks_off_leaves_nothing(rig: Rig, eventually: Eventually) -> None:
+    link = greeted(rig, "tcp")
+    link.sock.sendall(protocol.encode(Kind.PUSH, 1, protocol.Push(key(1), INFO), 10) + b"12345")
+    eventually(lambda: rig.node.tickets)
+    link.close()
+    eventually(lambda: rig.node.tickets[0].ending == "aborted")
+    assert key(1) not in rig.node.objects
+
+
+def test_leases_end_with_the_connection(rig: Rig, eventually: Eventually) -> None:
+    rig.node.store(key(0), b"x" * 10)
+    link = greeted(rig, "unix")
+    link.send(Kind.LEASE, 1, protocol.Lease([protocol.Range(key(0), 0, 10)]))
+    _, body = link.receive(DEADLINE_S)
+    assert isinstance(body, protocol.Leased)
+    assert body.offsets[0] == rig.node.objects[key(0)][1]
+    assert rig.node.views == 1
+    link.close()
+    eventually(lambda: rig.node.views == 0)
+
+
+def test_a_reader_that_takes_nothing_is_dropped(
+    rig: Rig, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.kvstore.dataplane.link.STALL_S", 0.3)
+    rig.node.store(key(0), bytes(32 << 20))
+    link = greeted(rig, "tcp")
+    link.send(Kind.READ, 1, protocol.Read([protocol.Range(key(0), 0, 32 << 20)] * 4))
+    eventually(lambda: rig.server.stats().connections == 0)
+    assert rig.node.views == 0
+    link.close()
+
+
+def test_a_server_without_room_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.kvstore.dataplane.server.MAX_CONNECTIONS", 1)
+    first = greeted(rig, "unix")
+    link = connect_unix(rig.path)
+    with pytest.raises(HandshakeRefused, match="overloaded"):
+        greet(link, "me", b"")
+    link.close()
+    first.close()
+
+
+def test_a_secret_file_is_read_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(SECRET + b"\n")
+    assert read_secret(str(path)) == SECRET
+    assert read_secret("") == b""
+    path.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="kv_secret_file"):
+        read_secret(str(path))
+    with pytest.raises(ConfigError, match="kv_secret_file"):
+        read_secret(str(tmp_path / "none"))
+
+
+def test_a_socket_file_in_use_is_not_taken_over(rig: Rig) -> None:
+    with pytest.raises(OSError, match=r"node\.sock"):
+        rig.start()
+
+
+def test_a_dead_socket_file_is_replaced(rig: Rig) -> None:
+    rig.server.stop()
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(rig.path)
+    rig.start()
+    assert rig.home().connected
