@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -73,6 +74,10 @@ class KvPool:
             # numpy takes zero pages from the system, which cost nothing until they are written; torch writes zeros.
             raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
             self.storage = torch.from_numpy(raw).view(dtype).view(shape)
+            word = np.int64 if num_kv_heads * head_dim * dtype.itemsize % 8 == 0 else np.uint8
+            self._words = raw.view(word).reshape(num_layers, 2, num_blocks * block_size, -1)
+            """The same memory for copies of rows: numpy makes them in one thread, faster than torch and without its
+            thread pool, which belongs to the engine thread. They let go of the GIL."""
         else:
             self.storage = torch.zeros(shape, dtype=dtype, device=device)
         self.k = [self.storage[layer, 0] for layer in range(num_layers)]
@@ -92,15 +97,29 @@ class KvPool:
 
     def read_rows(self, layer: int, slots: Tensor, out: memoryview) -> None:
         """Copies the KV of `slots` int64 [N] to `out` (N * row_bytes) in layout [K|V][token][kv_head][dim]."""
-        target = torch.frombuffer(out, dtype=self.storage.dtype).view(2, slots.numel(), -1)
         for part in range(2):
             if self.storage.device.type == "cpu":
-                torch.index_select(self._rows[layer, part], 0, slots, out=target[part])
+                target = np.frombuffer(out, self._words.dtype).reshape(2, slots.numel(), -1)[part]
+                np.take(self._words[layer, part], slots.numpy(), axis=0, out=target, mode="clip")  # raise would buffer
             else:
-                target[part].copy_(self._rows[layer, part].index_select(0, slots))
+                rows = torch.frombuffer(out, dtype=self.storage.dtype).view(2, slots.numel(), -1)
+                rows[part].copy_(self._rows[layer, part].index_select(0, slots))
 
-    def write_rows(self, layer: int, slots: Tensor, payload: memoryview) -> None:
-        """The reverse of read_rows."""
-        source = torch.frombuffer(payload, dtype=self.storage.dtype).view(2, slots.numel(), -1)
+    def write_rows(self, layer: int, slots: Tensor, payload: memoryview, skip: int = 0) -> None:
+        """The reverse of read_rows. `payload` may hold more tokens than `slots` int64 [N]: those from `skip` to
+        skip + N are written. It may be read-only."""
+        tokens, taken = payload.nbytes // self.row_bytes, slice(skip, skip + slots.numel())
         for part in range(2):
-            self._rows[layer, part].index_copy_(0, slots, source[part].to(self.storage.device))
+            if self.storage.device.type == "cpu":
+                words = np.frombuffer(payload, self._words.dtype).reshape(2, tokens, -1)
+                self._words[layer, part][slots.numpy()] = words[part, taken]
+            else:
+                rows = _tensor_over(payload).view(self.storage.dtype).view(2, tokens, -1)
+                self._rows[layer, part].index_copy_(0, slots, rows[part, taken].to(self.storage.device))
+
+
+def _tensor_over(payload: memoryview) -> Tensor:
+    """uint8 tensor that shares the memory of `payload` and is valid as long as it. torch warns of read-only memory, so
+    it is given the bare address."""
+    address = np.frombuffer(payload, dtype=np.uint8).ctypes.data
+    return torch.frombuffer((ctypes.c_char * payload.nbytes).from_address(address), dtype=torch.uint8)

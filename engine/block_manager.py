@@ -2,7 +2,7 @@
 
 Bookkeeping only (no tensors): the scheduler calls it on the engine thread. A block is in exactly one of three states:
 
-- **owned**: in the table of one request or more (`refs > 0`), with or without a hash;
+- **owned**: in the table of one request or more, or retained by a reader (`refs > 0`), with or without a hash;
 - **cached**: owned by nobody, but its hash answers look-ups; evicted in least-recently-used order;
 - **free**.
 
@@ -14,6 +14,7 @@ points at it.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from typing import NewType
 
@@ -40,6 +41,10 @@ class BlockManager:
         """A heap: the lowest id first, which makes runs of neighbours likely at no cost."""
         self._idle: dict[BlockId, None] = {}
         """Cached and owned by nobody; a dict keeps the order in which they became so."""
+        self._retained: Counter[BlockId] = Counter()
+        """References of readers that are no request: the KV store's saver."""
+        self.num_retained = 0
+        """Their sum."""
 
     @property
     def usable_blocks(self) -> int:
@@ -116,12 +121,38 @@ class BlockManager:
     def free(self, key: RequestKey) -> None:
         """Takes the blocks back; full published ones stay cached. Raises KeyError if `key` has none."""
         for block in reversed(self._tables.pop(key)):
-            self._refs[block] -= 1
-            if self._refs[block] == 0:
-                if self._hash_of[block] is None:
-                    heapq.heappush(self._free, block)
-                else:
-                    self._idle[block] = None
+            self._drop_reference(block)
+
+    def retain(self, key: RequestKey, first: int, count: int) -> list[BlockId]:
+        """Keeps `count` blocks of `key` from index `first` on as they are, even after `free(key)`, until they are given
+        back. Raises ValueError if `key` has fewer."""
+        blocks = self._tables[key][first : first + count]
+        if len(blocks) != count:
+            raise ValueError(f"{key} has {len(self._tables[key])} blocks, not {first + count}")
+        for block in blocks:
+            self._refs[block] += 1
+            self._retained[block] += 1
+        self.num_retained += count
+        return blocks
+
+    def give_back(self, blocks: Sequence[BlockId]) -> None:
+        """Ends what `retain` began. Raises ValueError for blocks that are not retained."""
+        for block in reversed(blocks):
+            if not self._retained[block]:
+                raise ValueError(f"block {block} is not retained")
+            self._retained[block] -= 1
+            if not self._retained[block]:
+                del self._retained[block]
+            self.num_retained -= 1
+            self._drop_reference(block)
+
+    def _drop_reference(self, block: BlockId) -> None:
+        self._refs[block] -= 1
+        if self._refs[block] == 0:
+            if self._hash_of[block] is None:
+                heapq.heappush(self._free, block)
+            else:
+                self._idle[block] = None
 
     def _take(self) -> BlockId:
         if self._free:
@@ -147,10 +178,13 @@ class BlockManager:
             for block in table:
                 refs[block] += 1
         for block in map(BlockId, range(self.num_blocks)):
-            if refs[block] != self._refs[block]:
-                wrong.append(f"block {block} is in {refs[block]} tables and counts {self._refs[block]}")
             if refs[block] > 1 and self._hash_of[block] is None:
                 wrong.append(f"block {block} is shared but was never published")
+            refs[block] += self._retained.get(block, 0)
+            if refs[block] != self._refs[block]:
+                wrong.append(f"block {block} has {refs[block]} owners and readers and counts {self._refs[block]}")
+        if self.num_retained != sum(self._retained.values()) or any(n <= 0 for n in self._retained.values()):
+            wrong.append("the retained blocks are counted wrongly")
         free, idle = set(self._free), set(self._idle)
         if len(free) != len(self._free):
             wrong.append("a block is free twice")

@@ -8,6 +8,9 @@ inbox when there is nothing to compute. Each request ends in `_end`, with exactl
   token on, and the blocks stay until `release`, or until a lease ends;
 - decode worker (`kv_import`): blocks are reserved; `complete` brings the first token and the request joins the running
   batch, `fail` makes it compute its prompt here.
+
+With a KV store (`store/flow.py`) a prompt is looked up before it waits, and loaded before it runs; what is computed is
+saved.
 """
 
 from __future__ import annotations
@@ -46,17 +49,27 @@ from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Phase, Sequence
 from tandem.engine.settings import EngineConfig
 from tandem.engine.status import EngineStatus, StepMeter
+from tandem.engine.store.cache import EngineStore
+from tandem.engine.store.flow import StoreFlow
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, on_outputs: Callable[[list[RequestOutput]], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_outputs: Callable[[list[RequestOutput]], None],
+        store: EngineStore | None = None,
+    ) -> None:
         """Loads the model and reserves the KV pool. Raises ConfigError for a setting or model that cannot be used.
 
-        `on_outputs` is called on the engine thread, once per step, and must not block.
+        `on_outputs` is called on the engine thread, once per step, and must not block. `store` serves this engine
+        alone; without one, no KV outlives the pool.
         """
         self.config = config
+        if store is not None:
+            store.check(config.block_size)
         self._on_outputs = on_outputs
         torch.set_num_threads(config.num_threads)
         self.loaded = load_model(
@@ -85,6 +98,19 @@ class Engine:
         self._outputs: list[RequestOutput] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Bounded in effect: it is emptied before each step, and requests beyond `max_waiting` are refused then."""
+        self._store: StoreFlow | None = None
+        if store is not None:
+            self._store = StoreFlow(
+                store,
+                config,
+                self.loaded,
+                self.pool,
+                self.blocks,
+                self.scheduler,
+                self._meter,
+                post=self._inbox.put,
+                resume=self._loaded,
+            )
         self._lock = threading.Lock()
         """Guards `_known` and `_stopping`."""
         self._known: set[RequestKey] = set()
@@ -130,6 +156,10 @@ class Engine:
             prefill_tokens_per_s=self._meter.prefill_tokens_per_s,
             decode_step_s=self._meter.decode_step_s,
         )
+
+    def wait_saved(self, timeout: float) -> bool:
+        """Waits until all KV computed so far is in the store, or refused by it; for a drain. False: time is up."""
+        return self._store is None or self._store.wait_saved(timeout)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if the books do not balance; between two steps, so it may wait for one."""
@@ -195,6 +225,10 @@ class Engine:
         self._end_all("unavailable", "the worker is shutting down")
         for _, sequence in list(self._leases.values()):
             self._free(sequence)
+        if self._store is not None:
+            if not self._store.close():
+                logger.warning("a call to the KV store does not return; its thread is left behind")
+            self._receive(wait=False)
         self._flush()
 
     def _receive(self, wait: bool) -> None:
@@ -211,12 +245,16 @@ class Engine:
         times = [end for end, _ in self._leases.values()][:1]
         if (deadline := self.scheduler.next_deadline()) is not None:
             times.append(deadline)
+        if self._store is not None and (due := self._store.next_due()) is not None:
+            times.append(due)
         return max(min(times) - time.monotonic(), 0.0) if times else None
 
     def _expire(self, now: float) -> None:
         for sequence in self.scheduler.expired(now):
             if sequence.key in self._sequences:
                 self._fail(sequence, "deadline_exceeded", "the request ran out of time")
+        if self._store is not None:
+            self._store.expire(now)
         for key, (end, sequence) in list(self._leases.items()):
             if end > now:
                 break
@@ -234,16 +272,21 @@ class Engine:
                 plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence is not sequence]
 
     def _start(self, sequence: Sequence) -> bool:
-        """`sequence` has its blocks, or its import has ended. If this fails, the request alone ends."""
+        """`sequence` has its blocks, or its import or load has ended. If this fails, the request alone ends."""
         request = sequence.request
         try:
             if request.kv_import is not None and sequence.phase is Phase.IMPORTING:
                 self._reserve(sequence, request.kv_import)
                 return True
+            if self._store is not None:
+                if sequence.phase is Phase.LOADING:
+                    self._store.load(sequence, self._runner.slots(sequence))
+                    return True
+                self._store.runs(sequence)
             self._runner.admit(sequence)
             self._sampler.admit(sequence)
             if request.kv_export is not None:
-                request.kv_export.begin(sequence.key, self._runner.slots(sequence).tolist(), sequence.num_computed)
+                self._announce(sequence, request.kv_export)
         except Exception:
             logger.exception("request %s failed as it began", sequence.key)
             self._fail(sequence, "internal", "the request failed as it began; see the worker's log")
@@ -252,16 +295,20 @@ class Engine:
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
-        announcer = LayerAnnouncer(plan)
+        gate = self._store.gate(plan) if self._store is not None else None
+        announcer = LayerAnnouncer(plan, gate.broken if gate is not None else ())
         try:
             batch, sampled = self._runner.build(plan)
-            logits = self.loaded.decoder.forward(batch, self.pool, announcer if announcer else None)
+            logits = self.loaded.decoder.forward(batch, self.pool, announcer if announcer else None, gate)
             if logits.shape[0] > len(sampled):
                 score_prompts(plan.chunks, logits[len(sampled) :])
                 logits = logits[: len(sampled)]
             if not sampled and self.loaded.device.type == "cuda":
                 # Nothing else waits for the device; its time and its errors belong to this step.
                 torch.cuda.synchronize(self.loaded.device)
+            if gate is not None and self._store is not None:
+                self._store.stepped(gate)
+                logits, sampled = self._without(gate.broken, plan, logits, sampled)
             tokens, logprobs = self._sampler.sample(logits, sampled)
             self.scheduler.computed(plan)
             for sequence in announcer.broken:
@@ -275,8 +322,21 @@ class Engine:
                 if sequence.key in self._sequences:
                     self._fail(sequence, "internal", f"computing the request failed ({type(error).__name__})")
             return
-        prefill_tokens = plan.num_tokens - len(plan.decodes)
-        self._meter.add(len(plan.decodes), prefill_tokens, time.perf_counter() - started)
+        prefill_tokens, seconds = plan.num_tokens - len(plan.decodes), time.perf_counter() - started
+        if gate is None:
+            self._meter.add(len(plan.decodes), prefill_tokens, seconds)
+        elif not gate.broken:
+            self._meter.add(len(plan.decodes), prefill_tokens, seconds - gate.waited_s)
+
+    def _without(
+        self, broken: list[Sequence], plan: StepPlan, logits: torch.Tensor, sampled: list[Sequence]
+    ) -> tuple[torch.Tensor, list[Sequence]]:
+        """Takes sequences whose KV came too late out of the step: nothing of theirs is sampled or published."""
+        for sequence in broken:
+            self._runner.release(sequence)
+        plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence not in broken]
+        kept = [index for index, sequence in enumerate(sampled) if sequence not in broken]
+        return logits[kept], [sampled[index] for index in kept]
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """`token` was chosen to follow the last one of `sequence`."""
@@ -311,7 +371,8 @@ class Engine:
     def _accept(self, request: EngineRequest, submitted: float) -> None:
         try:
             sequence = self._intake.sequence(request, submitted)
-            self.scheduler.add(sequence)
+            look_up = self._store is not None and self._store.accept(sequence)
+            self.scheduler.add(sequence, look_up)
         except Exception as error:
             output = RequestOutput(request.key, finish_reason=FinishReason.ERROR)
             output.error_code, output.error_message = "internal", "the request could not be read; see the worker's log"
@@ -324,6 +385,8 @@ class Engine:
             self._tell_end(request, output)
         else:
             self._sequences[request.key] = sequence
+            if self._store is not None and look_up:
+                self._store.look_up(sequence)
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         output = RequestOutput(sequence.key, finish_reason=FinishReason.ERROR, start_index=sequence.num_output)
@@ -348,8 +411,10 @@ class Engine:
         self._outputs.append(output)
         if sequence.reservation is not None:
             sequence.reservation.close()
+        if self._store is not None:
+            self._store.forget(sequence)
         aborted = sequence.request.kv_export is not None and output.finish_reason is not FinishReason.HANDED_OVER
-        if aborted and sequence.phase is not Phase.WAITING:
+        if aborted and sequence.announced is not None:
             self._hold(sequence)
         else:
             self._free(sequence)
@@ -383,6 +448,28 @@ class Engine:
                 logger.exception("the receiver of outputs failed; %d outputs are lost", len(outputs))
 
     # Hand-overs: prefill worker
+
+    def _announce(self, sequence: Sequence, export: KvExport) -> None:
+        """Tells the exporter of the tokens that are there before anything is computed."""
+        previous, sequence.announced = sequence.announced, sequence.num_computed
+        if sequence.gated and self._store is not None:
+            sequence.announced = self._store.loading_from(sequence)
+        if previous is None:
+            export.begin(sequence.key, self._runner.slots(sequence).tolist(), sequence.announced)
+        elif previous < sequence.announced:
+            for layer in range(self.pool.num_layers):
+                export.layer_ready(layer, previous, sequence.announced)
+
+    def _loaded(self, sequence: Sequence) -> None:
+        """All that comes from the store is there: `sequence` runs, or need not wait for it any more."""
+        if sequence.row < 0:
+            self._start(sequence)
+        elif sequence.request.kv_export is not None:
+            try:
+                self._announce(sequence, sequence.request.kv_export)
+            except Exception:
+                logger.exception("the export of %s failed", sequence.key)
+                self._fail(sequence, "internal", "the hand-over failed; see the worker's log")
 
     def _hold(self, sequence: Sequence) -> None:
         """Out of the steps; its blocks are kept until they are released or the lease ends."""

@@ -167,11 +167,18 @@ class Decoder:
         return all(linear.row_invariant for linear in (*linears, self._head))
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, pool: KvPool, on_layer: Callable[[int], None] | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: ForwardBatch,
+        pool: KvPool,
+        on_layer: Callable[[int], None] | None = None,
+        before_attention: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Runs the rows of `batch` through the model and writes their K and V into `pool` at `batch.slots`.
 
-        `on_layer(l)` is called as soon as layer l of the pool holds them. Returns float32 logits [R, vocab_size] of
-        `batch.logit_rows`.
+        `on_layer(l)` is called as soon as layer l of the pool holds them. `before_attention(l)` is called before
+        anything reads layer l of the pool: it may wait for rows that others write there. Returns float32 logits
+        [R, vocab_size] of `batch.logit_rows`.
         """
         num_rows, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         every_row = num_logits == num_rows and not batch.prefills
@@ -180,6 +187,8 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(layer.input_norm(hidden))[:num_rows]
             q = self._rotate_and_write(qkv, angles, index, batch.slots, pool)
+            if before_attention is not None:
+                before_attention(index)
             if on_layer is not None:
                 on_layer(index)
             attended = self._attention.attend(index, q, batch, pool)

@@ -41,6 +41,8 @@ class PromptReport:
     """How the prompt was computed. Durations in seconds."""
 
     cached_tokens: int = 0
+    cached_by_tier: dict[str, int] = field(default_factory=dict)
+    """The same tokens by the tier (`kvstore.interfaces.TierName`) that they came from."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     handover_s: float = 0.0
@@ -130,3 +132,5 @@ class EngineRequest:
     """Set on a prefill worker: stop after the first token and hand over."""
     kv_import: KvImport | None = None
     """Set on a decode worker that expects KV: reserve blocks and wait."""
+    tenant: str = "default"
+    """Who is charged for what the KV store keeps of it."""

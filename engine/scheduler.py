@@ -10,7 +10,7 @@ Rules, in order:
 3. Waiting requests are admitted in order while slots, budget and blocks last. A request gets the blocks of all its
    known tokens at once or waits, so every admitted request can finish its prompt. Requests with a KV import wait in
    the same queue, then hold their blocks outside the steps until the import ends; they count as slots, so the number
-   of slots bounds what absent peers can hold.
+   of slots bounds what absent peers can hold. So do those that load KV from the store.
 4. A waiting request whose next block is just being computed by a request before it in order waits for that block
    instead of computing it twice (n > 1, shared system prompts).
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
@@ -26,6 +27,7 @@ from tandem.engine.block_manager import BlockManager, IntegrityError
 from tandem.engine.request import RequestKey
 from tandem.engine.sequence import Phase, Sequence
 from tandem.kvstore.identity import BlockHash, extend_chain
+from tandem.kvstore.interfaces import TierName
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class StepPlan:
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
-    """Got their blocks in this step: RUNNING or IMPORTING, cached tokens in `num_computed`."""
+    """Got their blocks in this step: RUNNING, IMPORTING or LOADING, cached tokens in `num_computed`."""
     preempted: list[Sequence] = field(default_factory=list)
 
     @property
@@ -57,11 +59,15 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._max_waiting = max_waiting
+        self.on_full_blocks: Callable[[Sequence], None] | None = None
+        """Called where blocks of a sequence have become full and computed in all layers."""
+        self._looking_up: dict[RequestKey, Sequence] = {}
         self._waiting: list[tuple[int, int, Sequence]] = []
         """Sorted by order."""
         self._running: list[Sequence] = []
         """Sorted by order."""
         self._importing: dict[RequestKey, Sequence] = {}
+        self._loading: dict[RequestKey, Sequence] = {}
         self._holding: dict[RequestKey, Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
         """A heap; entries of finished sequences are dropped when they come up."""
@@ -69,21 +75,34 @@ class Scheduler:
 
     # Intake and end
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues `sequence`. Raises TandemError `overloaded`, or `context_length_exceeded` if it can never fit."""
+    def add(self, sequence: Sequence, look_up: bool = False) -> None:
+        """Queues `sequence`, or keeps its place in the queue until it is `looked_up`.
+
+        Raises TandemError `overloaded`, or `context_length_exceeded` if it can never fit.
+        """
         if self.blocks.blocks_for(sequence.max_total) > self.blocks.usable_blocks:
             raise TandemError(
                 "context_length_exceeded",
                 f"the request may need {sequence.max_total} tokens of KV cache, "
                 f"the worker has {self.blocks.usable_blocks * self.blocks.block_size}",
             )
-        if len(self._waiting) >= self._max_waiting:
-            raise TandemError("overloaded", f"{len(self._waiting)} requests are waiting already", retry_after_s=1.0)
+        if self.num_waiting >= self._max_waiting:
+            raise TandemError("overloaded", f"{self.num_waiting} requests are waiting already", retry_after_s=1.0)
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        insort(self._waiting, (*sequence.order, sequence))
+        if look_up:
+            sequence.phase = Phase.LOOKUP
+            self._looking_up[sequence.key] = sequence
+        else:
+            insort(self._waiting, (*sequence.order, sequence))
         if sequence.deadline is not None:
             heapq.heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
+
+    def looked_up(self, sequence: Sequence) -> None:
+        """The store has answered (`Sequence.stored`) or was too slow: `sequence` waits where it would have waited."""
+        self._leave(sequence)
+        sequence.phase = Phase.WAITING
+        insort(self._waiting, (*sequence.order, sequence))
 
     def finish(self, sequence: Sequence) -> None:
         """Ends `sequence` in whatever phase it is, and takes its blocks back."""
@@ -98,13 +117,25 @@ class Scheduler:
         sequence.phase = Phase.HOLDING
         self._holding[sequence.key] = sequence
 
-    def join(self, sequence: Sequence, num_computed: int) -> None:
-        """An import ended: `num_computed` tokens of the sequence are in its blocks, the rest is computed here."""
+    def join(self, sequence: Sequence, num_computed: int, gated: bool = False) -> None:
+        """An import or a load ended: `num_computed` tokens of `sequence` are in its blocks, the rest is computed here.
+
+        `gated`: the last layers of these tokens are still on their way. Such a sequence is not preempted.
+        """
         self._leave(sequence)
         sequence.wants_import = False
+        sequence.gated = gated
         sequence.num_computed = num_computed
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_order)
+
+    def suspend(self, sequence: Sequence, num_computed: int) -> None:
+        """A gated sequence waits outside the steps again: only `num_computed` tokens are certainly in its blocks."""
+        self._leave(sequence)
+        sequence.gated = False
+        sequence.num_computed = num_computed
+        sequence.phase = Phase.LOADING
+        self._loading[sequence.key] = sequence
 
     def expired(self, now: float) -> list[Sequence]:
         """The sequences whose deadline has passed. Each is returned once; the caller finishes it."""
@@ -154,15 +185,16 @@ class Scheduler:
 
     def publish(self, sequence: Sequence) -> None:
         """Puts the blocks of `sequence` that are full and computed into the prefix cache."""
-        if not self.blocks.caching:
-            return
-        block_size, chain = self.blocks.block_size, sequence.chain
-        for index in range(sequence.published, sequence.num_computed // block_size):
-            if index == len(chain):
-                tokens = sequence.tokens[index * block_size : (index + 1) * block_size]
-                chain.append(extend_chain(chain[-1] if chain else sequence.root, tokens))
-            self.blocks.publish(sequence.key, index, chain[index])
-            sequence.published = index + 1
+        if self.blocks.caching:
+            block_size, chain = self.blocks.block_size, sequence.chain
+            for index in range(sequence.published, sequence.num_computed // block_size):
+                if index == len(chain):
+                    tokens = sequence.tokens[index * block_size : (index + 1) * block_size]
+                    chain.append(extend_chain(chain[-1] if chain else sequence.root, tokens))
+                self.blocks.publish(sequence.key, index, chain[index])
+                sequence.published = index + 1
+        if self.on_full_blocks is not None:
+            self.on_full_blocks(sequence)
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         block_size = self.blocks.block_size
@@ -194,7 +226,7 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, plan: StepPlan, left: int, now: float) -> None:
-        slots = self._max_num_seqs - len(self._running) - len(self._importing)
+        slots = self._max_num_seqs - len(self._running) - len(self._importing) - len(self._loading)
         if not self._waiting or slots <= 0:
             return
         pending = self._pending_blocks()
@@ -217,14 +249,19 @@ class Scheduler:
                 sequence.first_scheduled = now
                 if sequence.report is not None:
                     sequence.report.cached_tokens = cached
+                    sequence.report.cached_by_tier = {TierName.DEVICE: cached} if cached else {}
             plan.admitted.append(sequence)
             if sequence.wants_import:
                 sequence.phase = Phase.IMPORTING
                 self._importing[sequence.key] = sequence
                 continue
-            sequence.phase = Phase.RUNNING
-            insort(self._running, sequence, key=_order)
-            left -= self._plan_chunk(plan, sequence, left)
+            if sequence.stored[0] <= cached < sequence.stored[1]:
+                sequence.phase = Phase.LOADING
+                self._loading[sequence.key] = sequence
+            else:
+                sequence.phase = Phase.RUNNING
+                insort(self._running, sequence, key=_order)
+                left -= self._plan_chunk(plan, sequence, left)
             for block_hash in sequence.chain[sequence.published :]:
                 if self.blocks.caching:
                     pending.setdefault(block_hash, sequence.order)
@@ -232,26 +269,26 @@ class Scheduler:
     def _computed_elsewhere(
         self, sequence: Sequence, chain: list[BlockHash], pending: dict[BlockHash, tuple[int, int]]
     ) -> bool:
-        """Whether the first block that `sequence` misses is being computed by somebody before it."""
+        """Whether the first block that `sequence` misses is being computed, or loaded, by somebody before it."""
         reusable = chain[: (len(sequence.tokens) - 1) // self.blocks.block_size]
         hits = self.blocks.cached_prefix(reusable, len(sequence.tokens))
         return hits < len(reusable) and pending.get(reusable[hits], sequence.order) < sequence.order
 
     def _pending_blocks(self) -> dict[BlockHash, tuple[int, int]]:
-        """Blocks that running prompts will publish, with the order of the first that will."""
+        """Blocks that running and loading prompts will publish, with the order of the first that will."""
         pending: dict[BlockHash, tuple[int, int]] = {}
         if not self.blocks.caching:
             return pending
-        for sequence in self._running:
+        for sequence in (*self._running, *self._loading.values()):
             if _prefills(sequence):
                 for block_hash in sequence.chain[sequence.published :]:
                     pending.setdefault(block_hash, sequence.order)
         return pending
 
     def _victim(self) -> Sequence:
-        """The last in order among those whose blocks nobody else reads."""
+        """The last in order among those whose blocks nobody else reads or writes."""
         for sequence in reversed(self._running):
-            if sequence.request.kv_export is None:
+            if sequence.request.kv_export is None and not sequence.gated:
                 return sequence
         raise IntegrityError("a decode needs a block and there is nobody to preempt")
 
@@ -264,12 +301,16 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         match sequence.phase:
+            case Phase.LOOKUP:
+                del self._looking_up[sequence.key]
             case Phase.WAITING:
                 self._waiting.remove((*sequence.order, sequence))
             case Phase.RUNNING:
                 self._running.remove(sequence)
             case Phase.IMPORTING:
                 del self._importing[sequence.key]
+            case Phase.LOADING:
+                del self._loading[sequence.key]
             case Phase.HOLDING:
                 del self._holding[sequence.key]
             case Phase.FINISHED:
@@ -279,17 +320,19 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Requests with blocks: computed, importing or held for a hand-over."""
-        return len(self._running) + len(self._importing) + len(self._holding)
+        """Requests with blocks: computed, importing, loading or held for a hand-over."""
+        return len(self._running) + len(self._importing) + len(self._loading) + len(self._holding)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._looking_up)
 
     @property
     def pending_prefill_tokens(self) -> int:
         """Prompt tokens that are to be computed here, as far as known: cache hits of waiting requests unknown."""
-        waiting = sum(entry[2].remaining for entry in tuple(self._waiting) if not entry[2].wants_import)
+        waiting = sum(entry[2].to_compute for entry in tuple(self._waiting) if not entry[2].wants_import)
+        waiting += sum(sequence.to_compute for sequence in tuple(self._looking_up.values()))
+        waiting += sum(sequence.to_compute for sequence in tuple(self._loading.values()))
         return waiting + sum(sequence.remaining for sequence in tuple(self._running) if _prefills(sequence))
 
     def check_integrity(self) -> None:
@@ -297,9 +340,11 @@ class Scheduler:
         self.blocks.check_integrity()
         wrong: list[str] = []
         phases = (
+            (Phase.LOOKUP, list(self._looking_up.values())),
             (Phase.WAITING, [entry[2] for entry in self._waiting]),
             (Phase.RUNNING, self._running),
             (Phase.IMPORTING, list(self._importing.values())),
+            (Phase.LOADING, list(self._loading.values())),
             (Phase.HOLDING, list(self._holding.values())),
         )
         keys: list[RequestKey] = []
@@ -308,9 +353,12 @@ class Scheduler:
                 keys.append(sequence.key)
                 if sequence.phase is not phase:
                     wrong.append(f"{sequence.key} is {sequence.phase} among the {phase.value}")
-                if self.blocks.holds(sequence.key) != (phase is not Phase.WAITING):
+                if sequence.gated and phase is not Phase.RUNNING:
+                    wrong.append(f"{sequence.key} is {phase.value} and gated")
+                has_blocks = phase not in (Phase.LOOKUP, Phase.WAITING)
+                if self.blocks.holds(sequence.key) != has_blocks:
                     wrong.append(f"{sequence.key} is {phase.value} and has blocks: {self.blocks.holds(sequence.key)}")
-                elif phase is not Phase.WAITING:
+                elif has_blocks:
                     capacity = len(self.blocks.table(sequence.key)) * self.blocks.block_size
                     if capacity < sequence.num_computed:
                         wrong.append(f"{sequence.key} computed {sequence.num_computed} tokens in {capacity} slots")

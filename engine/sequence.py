@@ -11,13 +11,18 @@ from tandem.kvstore.identity import BlockHash
 if TYPE_CHECKING:
     from tandem.engine.reservation import Reservation
     from tandem.engine.sampler import Traits
+    from tandem.engine.store.state import StoreState
 
 
 class Phase(enum.Enum):
+    LOOKUP = "lookup"
+    """Asking the KV store what it has of the prompt; not in the queue yet, without blocks."""
     WAITING = "waiting"
     """In the queue, without blocks."""
     IMPORTING = "importing"
     """Blocks reserved, waiting for KV from elsewhere; takes no part in steps."""
+    LOADING = "loading"
+    """Blocks reserved, filled from the KV store; takes no part in steps."""
     RUNNING = "running"
     """Computed in steps."""
     HOLDING = "holding"
@@ -34,11 +39,13 @@ class Sequence:
     """
 
     __slots__ = (
+        "announced",
         "arrival",
         "chain",
         "chunk_ends",
         "deadline",
         "first_scheduled",
+        "gated",
         "key",
         "last_token",
         "max_total",
@@ -56,6 +63,8 @@ class Sequence:
         "row",
         "seed",
         "stop_ids",
+        "store",
+        "stored",
         "submitted",
         "tokens",
         "traits",
@@ -101,6 +110,16 @@ class Sequence:
         self.wants_import = request.kv_import is not None
         """Until the import has succeeded, failed or been preempted."""
         self.reservation: Reservation | None = None
+        self.stored = (0, 0)
+        """Tokens [first, end) that the KV store fills once there are blocks; the prompt's last token is not among
+        them."""
+        self.gated = False
+        """RUNNING, though its last layers are still being filled from the KV store."""
+        self.announced: int | None = None
+        """Leading tokens that the exporter knows to be there in all layers; set by the first announcement and by those
+        of loaded tokens. None: it has not begun and reads no block."""
+        self.store: StoreState | None = None
+        """What `engine/store` keeps of it; None without a store."""
         self.chunk_ends: list[int] = []
         """Where the prompt's chunks ended the first time, so that a recompute runs the same kernels on the same
         shapes."""
@@ -121,6 +140,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def to_compute(self) -> int:
+        """Tokens that will be computed here before the next one can be sampled, as far as known."""
+        return len(self.tokens) - max(self.num_computed, self.stored[1])
+
+    @property
     def order(self) -> tuple[int, int]:
         """Lower goes first; the highest is preempted first."""
         return self.priority, self.arrival
@@ -139,4 +163,5 @@ class Sequence:
         self.phase = Phase.WAITING
         self.num_computed = 0
         self.published = 0
+        self.stored = (0, 0)
         self.prompt_logprobs.clear()

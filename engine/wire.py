@@ -50,6 +50,7 @@ def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
                 handover_s=report.handover_s,
                 computed_by=report.computed_by,
                 recompute_reason=report.recompute_reason,
+                cached_by_tier=report.cached_by_tier,
             )
         )
     if output.prompt_logprobs:
@@ -67,6 +68,7 @@ def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
         handover_s=report.handover_s,
         computed_by=report.computed_by,
         recompute_reason=report.recompute_reason,
+        cached_by_tier=dict(report.cached_by_tier),
     )
     prompt_logprobs: list[TokenLogprobs | None] = [
         _logprobs_from_proto(entry) if entry.rank else None for entry in message.prompt_logprobs
@@ -140,6 +142,7 @@ def request_from_proto(submit: worker_pb2.Submit) -> EngineRequest:
         priority=submit.priority,
         deadline=None if timeout_s is None else time.monotonic() + timeout_s,
         cache_salt=submit.cache_salt,
+        tenant=submit.tenant or "default",
     )
 
 

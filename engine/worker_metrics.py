@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
 
 from tandem.engine.request import RequestOutput
+from tandem.engine.store.stats import StoreStats
 from tandem.proto import worker_pb2
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -17,12 +18,24 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 class WorkerMetrics:
     """Counters of the requests that pass; one per process (or per `registry` in tests)."""
 
-    def __init__(self, status: Callable[[], worker_pb2.WorkerStatus], registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self,
+        status: Callable[[], worker_pb2.WorkerStatus],
+        registry: CollectorRegistry = REGISTRY,
+        store: Callable[[], StoreStats] | None = None,
+    ) -> None:
+        """`store` is `EngineStore.stats` of a worker with a KV store."""
         self._requests = Counter(
             "tandem_worker_requests", "Ended requests", ["finish_reason", "error"], registry=registry
         )
         self._tokens = Counter("tandem_worker_generated_tokens", "Tokens sent to routers", registry=registry)
         self._cached = Counter("tandem_worker_cached_prompt_tokens", "Prompt tokens not computed", registry=registry)
+        self._cached_by_tier = Counter(
+            "tandem_worker_cached_prompt_tokens_by_tier",
+            "Prompt tokens not computed, by where their KV came from",
+            ["tier"],
+            registry=registry,
+        )
         self._recomputes = Counter(
             "tandem_worker_handover_recomputes", "Hand-overs that became a recompute", registry=registry
         )
@@ -37,6 +50,8 @@ class WorkerMetrics:
             "tandem_worker_handover_seconds", "First token until KV complete", registry=registry, buckets=_SECONDS
         )
         registry.register(_EngineGauges(status))
+        if store is not None:
+            registry.register(_StoreCounters(store))
 
     def output(self, output: RequestOutput) -> None:
         if output.token_ids:
@@ -46,6 +61,8 @@ class WorkerMetrics:
         report = output.prompt
         if report is not None:
             self._cached.inc(report.cached_tokens)
+            for tier, tokens in report.cached_by_tier.items():
+                self._cached_by_tier.labels(tier).inc(tokens)
             self._prefill.observe(report.prefill_s)
             if report.handover_s > 0:
                 self._handover.observe(report.handover_s)
@@ -68,3 +85,28 @@ class _EngineGauges(Collector):
         for field in status.DESCRIPTOR.fields:
             value = float(getattr(status, field.name))
             yield GaugeMetricFamily(f"tandem_worker_{field.name}", f"WorkerStatus.{field.name}", value=value)
+
+
+class _StoreCounters(Collector):
+    def __init__(self, stats: Callable[[], StoreStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        stats = self._stats()
+        labelled = (
+            ("lookups", "Prompts looked up in the KV store", "outcome", stats.lookups),
+            ("loads", "Loads from the KV store; all but ok brought less than was there", "outcome", stats.loads),
+            ("saves", "Chunks offered to the KV store", "outcome", stats.saves),
+            ("loaded_tokens", "Prompt tokens loaded from the KV store", "tier", stats.loaded_tokens),
+        )
+        for name, text, label, values in labelled:
+            family = CounterMetricFamily(f"tandem_worker_store_{name}", text, labels=[label])
+            for value, count in values.items():
+                family.add_metric([value], count)
+            yield family
+        for name, text, total in (
+            ("load_seconds", "Time that loads took, one after the other", stats.load_s),
+            ("save_seconds", "Time that saves took", stats.save_s),
+            ("gates_missed", "Steps that went on without a request whose KV came too late", stats.gates_missed),
+        ):
+            yield CounterMetricFamily(f"tandem_worker_store_{name}", text, value=total)

@@ -9,11 +9,12 @@ from typing import Literal
 
 from tandem.common.errors import ConfigError
 from tandem.engine.settings import EngineConfig
+from tandem.kvstore.settings import StoreSettings, split_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig(EngineConfig):
-    """An engine and where it can be reached."""
+class WorkerConfig(EngineConfig, StoreSettings):
+    """An engine, where it can be reached, and the KV store it uses."""
 
     listen: str = "127.0.0.1:9100"
     """Address of the gRPC service: HOST:PORT, or unix:/path for routers on the same host."""
@@ -28,6 +29,7 @@ class WorkerConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
+        StoreSettings.__post_init__(self)
         if self.drain_grace_s < 0:
             raise ConfigError(f"drain_grace_s {self.drain_grace_s}: must not be negative")
         if not self.listen.startswith("unix:"):
@@ -36,11 +38,3 @@ class WorkerConfig(EngineConfig):
     def named(self, role: str) -> str:
         """The worker's id."""
         return self.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
-
-
-def split_address(address: str, setting: str) -> tuple[str, int]:
-    """HOST:PORT as a pair; [::1]:80 for IPv6. Raises ConfigError naming `setting`."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{setting} {address!r}: must be HOST:PORT")
-    return host.strip("[]"), int(port)

@@ -17,6 +17,7 @@ from tandem.engine.request import EngineRequest, KvReservation, RequestKey, Requ
 from tandem.engine.sampler import Traits
 from tandem.engine.sequence import Sequence
 from tandem.engine.settings import EngineConfig
+from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.identity import Namespace, prefix_chain, salted
 from tests.models import tiny_model
 
@@ -66,12 +67,12 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None
 class EngineUnderTest:
     """An engine on a tiny random model (float32), with everything it has said so far."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, store: EngineStore | None = None, **settings: Any) -> None:
         defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 4 << 20}
         self.outputs: dict[RequestKey, list[RequestOutput]] = {}
         self.steps: list[list[RequestOutput]] = []
         self._changed = threading.Condition()
-        self.engine = Engine(EngineConfig(model=str(folder), **(defaults | settings)), self._collect)
+        self.engine = Engine(EngineConfig(model=str(folder), **(defaults | settings)), self._collect, store)
 
     def __enter__(self) -> EngineUnderTest:
         self.engine.start()
@@ -98,7 +99,7 @@ class EngineUnderTest:
 
     def submit(self, name: str, prompt: Seq[int], **options: Any) -> RequestKey:
         """`options`: fields of EngineRequest; the others are sampling parameters (greedy, endless unless said)."""
-        fields = {"priority", "deadline", "cache_salt", "kv_export", "kv_import"}
+        fields = {"priority", "deadline", "cache_salt", "kv_export", "kv_import", "tenant"}
         request = {field: options.pop(field) for field in fields & options.keys()}
         sampling = SamplingParams(**({"temperature": 0.0, "ignore_eos": True, "max_tokens": 8} | options))
         key = RequestKey(name, 0)
@@ -133,6 +134,7 @@ class EngineUnderTest:
     def check_all_free(self) -> None:
         """Nothing runs any more, every block is back, and the books balance."""
         wait_for(lambda: not self.engine._known)
+        assert self.engine.wait_saved(TIMEOUT_S)
         self.engine.check_integrity()
         status = self.engine.status()
         assert status.free_blocks == status.total_blocks

@@ -32,9 +32,10 @@ class ObviousModel:
         self.tables: dict[RequestKey, list[int]] = {}
         self.prompt: dict[RequestKey, tuple[bytes, list[int]]] = {}
         self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self.readers: list[list[int]] = []
 
     def owned(self) -> set[int]:
-        return {block for table in self.tables.values() for block in table}
+        return {block for blocks in (*self.tables.values(), *self.readers) for block in blocks}
 
     def allocated(self, name: RequestKey, salt: bytes, tokens: list[int], cached: int, table: list[int]) -> None:
         hits = cached // BLOCK
@@ -70,7 +71,7 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
     rng = random.Random(seed)
     blocks, model = BlockManager(num_blocks, BLOCK), ObviousModel(num_blocks)
     for step in range(120):
-        operation = rng.choice(("allocate", "allocate", "extend", "publish", "free"))
+        operation = rng.choice(("allocate", "allocate", "extend", "publish", "free", "retain", "give back"))
         if operation == "allocate":
             tokens = [rng.randrange(2) for _ in range(rng.randint(1, 22))]
             salt = rng.choice((b"", b"tenant"))
@@ -87,6 +88,9 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
                 assert not blocks.holds(key(step))
             else:
                 model.allocated(key(step), salt, tokens, cached, list(blocks.table(key(step))))
+        elif operation == "give back":
+            if model.readers:
+                blocks.give_back(model.readers.pop(rng.randrange(len(model.readers))))
         elif model.tables:
             name = rng.choice(sorted(model.tables))
             if operation == "extend":
@@ -105,13 +109,22 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
                 for index, block_hash in enumerate(chain_of(tokens, salt)[:count]):
                     blocks.publish(name, index, block_hash)
                 model.published(name, count)
+            elif operation == "retain":
+                first = rng.randrange(len(model.tables[name]))
+                count = rng.randint(1, len(model.tables[name]) - first)
+                retained = blocks.retain(name, first, count)
+                assert retained == model.tables[name][first : first + count]
+                model.readers.append(retained)
             else:
                 blocks.free(name)
                 del model.tables[name]
         blocks.check_integrity()
         assert blocks.available_blocks == model.usable - len(model.owned())
+        assert blocks.num_retained == sum(map(len, model.readers))
     for name in sorted(model.tables):
         blocks.free(name)
+    for reader in model.readers:
+        blocks.give_back(reader)
     blocks.check_integrity()
     assert blocks.available_blocks == blocks.usable_blocks
 
@@ -194,6 +207,24 @@ def test_a_second_table_is_refused() -> None:
         blocks.allocate(key("a"), 4, [])
 
 
+def test_retained_blocks_outlive_their_request_and_stay_unshared() -> None:
+    blocks = BlockManager(5, BLOCK)
+    blocks.allocate(key("a"), 3 * BLOCK, [])
+    retained = blocks.retain(key("a"), 1, 2)
+    blocks.free(key("a"))
+    blocks.check_integrity()
+    assert blocks.available_blocks == 2
+    assert blocks.allocate(key("b"), 3 * BLOCK, []) is None
+    blocks.give_back(retained)
+    assert blocks.available_blocks == 4
+    with pytest.raises(ValueError, match="not retained"):
+        blocks.give_back(retained)
+    blocks.allocate(key("b"), BLOCK, [])
+    with pytest.raises(ValueError, match="has 1 blocks, not 3"):
+        blocks.retain(key("b"), 1, 2)
+    blocks.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("damage", "finding"),
     [
@@ -202,6 +233,8 @@ def test_a_second_table_is_refused() -> None:
         (lambda b: b._free.pop(), "lost"),
         (lambda b: b._tables[key("a")].append(1), "twice"),
         (lambda b: b._hash_of.__setitem__(1, BlockHash(b"x")), "hash index"),
+        (lambda b: b._retained.__setitem__(1, 1), "owners and readers"),
+        (lambda b: setattr(b, "num_retained", 3), "counted wrongly"),
     ],
 )
 def test_damage_is_found(damage, finding) -> None:  # type: ignore[no-untyped-def]

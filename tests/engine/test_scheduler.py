@@ -33,8 +33,9 @@ class Play:
 
     def add(self, name: str, length: int, **options: Any) -> Sequence:
         tokens = options.pop("tokens", None) or [hash_free(name, i) for i in range(length)]
+        look_up = options.pop("look_up", False)
         sequence = make_sequence(name, tokens, **({"max_tokens": 4} | options))
-        self.scheduler.add(sequence)
+        self.scheduler.add(sequence, look_up)
         return sequence
 
     def step(self) -> StepPlan:
@@ -50,6 +51,8 @@ class Play:
         assert len(set(names)) == len(names)
         for sequence in plan.decodes + [chunk.sequence for chunk in plan.chunks]:
             assert sequence.phase is Phase.RUNNING
+        for chunk in plan.chunks:
+            chunk.sequence.gated = False  # a step waits for what is still on its way
         self.scheduler.computed(plan)
         for sequence in list(plan.decodes) + [chunk.sequence for chunk in plan.chunks]:
             assert sequence.num_computed <= len(self.blocks.table(sequence.key)) * BLOCK
@@ -318,6 +321,109 @@ def test_a_held_sequence_keeps_its_blocks_but_not_its_slot() -> None:
     assert play.blocks.available_blocks == play.blocks.usable_blocks
 
 
+def test_a_looked_up_sequence_keeps_its_place() -> None:
+    play = Play(max_num_seqs=1)
+    play.add("running", 20)
+    first = play.add("first", 20, look_up=True)
+    play.add("second", 20)
+    assert play.scheduler.num_waiting == 3
+    play.step()
+    play.scheduler.looked_up(first)
+    assert order_of_admission(play) == ["first", "second"]
+
+
+def test_those_that_are_looked_up_count_as_waiting() -> None:
+    play = Play(max_waiting=2)
+    play.add("a", 20, look_up=True)
+    play.add("b", 20, look_up=True)
+    with pytest.raises(TandemError, match="2 requests are waiting"):
+        play.add("c", 20)
+
+
+def test_what_the_store_has_is_loaded_outside_the_steps() -> None:
+    play = Play()
+    loaded = play.add("load", 100)
+    loaded.stored = (0, 64)
+    assert play.scheduler.pending_prefill_tokens == 36
+    plan = play.step()
+    assert plan.admitted == [loaded]
+    assert (plan.chunks, loaded.phase) == ([], Phase.LOADING)
+    play.scheduler.join(loaded, 64)
+    play.scheduler.publish(loaded)
+    assert [chunk.num_tokens for chunk in play.step().chunks] == [36]
+    play.run()
+    assert play.emitted == {"load": 4}
+
+
+@pytest.mark.parametrize("stored", [(0, 48), (64, 96)])
+def test_what_the_device_has_or_does_not_reach_is_not_loaded(stored: tuple[int, int]) -> None:
+    play = Play()
+    tokens = [hash_free("same", i) for i in range(100)]
+    play.add("before", 0, tokens=tokens[:50])
+    play.run()
+    after = play.add("after", 0, tokens=tokens)
+    after.stored = stored
+    assert [chunk.num_tokens for chunk in play.step().chunks] == [52]
+
+
+def test_equal_prompts_wait_for_the_one_that_loads() -> None:
+    play = Play()
+    tokens = [hash_free("same", i) for i in range(100)]
+    first, second = (play.add(name, 0, tokens=tokens) for name in ("first", "second"))
+    first.stored = second.stored = (0, 96)
+    assert play.step().admitted == [first]
+    assert not play.step().admitted
+    play.scheduler.join(first, 96)
+    play.scheduler.publish(first)
+    plan = play.step()
+    assert [(chunk.sequence, chunk.num_tokens) for chunk in plan.chunks] == [(first, 4), (second, 4)]
+
+
+def test_a_gated_sequence_is_not_preempted_and_can_be_suspended() -> None:
+    play = Play(num_blocks=8)
+    decoding = play.add("decoding", 31, max_tokens=40)
+    play.step()
+    gated = play.add("gated", 64)
+    gated.stored = (0, 48)
+    play.step()
+    play.scheduler.join(gated, 48, gated=True)
+    assert play.scheduler._victim() is decoding
+    play.scheduler.suspend(gated, 0)
+    play.scheduler.check_integrity()
+    assert play.step().decodes == [decoding]
+    play.scheduler.join(gated, 16)
+    play.run()
+    assert play.emitted == {"decoding": 40, "gated": 4}
+
+
+def test_full_blocks_are_told_of() -> None:
+    play, told = Play(), []
+    play.scheduler.on_full_blocks = lambda sequence: told.append(sequence.num_computed)
+    play.add("a", 30, max_tokens=4)
+    play.run()
+    assert told == [30, 32], "after the prompt and where a decode fills a block, not for every token"
+
+
+def shuffled_loads(rng: random.Random, play: Play, sequences: Seq[Sequence]) -> None:
+    scheduler = play.scheduler
+    for sequence in sequences:
+        if sequence.phase is Phase.LOOKUP and rng.random() < 0.5:
+            end = min(rng.randint(0, 80), sequence.num_prompt - 1)
+            sequence.stored = (rng.randrange(0, end + 1, BLOCK), end)
+            scheduler.looked_up(sequence)
+        elif sequence.phase is Phase.LOADING and rng.random() < 0.3:
+            loaded = rng.choice((sequence.num_computed, sequence.stored[1]))
+            gated = rng.random() < 0.3
+            scheduler.join(sequence, loaded, gated)
+            if not gated:
+                scheduler.publish(sequence)
+        elif sequence.gated and sequence.phase is Phase.RUNNING:
+            if rng.random() < 0.5:
+                scheduler.suspend(sequence, 0)
+            else:
+                sequence.gated = False
+
+
 def shuffled_imports(rng: random.Random, play: Play, imports: Seq[Sequence]) -> None:
     for sequence in imports:
         if sequence.phase is Phase.IMPORTING and rng.random() < 0.3:
@@ -347,6 +453,7 @@ def test_random_workloads_come_to_an_end(seed: int, num_blocks: int, slots: int,
             output = rng.randint(1, min(40, capacity - 1))
             length = rng.randint(1, min(70, capacity - output))
             kv_import = object() if rng.random() < 0.3 else None
+            look_up = kv_import is None and rng.random() < 0.4
             alive.append(
                 play.add(
                     f"r{index}-{len(alive)}",
@@ -355,6 +462,7 @@ def test_random_workloads_come_to_an_end(seed: int, num_blocks: int, slots: int,
                     max_tokens=output,
                     priority=rng.randint(0, 2),
                     kv_import=kv_import,
+                    look_up=look_up,
                 )
             )
         if alive and rng.random() < 0.15:
@@ -363,9 +471,11 @@ def test_random_workloads_come_to_an_end(seed: int, num_blocks: int, slots: int,
                 cancelled.add(victim.key.request_id)
                 play.scheduler.finish(victim)
         shuffled_imports(rng, play, alive)
+        shuffled_loads(rng, play, alive)
         play.step()
     for _ in range(3000):
         shuffled_imports(rng, play, alive)
+        shuffled_loads(rng, play, alive)
         play.step()
         if all(sequence.phase is Phase.FINISHED for sequence in alive):
             break

@@ -1,0 +1,393 @@
+"""The KV store's part of the engine thread: which requests ask the store, load from it, and what is saved to it.
+
+    accept ─> LOOKUP ──answer, or too late──> WAITING ──blocks──> LOADING ──all layers──> RUNNING
+                                                    └─nothing to load──> RUNNING   └─first layers (gated)─┘
+
+Nothing here blocks: what may is a job for `Workers`, which posts its result back to the engine thread. Whatever goes
+wrong on the way, the request goes on with what it has and computes the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tandem.engine.batch import KvPool
+from tandem.engine.block_manager import BlockManager
+from tandem.engine.loader import LoadedModel
+from tandem.engine.request import RequestKey
+from tandem.engine.scheduler import Scheduler, StepPlan
+from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.settings import EngineConfig
+from tandem.engine.status import StepMeter
+from tandem.engine.store.cache import EngineStore
+from tandem.engine.store.loading import Gate, Load
+from tandem.engine.store.lookup import LookUp
+from tandem.engine.store.saving import KnownKeys, Save
+from tandem.engine.store.state import StoreState
+from tandem.engine.store.threads import Workers
+from tandem.kvstore.bundle import ChunkSpec
+from tandem.kvstore.identity import extend_chain
+from tandem.kvstore.interfaces import ObjectKey
+
+LOOKUP_S = 0.3
+"""A slower look-up is a miss."""
+LEAST_LOAD_S = 0.25
+MOST_LOAD_S = 10.0
+UNKNOWN_LOAD_S = 2.0
+"""A load may take as long as computing its tokens would, within these bounds: by then waiting has cost as much as it
+could have saved. The third is for an engine that has not measured itself yet."""
+STUCK_S = 1.0
+"""A load that has not ended so long after its time is given up by the engine."""
+RETAINED_SHARE = 4
+"""At most a quarter of the pool is held for saving."""
+STOP_S = 3.0
+
+
+class StoreFlow:
+    """Engine thread only, but for `wait_saved`."""
+
+    def __init__(
+        self,
+        store: EngineStore,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        pool: KvPool,
+        blocks: BlockManager,
+        scheduler: Scheduler,
+        meter: StepMeter,
+        *,
+        post: Callable[[Callable[[], None]], None],
+        resume: Callable[[Sequence], object],
+    ) -> None:
+        """`post` hands a call to the engine thread; `resume` takes a sequence that is RUNNING now, or no longer gated.
+        Raises ConfigError if the store's chunks do not fit the engine's blocks."""
+        store.check(config.block_size)
+        self._store = store
+        self._chunk_tokens = store.chunk_tokens
+        self._max_step_tokens = config.max_num_batched_tokens
+        self._loaded = loaded
+        self._dtype = str(loaded.dtype).removeprefix("torch.")
+        self._pool = pool
+        self._blocks = blocks
+        self._scheduler = scheduler
+        self._meter = meter
+        self._post = post
+        self._resume = resume
+        self._known = KnownKeys()
+        self._pending: dict[RequestKey, Sequence] = {}
+        """With a look-up or a load in progress."""
+        self._closing = False
+        self._lookups = Workers("kv-lookup", 1, config.max_waiting)
+        self._loaders = Workers("kv-load", store.loaders, 2 * config.max_num_seqs)
+        self._saver = Workers("kv-save", 1, store.save_queue)
+        scheduler.on_full_blocks = self._full_blocks
+
+    # Requests come, wait and go
+
+    def accept(self, sequence: Sequence) -> bool:
+        """Whether the store is to be asked (`look_up`) before `sequence` queues."""
+        sequence.store = StoreState()
+        if sequence.wants_import or sequence.scores_prompt:
+            return False
+        chunks = sequence.num_prompt // self._chunk_tokens
+        gain = min(chunks * self._chunk_tokens, sequence.num_prompt - 1) - self._on_device(sequence)
+        return gain >= self._blocks.block_size
+
+    def look_up(self, sequence: Sequence) -> None:
+        state = _state(sequence)
+        state.lookup = LookUp(
+            self._store,
+            sequence.root,
+            sequence.request.prompt_token_ids,
+            cached_tokens=self._on_device(sequence),
+            tokens_per_s=self._meter.prefill_tokens_per_s,
+            answered=partial(self._hand_back, sequence),
+        )
+        if self._lookups.put(state.lookup):
+            state.given_up_at = time.monotonic() + LOOKUP_S
+            self._pending[sequence.key] = sequence
+        else:
+            state.lookup = None
+            self._store.counters.lookup("crowded")
+            self._scheduler.looked_up(sequence)
+
+    def runs(self, sequence: Sequence) -> None:
+        """`sequence` got its blocks, or its load ended: what was prefetched for it and not loaded is let go."""
+        state = sequence.store
+        if state is not None and state.lookup is not None:
+            self._discard(state.lookup)
+            state.lookup = None
+
+    def load(self, sequence: Sequence, slots: npt.NDArray[np.int64]) -> None:
+        """`sequence` has its blocks and is LOADING. `slots` int64 [prompt tokens]."""
+        state = _state(sequence)
+        if state.lookup is None:
+            raise ValueError(f"{sequence.key} has nothing to load")
+        lookup, state.lookup = state.lookup, None
+        rate = self._meter.prefill_tokens_per_s
+        limit_s, step_s = UNKNOWN_LOAD_S, 0.0
+        if rate > 0:
+            limit_s = min(max((sequence.stored[1] - sequence.num_computed) / rate, LEAST_LOAD_S), MOST_LOAD_S)
+            if self._store.overlap:
+                step_s = min(sequence.to_compute, self._max_step_tokens) / rate
+        state.load = Load(
+            self._store,
+            self._pool,
+            lookup,
+            slots=torch.from_numpy(slots).to(self._loaded.device),
+            start=sequence.num_computed,
+            spec_of=partial(self._spec, sequence),
+            limit_s=limit_s,
+            step_s=step_s,
+            joinable=lambda load: self._post(partial(self._joinable, sequence, load)),
+            ended=lambda load: self._post(partial(self._ended, sequence, load)),
+        )
+        state.given_up_at = time.monotonic() + limit_s + STUCK_S
+        self._pending[sequence.key] = sequence
+        if not self._loaders.put(state.load):
+            state.load.drop()
+            self._give_up(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """`sequence` ends: nothing is written into its blocks after this."""
+        state = sequence.store
+        if state is None:
+            return
+        self._pending.pop(sequence.key, None)
+        if state.lookup is not None:
+            state.lookup.abandoned = True
+            if sequence.phase is not Phase.LOOKUP:
+                self._discard(state.lookup)
+        if state.load is not None:
+            state.load.close()
+        state.lookup = state.load = None
+        sequence.gated = False
+
+    # Time
+
+    def next_due(self) -> float | None:
+        return min((_state(sequence).given_up_at for sequence in self._pending.values()), default=None)
+
+    def expire(self, now: float) -> None:
+        for sequence in [s for s in self._pending.values() if _state(s).given_up_at <= now]:
+            self._give_up(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """The store is too slow: `sequence` goes on without."""
+        state = _state(sequence)
+        self._pending.pop(sequence.key, None)
+        if state.lookup is not None:
+            state.lookup.abandoned = True
+            state.lookup = None
+            self._store.counters.lookup("slow")
+            self._scheduler.looked_up(sequence)
+        elif state.load is not None:
+            load, state.load = state.load, None
+            load.close()
+            self._store.counters.load("stuck", 0.0, {})
+            self._go_on(sequence, load.start)
+
+    # Answers of the workers
+
+    def _hand_back(self, sequence: Sequence, lookup: LookUp) -> None:
+        """On the look-up thread."""
+        if self._closing:
+            lookup.discard()  # a call that took longer than the engine waited for it
+        else:
+            self._post(partial(self._answered, sequence, lookup))
+
+    def _answered(self, sequence: Sequence, lookup: LookUp) -> None:
+        state = _state(sequence)
+        if state.lookup is not lookup:
+            self._discard(lookup)
+            return
+        self._pending.pop(sequence.key, None)
+        self._store.counters.lookup(lookup.outcome)
+        state.keys = lookup.keys
+        now = time.monotonic()
+        for item in lookup.found:
+            self._known.add(item.key, now)
+        if lookup.located:
+            sequence.stored = lookup.stored
+        else:
+            state.lookup = None
+        self._scheduler.looked_up(sequence)
+
+    def _joinable(self, sequence: Sequence, load: Load) -> None:
+        if _state(sequence).load is load and sequence.phase is Phase.LOADING:
+            self._scheduler.join(sequence, load.stop, gated=True)
+            self._resume(sequence)
+
+    def _ended(self, sequence: Sequence, load: Load) -> None:
+        for index in load.bad:
+            self._known.discard(load.located[index].key)
+        if _state(sequence).load is load:
+            self._settle(sequence, load)
+            self._go_on(sequence, load.tokens)
+
+    def _settle(self, sequence: Sequence, load: Load) -> None:
+        """The load is over and counted; the report says what it brought."""
+        _state(sequence).load = None
+        self._pending.pop(sequence.key, None)
+        tokens = load.tokens_by_tier()
+        self._store.counters.load(load.outcome, load.seconds, tokens)
+        if sequence.report is not None and tokens:
+            sequence.report.cached_tokens = load.tokens
+            for tier, count in tokens.items():
+                sequence.report.cached_by_tier[tier] = sequence.report.cached_by_tier.get(tier, 0) + count
+
+    def _go_on(self, sequence: Sequence, num_computed: int) -> None:
+        """`num_computed` tokens are there; the rest is computed."""
+        sequence.stored = (0, 0)
+        if sequence.phase is Phase.LOADING:
+            self._scheduler.join(sequence, num_computed)
+            self._scheduler.publish(sequence)
+            self._resume(sequence)
+        elif sequence.gated:
+            sequence.gated = False
+            sequence.num_computed = num_computed
+            self._scheduler.publish(sequence)
+            self._resume(sequence)
+
+    # Steps
+
+    def loading_from(self, sequence: Sequence) -> int:
+        """Tokens of a gated sequence that are there in all layers already."""
+        load = _state(sequence).load
+        return load.start if load is not None else sequence.num_computed
+
+    def gate(self, plan: StepPlan) -> Gate | None:
+        """What a step has to wait for, if there is anything."""
+        gate = Gate(plan) if plan.chunks and self._pending else None
+        return gate if gate else None
+
+    def stepped(self, gate: Gate) -> None:
+        """The forward is over. All layers of those that passed are there; the others wait for the end of their load,
+        and then compute what it has not brought."""
+        for sequence in gate.passing:
+            if (load := _state(sequence).load) is not None:
+                self._settle(sequence, load)
+            sequence.gated = False
+            sequence.stored = (0, 0)
+        for sequence in gate.broken:
+            self._store.counters.gate_missed()
+            load = _state(sequence).load
+            self._scheduler.suspend(sequence, load.start if load is not None else 0)
+
+    # Saving
+
+    def _full_blocks(self, sequence: Sequence) -> None:
+        """Offers the chunks that have become complete to the saver."""
+        state = sequence.store
+        if state is None:
+            return
+        chunks = sequence.num_computed // self._chunk_tokens
+        for index in range(state.offered, chunks):
+            self._offer(sequence, index)
+        state.offered = max(state.offered, chunks)
+
+    def _offer(self, sequence: Sequence, index: int) -> None:
+        key, now = self._key(sequence, index), time.monotonic()
+        if self._known.has(key, now):
+            return
+        count = self._chunk_tokens // self._blocks.block_size
+        if (self._blocks.num_retained + count) * RETAINED_SHARE > self._blocks.usable_blocks:
+            self._store.counters.save("dropped")
+            return
+        spec = self._spec(sequence, index)
+        blocks = self._blocks.retain(sequence.key, index * count, count)
+        offsets = np.arange(self._blocks.block_size, dtype=np.int64)
+        slots = (np.array(blocks, dtype=np.int64)[:, None] * self._blocks.block_size + offsets).ravel()
+        rate = self._meter.prefill_tokens_per_s
+        save = Save(
+            self._store,
+            self._pool,
+            spec,
+            slots=torch.from_numpy(slots).to(self._loaded.device),
+            blocks=blocks,
+            recompute_s=self._chunk_tokens / rate if rate > 0 else 0.0,
+            ended=lambda save: self._post(partial(self._saved, save)),
+        )
+        self._known.add(key, now)  # nobody else need offer it while it is being saved
+        if not self._saver.put(save):
+            self._saved(save)
+
+    def _saved(self, save: Save) -> None:
+        self._blocks.give_back(save.blocks)
+        self._store.counters.save(save.outcome, save.seconds)
+        if not save.is_stored:
+            self._known.discard(save.key)
+
+    # End
+
+    def wait_saved(self, timeout_s: float) -> bool:
+        """Waits until all that was offered is saved or refused. From any thread. False: time is up."""
+        return self._saver.wait_idle(timeout_s)
+
+    def close(self) -> bool:
+        """All requests have ended. What is queued for saving is dropped. False: a thread hangs in the store; it reads
+        and writes nothing that anybody else uses. What the workers still posted has to be carried out after this."""
+        self._closing = True
+        end = time.monotonic() + STOP_S
+        stopped = [w.stop(max(end - time.monotonic(), 0.0)) for w in (self._lookups, self._loaders, self._saver)]
+        return all(stopped)
+
+    # Helpers
+
+    def _on_device(self, sequence: Sequence) -> int:
+        """Prompt tokens that the device's prefix cache has now."""
+        return self._blocks.cached_prefix(sequence.chain, sequence.num_prompt) * self._blocks.block_size
+
+    def _discard(self, lookup: LookUp) -> None:
+        if lookup.fetch is not None and not self._loaders.put(_Discard(lookup)):
+            lookup.discard()
+
+    def _key(self, sequence: Sequence, index: int) -> ObjectKey:
+        keys = _state(sequence).keys
+        while len(keys) <= index:
+            tokens = sequence.tokens[len(keys) * self._chunk_tokens : (len(keys) + 1) * self._chunk_tokens]
+            keys.append(ObjectKey(extend_chain(keys[-1] if keys else sequence.root, tokens)))
+        return keys[index]
+
+    def _spec(self, sequence: Sequence, index: int) -> ChunkSpec:
+        start = index * self._chunk_tokens
+        model = self._loaded.config
+        return ChunkSpec(
+            key=_state(sequence).keys[index],
+            namespace=sequence.root,
+            tokens=sequence.tokens[start : start + self._chunk_tokens],
+            start_position=start,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=self._dtype,
+            owner=sequence.request.tenant,
+            model=self._store.model,
+            provenance=self._store.worker_id,
+        )
+
+
+class _Discard:
+    """Closing a fetch may be a message to another process, so the engine thread does not do it."""
+
+    def __init__(self, lookup: LookUp) -> None:
+        self._lookup = lookup
+
+    def run(self) -> None:
+        self._lookup.discard()
+
+    def drop(self) -> None:
+        self._lookup.discard()
+
+
+def _state(sequence: Sequence) -> StoreState:
+    """Of a sequence that was accepted."""
+    if sequence.store is None:
+        raise ValueError(f"{sequence.key} is not known to the store's part of the engine")
+    return sequence.store

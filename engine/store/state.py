@@ -1,0 +1,28 @@
+"""What the store's part of the engine keeps of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tandem.kvstore.interfaces import ObjectKey
+
+if TYPE_CHECKING:
+    from tandem.engine.store.loading import Load
+    from tandem.engine.store.lookup import LookUp
+
+
+@dataclass(slots=True)
+class StoreState:
+    """Engine thread only."""
+
+    keys: list[ObjectKey] = field(default_factory=list)
+    """Of the leading full chunks, as far as they were needed; grows with the output."""
+    offered: int = 0
+    """Leading chunks that were offered to the saver, or need not be."""
+    lookup: LookUp | None = None
+    """In progress, or with what waits for blocks."""
+    load: Load | None = None
+    """In progress."""
+    given_up_at: float = 0.0
+    """time.monotonic() at which the look-up or load in progress is done without."""
