@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.common.errors import ConfigError
-from tandem.engine.worker_settings import WorkerConfig, split_address
+from tandem.engine.worker_settings import WorkerConfig
+from tandem.kvstore.settings import split_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from tandem.common.errors import ConfigError
 from tandem.decode.importer import Importer
 from tandem.decode.settings import DecodeConfig
 from tandem.engine.worker_process import WorkerProcess
-from tandem.engine.worker_settings import split_address
+from tandem.kvstore.settings import split_address
 from tandem.kvstore.transport import KvServer
 from tandem.proto import worker_pb2
 

@@ -96,7 +96,8 @@ class Choice:
         self.index = index
         self.spec = spec
         self.finished = False
-        self.cached_tokens = 0
+        self.cached_by_tier: dict[str, int] = {}
+        """Prompt tokens that were not computed, by where their KV came from."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         self._call = call
         self._attempt: Attempt | None = None
@@ -243,9 +244,10 @@ class Choice:
 
     def _note_prompt(self, output: worker_pb2.RequestOutput) -> None:
         metrics, report = self._call.context.metrics, output.prompt
-        self.cached_tokens = report.cached_tokens
+        self.cached_by_tier = dict(report.cached_by_tier)
         self.prompt_logprobs = list(output.prompt_logprobs)
-        metrics.cached_tokens.inc(report.cached_tokens)
+        for tier, tokens in self.cached_by_tier.items():
+            metrics.cached_tokens.labels(tier).inc(tokens)
         if self._attempt is not None:
             self._call.context.dispatcher.prompt_computed(self.spec.sequence, self._attempt.decode)
         if report.recompute_reason:

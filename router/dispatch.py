@@ -85,6 +85,7 @@ class Dispatcher:
             priority=sequence.priority,
             timeout_s=timeout_s,
             cache_salt=sequence.cache_salt,
+            tenant=sequence.caller.tenant,
             traceparent=traceparent,
         )
         return Attempt(submit, decode, prefill, listener)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
 from tandem.router.choice import CallContext, CallSpec, Choice, Delta
@@ -22,7 +23,11 @@ MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached_by_tier: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cached_by_tier.total()
 
 
 class Call:
@@ -88,7 +93,7 @@ class Call:
             if id(prompt) not in seen:
                 seen.add(id(prompt))
                 usage.prompt_tokens += len(prompt.token_ids)
-                usage.cached_tokens += choice.cached_tokens
+                usage.cached_by_tier.update(choice.cached_by_tier)
         return usage
 
     def fail(self, error: TandemError) -> None:

@@ -79,6 +79,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     prompt_tokens=usage.prompt_tokens,
                     completion_tokens=usage.completion_tokens,
                     cached_tokens=usage.cached_tokens,
+                    cached_by_tier=usage.cached_by_tier,
                 ),
             )
         except TandemError as error:

@@ -49,9 +49,12 @@ class Shapes:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
+    details: dict[str, Any] = {"cached_tokens": usage.cached_tokens}
+    if usage.cached_by_tier:
+        details["cached_tokens_by_tier"] = dict(usage.cached_by_tier)
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": details,
     }

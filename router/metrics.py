@@ -39,7 +39,10 @@ class RouterMetrics:
         )
         self.prompt_tokens = Counter("tandem_router_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter(
-            "tandem_router_cached_tokens", "Prompt tokens that came from a prefix cache", registry=registry
+            "tandem_router_cached_tokens",
+            "Prompt tokens that were not computed, by where their KV came from",
+            ["tier"],
+            registry=registry,
         )
         self.completion_tokens = Counter("tandem_router_completion_tokens", "Generated tokens", registry=registry)
         self.placements = Counter(

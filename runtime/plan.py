@@ -8,6 +8,8 @@ from pathlib import Path
 from tandem.runtime.settings import ServeConfig
 
 BUNDLED_NAME = "tandem-small"
+_KNOWN_TO_WORKERS = ("kv_chunk_tokens", "kv_secret_file", "kv_near")
+"""Of the store's settings; the rest is between the node and its tiers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,16 @@ def served_name(config: ServeConfig) -> str:
 
 
 def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[ChildPlan]:
-    """Workers first, the router last. `port` is the router's, already chosen."""
+    """The store node first, which ends last; then the workers, the router last. `port` is the router's, already
+    chosen."""
+    store = _plan_store(config, run_directory)
     shared = config.engine_settings() | {
         "served_model_name": served_name(config),
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
         "metrics_port": 0,
+        "kv_node": store[0].settings["kv_node"] if store else config.kv_node,
+        **{name: getattr(config, name) for name in _KNOWN_TO_WORKERS},
     }
     workers: list[ChildPlan] = []
     for role, count in (("prefill", config.num_prefill), ("decode", config.decode)):
@@ -57,7 +63,21 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
             router[name] = value
     if config.api_keys_file is not None:
         router["api_keys_file"] = str(config.api_keys_file.absolute())
-    return [*workers, ChildPlan("router", "router", router)]
+    return [*store, *workers, ChildPlan("router", "router", router)]
+
+
+def _plan_store(config: ServeConfig, run_directory: Path) -> list[ChildPlan]:
+    if config.kv_node or not config.kv_host_bytes:
+        return []
+    own: dict[str, object] = {
+        "node_id": "kvstore",
+        "listen": f"unix:{run_directory / 'kvstore.sock'}",
+        "kv_node": str(run_directory / "kvstore.kv"),
+        "drain_grace_s": config.drain_grace_s,
+        "log_level": config.log_level,
+        "metrics_port": 0,
+    }
+    return [ChildPlan("kvstore", "kvstore", config.store_settings() | own)]
 
 
 def ready_text(config: ServeConfig, url: str, seconds: float) -> str:

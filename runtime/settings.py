@@ -9,15 +9,17 @@ from typing import Literal
 
 from tandem.common.errors import ConfigError
 from tandem.engine.settings import EngineConfig
+from tandem.kvstore.settings import StoreSettings
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "small_model" / "model"
 """In a clone of the project; a wheel comes without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig(EngineConfig):
-    """The whole platform on this machine. Engine settings go to every worker. Settings of the router that are not
-    listed here are read from its environment variables, see `tandem router --help`."""
+class ServeConfig(EngineConfig, StoreSettings):
+    """The whole platform on this machine. Engine settings go to every worker, `kv_` settings to one store node that all
+    of them share. Settings of the router that are not listed here are read from its environment variables, see
+    `tandem router --help`."""
 
     model: str = ""
     """A folder in Hugging Face format, or a hub id (OWNER/NAME). Empty: the small model that comes with the project."""
@@ -37,6 +39,10 @@ class ServeConfig(EngineConfig):
     """Decode workers."""
     disaggregate: Literal["auto", "always", "never"] | None = None
     """When the router uses a prefill worker. None: the router's own default."""
+    kv_host_bytes: int = 512 << 20
+    """Host memory of the store node, bytes; taken as it fills. 0: no store node."""
+    kv_node: str = ""
+    """Unix path of a store node that runs on this host already. Empty: `tandem serve` runs one."""
     drain_grace_s: float = 30.0
     """On Ctrl-C or SIGTERM: how long running requests may take before they are aborted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -44,6 +50,7 @@ class ServeConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
+        StoreSettings.__post_init__(self)
         if self.decode < 1:
             raise ConfigError(f"--decode {self.decode}: at least one decode worker is needed")
         if self.prefill < 0:
@@ -67,3 +74,7 @@ class ServeConfig(EngineConfig):
         """Fields of EngineConfig as a worker's configuration file has them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)}
         return values | {"model": self.model_folder}
+
+    def store_settings(self) -> dict[str, object]:
+        """Fields of StoreSettings as a store node's configuration file has them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(StoreSettings)}

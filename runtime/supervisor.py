@@ -107,17 +107,19 @@ class Supervisor:
             await asyncio.sleep(READY_POLL_S)
 
     async def _stop_in_order(self, runs: Sequence[asyncio.Task[None]], *, in_a_hurry: bool) -> None:
-        """The router first, so that nothing new comes in while it finishes what it has; then the workers."""
+        """The router first, so that nothing new comes in while it finishes what it has; then the workers, which may
+        still save KV; then the store node."""
         patience = STOP_MARGIN_S + (0.0 if in_a_hurry else self._config.drain_grace_s)
         if not in_a_hurry:
             _say("stopping: waiting for running requests; once more to stop at once")
         router = self._children[-1]
         router.stop()
         await self._wait_or_kill([router], runs[-1:], patience)
-        workers = self._children[:-1]
-        for worker in workers:
-            worker.stop()
-        await self._wait_or_kill(workers, runs[:-1], patience)
+        num_stores = sum(child.name == "kvstore" for child in self._children)
+        for stage in (slice(num_stores, -1), slice(0, num_stores)):
+            for child in self._children[stage]:
+                child.stop()
+            await self._wait_or_kill(self._children[stage], runs[stage], patience)
 
     async def _wait_or_kill(
         self, children: Iterable[Child], runs: Sequence[asyncio.Task[None]], patience_s: float

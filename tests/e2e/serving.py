@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import psutil
+import yaml
 
 READY_S = 60.0
 
@@ -157,6 +158,17 @@ class Serve:
             ):
                 total += float(value)
         return total
+
+    def store_stats(self) -> dict[str, Any]:
+        """What `tandem kv stats` says of the store node."""
+        (config,) = (part for part in self.children()["kvstore"].cmdline() if part.endswith("kvstore.yaml"))
+        node = yaml.safe_load(Path(config).read_text())["listen"]
+        done = subprocess.run(
+            tandem_command("kv", "stats", "--json", "--node", node), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        stats: dict[str, Any] = json.loads(done.stdout)
+        return stats
 
     def handovers(self) -> float:
         return self.metric("tandem_router_placements_total", reason="handover")

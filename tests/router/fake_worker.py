@@ -168,6 +168,8 @@ class FakeWorker:
             output = worker_pb2.RequestOutput(key=submit.key, start_index=position, token_ids=new)
             if position == 0:
                 output.prompt.cached_tokens = script.cached_tokens
+                if script.cached_tokens:
+                    output.prompt.cached_by_tier["device"] = script.cached_tokens
                 if sampling.HasField("prompt_logprobs"):
                     output.prompt_logprobs.append(worker_pb2.TokenLogprobs())
                     output.prompt_logprobs.extend(

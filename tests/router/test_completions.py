@@ -42,7 +42,10 @@ async def test_answer_has_openais_shape(house: House) -> None:
     assert answer["id"] == f"cmpl-{response.headers['x-request-id']}"
     assert (answer["object"], answer["model"]) == ("text_completion", "tiny")
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert answer["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": 2,
+        "cached_tokens_by_tier": {"device": 2},
+    }
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] + 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from tandem.common.errors import ConfigError
 from tandem.common.settings import parse_settings
 from tandem.decode.settings import DecodeConfig
+from tandem.kvstore.process import KvStoreConfig
 from tandem.prefill.settings import PrefillConfig
 from tandem.router.settings import RouterConfig
 from tandem.runtime.plan import plan_children, ready_text
@@ -19,21 +21,37 @@ from tandem.runtime.serve import free_port
 from tandem.runtime.settings import ServeConfig
 
 RUN = Path("/run/t")
-CLASSES = {"prefill": PrefillConfig, "decode": DecodeConfig, "router": RouterConfig}
+CLASSES = {"kvstore": KvStoreConfig, "prefill": PrefillConfig, "decode": DecodeConfig, "router": RouterConfig}
 
 
-def test_workers_come_first_and_the_router_knows_all_of_them() -> None:
+def test_the_store_comes_first_then_workers_then_the_router_which_knows_all_of_them() -> None:
     plans = plan_children(ServeConfig(model="m", prefill=2, decode=1), RUN, 81)
-    assert [plan.name for plan in plans] == ["prefill-0", "prefill-1", "decode-0", "router"]
+    assert [plan.name for plan in plans] == ["kvstore", "prefill-0", "prefill-1", "decode-0", "router"]
     router = plans[-1].settings
     assert router["prefill_workers"] == ["unix:/run/t/prefill-0.sock", "unix:/run/t/prefill-1.sock"]
-    assert router["decode_workers"] == [plans[2].settings["listen"]]
+    assert router["decode_workers"] == [plans[3].settings["listen"]]
     assert router["port"] == 81
+
+
+def test_workers_share_one_store_node() -> None:
+    plans = plan_children(ServeConfig(model="m", kv_disk="/var/kv", kv_chunk_tokens=64), RUN, 81)
+    store, *workers = [plan.settings for plan in plans[:-1]]
+    assert (store["kv_disk"], store["kv_host_bytes"]) == ("/var/kv", 512 << 20)
+    for worker in workers:
+        assert (worker["kv_node"], worker["kv_chunk_tokens"]) == (store["kv_node"], 64)
+        assert "kv_disk" not in worker
+
+
+@pytest.mark.parametrize(("config", "node"), [({"kv_host_bytes": 0}, ""), ({"kv_node": "/run/kv"}, "/run/kv")])
+def test_a_store_can_be_left_out_or_be_there_already(config: dict[str, Any], node: str) -> None:
+    plans = plan_children(ServeConfig(model="m", **config), RUN, 81)
+    assert [plan.name for plan in plans] == ["prefill-0", "decode-0", "router"]
+    assert {plan.settings["kv_node"] for plan in plans[:-1]} == {node}
 
 
 def test_unified_means_no_prefill_workers() -> None:
     plans = plan_children(ServeConfig(model="m", roles="unified", prefill=3), RUN, 81)
-    assert [plan.name for plan in plans] == ["decode-0", "router"]
+    assert [plan.name for plan in plans] == ["kvstore", "decode-0", "router"]
 
 
 def test_every_process_can_read_the_file_it_gets(tmp_path: Path) -> None:
@@ -56,7 +74,7 @@ def test_the_router_gets_what_serve_says_about_it(tmp_path: Path) -> None:
 
 def test_engine_settings_reach_the_workers() -> None:
     config = ServeConfig(model="m", num_threads=3, max_num_seqs=7, enable_prefix_caching=False)
-    for plan in plan_children(config, RUN, 81)[:-1]:
+    for plan in plan_children(config, RUN, 81)[1:-1]:
         assert plan.settings["num_threads"] == 3
         assert plan.settings["max_num_seqs"] == 7
         assert plan.settings["enable_prefix_caching"] is False
