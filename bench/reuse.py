@@ -5,6 +5,11 @@ tier is measured through another one; rounds of all variants are interleaved. `p
 in a process of its own. Disk reads come from the page cache of this machine unless it is short of memory.
 
     python bench/reuse.py --rounds 5 --out bench/results/reuse.json
+
+`--links` measures something else: the same prompts from another node over a link that is slowed down to so many GB/s,
+as they are, in each codec, computed, and in the way that the store chooses by what it has measured before.
+
+    python bench/reuse.py --links 0.01,0.03,0.1,0.3,1,10 --rounds 3 --out bench/results/reuse_links.json
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,17 +36,19 @@ from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
 from tandem.engine.settings import EngineConfig
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.warmup import warm_up
+from tandem.kvstore.codecs import CODECS
+from tandem.kvstore.cost import RAW, LinkCost, LinkCosts
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
 from tandem.kvstore.directory import open_directory
-from tandem.kvstore.interfaces import HomeNode, NodeInfo, Tier
+from tandem.kvstore.interfaces import EncodedObject, HomeNode, NodeInfo, ObjectKey, Tier
 from tandem.kvstore.node import KvNode, NodeSettings
 from tandem.kvstore.tiers import open_tier
 from tandem.kvstore.transport.peers import local_host_id
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 2000
-HOST_BYTES = 512 << 20
+HOST_BYTES = 2 << 30
 WAIT_S = 60.0
 
 
@@ -96,13 +103,17 @@ class Variant:
     ms: list[float] = field(default_factory=list)
 
 
-def node_settings(name: str) -> NodeSettings:
-    return NodeSettings(node_id=name, epoch=time.time_ns(), host_id=local_host_id(), host_bytes=HOST_BYTES)
-
-
 @contextlib.contextmanager
-def opened(name: str, *tiers: Tier, **parts: object) -> Iterator[KvNode]:
-    node = KvNode(node_settings(name), tiers=tiers, **parts)  # type: ignore[arg-type]
+def opened(name: str, *tiers: Tier, link_codec: str = RAW, **parts: object) -> Iterator[KvNode]:
+    settings = NodeSettings(
+        node_id=name,
+        epoch=time.time_ns(),
+        host_id=local_host_id(),
+        host_bytes=HOST_BYTES,
+        link_codec=link_codec,
+        near_allowed=True,
+    )
+    node = KvNode(settings, tiers=tiers, **parts)  # type: ignore[arg-type]
     node.start()
     try:
         yield node
@@ -128,7 +139,9 @@ def store_process(folder: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def peer_node(name: str, control: str, *, tcp: bool) -> Iterator[KvNode]:
+def peer_node(
+    name: str, control: str, *, tcp: bool, bytes_per_s: float = 0.0, link_codec: str = RAW
+) -> Iterator[KvNode]:
     """A node of this process that reads from the one at `control`: through shared memory, or as from another host."""
     directory = open_directory(control)
 
@@ -137,12 +150,45 @@ def peer_node(name: str, control: str, *, tcp: bool) -> Iterator[KvNode]:
         return {key: replace(node, host_id="elsewhere") for key, node in found.items()} if tcp else found
 
     reader = SocketPeerReader(nodes, name)
+    peers = SlowLink(reader, bytes_per_s) if bytes_per_s else reader
     try:
-        with opened(name, directory=directory, peers=reader) as node:
+        with opened(name, directory=directory, peers=peers, link_codec=link_codec) as node:
             yield node
     finally:
         reader.close()
         directory.close()
+
+
+class SlowLink:
+    """A peer reader whose bytes take as long as on a link of `bytes_per_s`."""
+
+    def __init__(self, reader: SocketPeerReader, bytes_per_s: float) -> None:
+        self._reader = reader
+        self._bytes_per_s = bytes_per_s
+        self.push = reader.push
+
+    def read_many(self, node_id: str, ranges: Sequence[tuple[ObjectKey, int, memoryview]]) -> list[bool]:
+        started = time.perf_counter()
+        done = self._reader.read_many(node_id, ranges)
+        self._wait(started, sum(len(out) for _, _, out in ranges))
+        return done
+
+    def read_encoded(self, node_id: str, key: ObjectKey, codec: str) -> EncodedObject | None:
+        started = time.perf_counter()
+        answer = self._reader.read_encoded(node_id, key, codec)
+        if answer is not None:
+            self._wait(started + answer.encode_s, len(answer.content))
+        return answer
+
+    def _wait(self, started: float, num_bytes: int) -> None:
+        time.sleep(max(started + num_bytes / self._bytes_per_s - time.perf_counter(), 0.0))
+
+
+class AlwaysFetch(LinkCosts):
+    """Believes that every link is fast: what is stored is fetched."""
+
+    def cost(self, link: str) -> LinkCost:
+        return LinkCost(1e-6, 1e-15)
 
 
 class Bench:
@@ -220,6 +266,42 @@ def build(bench: Bench, redis_url: str | None) -> None:
         lower("redis", lambda: open_tier(redis_url, 4 << 30), "remote")
 
 
+def measure_links(bench: Bench, speeds: list[float]) -> list[dict[str, object]]:
+    """TTFT in ms per speed and way; the chosen one against the best of the others."""
+    learning, rows = 6, []
+    with store_process(bench.folder, "stored") as (socket, control):
+        home = RemoteHomeNode(socket, "bench")
+        bench.stack.callback(home.close)
+        ways = [RAW, *(name for name in CODECS if name != RAW), "auto"]
+        for speed in speeds:
+            with contextlib.ExitStack() as stack:
+                variants: list[tuple[Variant, list[list[int]]]] = []
+                cold = Subject(bench.model, None)
+                stack.callback(cold.close)
+                variants.append((Variant("computed", cold, ""), bench.prompts(bench.rounds)))
+                for way in ways:
+                    prompts = bench.prompts(bench.rounds + (learning if way == "auto" else 1))
+                    bench.save(home, prompts)
+                    node = stack.enter_context(
+                        peer_node(f"{way}-{speed}", control, tcp=True, bytes_per_s=speed * 1e9, link_codec=way)
+                    )
+                    links = LinkCosts() if way == "auto" else AlwaysFetch()
+                    subject = Subject(bench.model, EngineStore(node, near_allowed=True, links=links))
+                    stack.callback(subject.close)
+                    subject.first_token(bench.prompts(1)[0])
+                    while len(prompts) > bench.rounds:
+                        subject.first_token(prompts.pop())
+                    variants.append((Variant(way, subject, ""), prompts))
+                for index in range(bench.rounds):
+                    for variant, prompts in variants:
+                        variant.ms.append(1e3 * variant.subject.first_token(prompts[index])[0])
+            ms = {variant.name: round(statistics.median(variant.ms), 1) for variant, _ in variants}
+            best = min(value for name, value in ms.items() if name != "auto")
+            rows.append({"gb_per_s": speed, "ttft_ms": ms, "chosen_of_best": round(ms["auto"] / best, 3)})
+            print(f"{speed:8g} GB/s  " + "  ".join(f"{name} {value:.0f}" for name, value in ms.items()), flush=True)
+    return rows
+
+
 @contextlib.contextmanager
 def redis_server() -> Iterator[str | None]:
     try:
@@ -236,29 +318,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/small_model/model")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--links", default="", help="speeds in GB/s, separated by commas")
     arguments = parser.parse_args()
+    found: dict[str, object] = {
+        "prompt_tokens": PROMPT_TOKENS,
+        "rounds": arguments.rounds,
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+    }
     with contextlib.ExitStack() as stack:
         bench = Bench(arguments.model, arguments.rounds, stack)
-        build(bench, stack.enter_context(redis_server()))
-        variants = bench.run()
+        if arguments.links:
+            found["links"] = measure_links(bench, [float(speed) for speed in arguments.links.split(",")])
+        else:
+            found["ttft"] = measure_sources(bench, stack)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        print(json.dumps(found))
+
+
+def measure_sources(bench: Bench, stack: contextlib.ExitStack) -> list[dict[str, object]]:
+    build(bench, stack.enter_context(redis_server()))
+    variants = bench.run()
     cold = statistics.median(variants[0].ms)
-    rows = []
+    rows: list[dict[str, object]] = []
     for variant in variants:
         if not variant.ms:
             continue
         median = statistics.median(variant.ms)
         rows.append({"source": variant.name, "ttft_ms": round(median, 2), "of_cold": round(median / cold, 3)})
         print(f"{variant.name:24} {median:9.2f} ms  {median / cold:6.3f} of cold  ({len(variant.ms)} rounds)")
-    found = {
-        "prompt_tokens": PROMPT_TOKENS,
-        "rounds": arguments.rounds,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "ttft": rows,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    else:
-        print(json.dumps(found))
+    return rows
 
 
 if __name__ == "__main__":

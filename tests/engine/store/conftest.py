@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tandem.engine.request import PromptReport, RequestKey
+from tandem.engine.store import flow
 from tandem.engine.store.cache import EngineStore
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine_harness import EngineUnderTest, tiny_llama, wait_for
@@ -34,6 +35,14 @@ class Reference(EngineUnderTest):
 def plain(folder: Path) -> Iterator[EngineUnderTest]:
     with Reference(folder, enable_prefix_caching=False) as engine:
         yield engine
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine nothing is given up for being slow. Tests of that set limits of their own."""
+    monkeypatch.setattr(flow, "LOOKUP_S", 10.0)
+    monkeypatch.setattr(flow, "LEAST_LOAD_S", 5.0)
+    monkeypatch.setattr(flow, "UNKNOWN_LOAD_S", 5.0)
 
 
 @pytest.fixture
