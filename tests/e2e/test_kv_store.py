@@ -62,14 +62,6 @@ def objects(serve: Serve, tier: str) -> int:
     return sum(int(row.get("objects", 0)) for row in serve.store_stats()["tiers"] if row["tier"].lower().endswith(tier))
 
 
-def in_memory(serve: Serve) -> int:
-    return objects(serve, "host")
-
-
-def on_disk(serve: Serve) -> int:
-    return objects(serve, "disk")
-
-
 def test_one_prefill_workers_text_is_a_hit_for_the_other(serve: Serve, prompt: MakePrompt) -> None:
     tokens = prompt(300)
     first = serve.complete(tokens)
@@ -85,39 +77,44 @@ def test_one_prefill_workers_text_is_a_hit_for_the_other(serve: Serve, prompt: M
     eventually(both_have_had_it, 20, "hits on the device of one worker and in the store for the other")
 
 
-def test_workers_that_were_killed_find_their_text_again(
+def test_killed_workers_find_prompts_and_answers_again(
     serve: Serve, prompt: MakePrompt, restart: Callable[..., None]
 ) -> None:
-    tokens = prompt(300)
-    first = serve.complete(tokens)
-    restart("prefill", "decode")
-    again = serve.complete(tokens)
-    assert answered(again) == answered(first)
-    assert by_tier(again) == {"host": 300 // CHUNK * CHUNK}
-
-
-def test_a_turns_answer_is_the_next_turns_prefix(
-    serve: Serve, prompt: MakePrompt, restart: Callable[..., None]
-) -> None:
-    tokens = prompt(100)
-    turn = [*tokens, *serve.tokens(tokens, 150), *prompt(20)]
-    # What the answer filled was computed by a decode worker alone.
-    computed = serve.complete(turn, cache_salt="nobody has seen this")
-    assert by_tier(computed) == {}
-    restart("prefill", "decode")
-    loaded = serve.complete(turn)
-    assert answered(loaded) == answered(computed)
-    assert by_tier(loaded) == {"host": 249 // CHUNK * CHUNK}
+    prompts = [prompt(300)]
+    # What the answer of a turn fills was computed by a decode worker alone, and is the prefix of the next turn.
+    first_turn = prompt(100)
+    prompts.append([*first_turn, *serve.tokens(first_turn, 150), *prompt(20)])
+    computed = [serve.complete(tokens, cache_salt="nobody has seen this") for tokens in prompts]
+    assert all(by_tier(body) == {} for body in computed)
+    serve.complete(prompts[0])
+    loads_after(lambda: restart("prefill", "decode"), serve, prompts, computed, "host", [300, 249])
 
 
 def test_disk_survives_the_store_node(serve: Serve, prompt: MakePrompt, restart: Callable[..., None]) -> None:
     tokens = prompt(300)
-    first = serve.complete(tokens)
-    eventually(lambda: on_disk(serve) >= in_memory(serve) > 0, 20, "everything written back")
-    restart("kvstore", "prefill", "decode")
-    again = serve.complete(tokens)
-    assert answered(again) == answered(first)
-    assert by_tier(again) == {"disk": 300 // CHUNK * CHUNK}
+    computed = serve.complete(tokens)
+    eventually(lambda: objects(serve, "disk") >= objects(serve, "host") > 0, 20, "everything written back")
+    loads_after(lambda: restart("kvstore", "prefill", "decode"), serve, [tokens], [computed], "disk", [300])
+
+
+def loads_after(
+    happens: Callable[[], None],
+    serve: Serve,
+    prompts: list[list[int]],
+    computed: list[dict[str, Any]],
+    tier: str,
+    known: list[int],
+) -> None:
+    """After `happens` the whole chunks of the first `known` tokens of each prompt come from `tier`, and the answers are
+    the computed ones. A machine that is too busy for a look-up in time may compute: then once more."""
+    expected = [{tier: tokens // CHUNK * CHUNK} for tokens in known]
+    for _ in range(3):
+        happens()
+        loaded = [serve.complete(tokens) for tokens in prompts]
+        assert [answered(body) for body in loaded] == [answered(body) for body in computed]
+        if [by_tier(body) for body in loaded] == expected:
+            return
+    assert [by_tier(body) for body in loaded] == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
