@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grpc
@@ -30,6 +31,11 @@ examples:
 
   # forget one tenant
   tandem kv clear --owner acme
+
+  # named contexts: all, one with where its KV is, and forget one
+  tandem kv contexts
+  tandem kv context manual --owner acme
+  tandem kv drop-context manual --owner acme
 
   # balance the books and verify the checksums of 1000 objects
   tandem kv check --max-objects 1000
@@ -95,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     clear.add_argument("--owner", help="the tenant's")
     clear.add_argument("--model", help="of this served model name")
     clear.add_argument("--all", action="store_true", help="every object")
+    contexts = command("contexts", _contexts, "named contexts, and how much of their KV is here")
+    contexts.add_argument("--owner", help="the tenant's; without it, those of all")
+    context = command("context", _context, "one named context, and where its KV is")
+    context.add_argument("--with-tokens", action="store_true", help="with its token ids")
+    drop = command("drop-context", _drop_context, "forget a named context; its KV may leave again")
+    for parser_of_name in (context, drop):
+        parser_of_name.add_argument("name", metavar="NAME")
+        parser_of_name.add_argument("--owner", default="default", help="the tenant's (default: default)")
     check = command("check", _check, "balance the books, and verify the checksums of some objects")
     check.add_argument("--max-objects", type=int, default=100, help="how many to verify (default 100)")
     return parser
@@ -181,6 +195,48 @@ def _move(
     answer = node.Move(kvnode_pb2.MoveRequest(key=options.key, tier=tier), timeout=options.timeout_s)
     refused = "not moved: it is not here, or the node has no such tier or no room in it"
     return answer, [f"now in {options.tier}" if answer.moved else refused], answer.moved
+
+
+def _contexts(
+    node: kvnode_pb2_grpc.KvNodeStub, options: argparse.Namespace
+) -> tuple[kvnode_pb2.ListContextsResponse, list[str], bool]:
+    answer = node.ListContexts(kvnode_pb2.ListContextsRequest(owner=options.owner), timeout=options.timeout_s)
+    lines = [f"{'owner':<20}{'name':<24}{'version':>8}{'tokens':>10}{'resident':>10}{'expires in':>12}"]
+    for each in answer.contexts:
+        lines.append(
+            f"{each.owner:<20}{each.name:<24}{each.version:>8}{each.num_tokens:>10}{each.resident_tokens:>10}"
+            f"{_time_left(each):>12}"
+        )
+    return answer, lines if answer.contexts else ["no contexts"], True
+
+
+def _context(
+    node: kvnode_pb2_grpc.KvNodeStub, options: argparse.Namespace
+) -> tuple[kvnode_pb2.GetContextResponse, list[str], bool]:
+    request = kvnode_pb2.GetContextRequest(owner=options.owner, name=options.name, with_tokens=options.with_tokens)
+    answer = node.GetContext(request, timeout=options.timeout_s)
+    found = answer.context
+    chunks = found.num_tokens // found.chunk_tokens
+    lines = [
+        f"{found.name} of {found.owner}, version {found.version}, expires in {_time_left(found)}",
+        f"{found.num_tokens} tokens, the first {found.resident_tokens} resident",
+        *(f"{_tier_name(each.tier)}: {each.chunks} of {chunks} chunks" for each in found.tiers),
+    ]
+    if options.with_tokens:
+        lines.append(f"tokens: {list(found.token_ids)}")
+    return answer, lines, True
+
+
+def _drop_context(
+    node: kvnode_pb2_grpc.KvNodeStub, options: argparse.Namespace
+) -> tuple[kvnode_pb2.DropContextResponse, list[str], bool]:
+    request = kvnode_pb2.DropContextRequest(owner=options.owner, name=options.name)
+    answer = node.DropContext(request, timeout=options.timeout_s)
+    return answer, ["dropped" if answer.dropped else f"{options.owner} has no such context"], answer.dropped
+
+
+def _time_left(context: kvnode_pb2.Context) -> str:
+    return f"{max(context.expires_at - time.time(), 0.0):.0f} s"
 
 
 def _check(

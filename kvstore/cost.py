@@ -53,6 +53,9 @@ class _Fit:
 
     DECAY = 0.95
     """Of old data per observation: some 20 fetches are remembered."""
+    DOUBT = 0.85
+    """Of old data per look-up that passes the link over: it is tried again after some 20, and one slow fetch in 20
+    look-ups costs little."""
     RIDGE = 0.005
     PRIOR_WEIGHT = 0.1
     CLIP = 3.0
@@ -72,7 +75,7 @@ class _Fit:
             ratio = min(max(ratio, settled / self.CLIP), settled * self.CLIP)
         f = self.prior.latency_s * _latencies(num_objects) / expected
         g = 1.0 - f
-        self._decay()
+        self._decay(self.DECAY)
         self._weight += 1.0
         self._ratio += ratio
         self._ff += f * f
@@ -83,12 +86,12 @@ class _Fit:
         self._solve()
 
     def doubt(self) -> None:
-        self._decay()
+        self._decay(self.DOUBT)
         self._solve()
 
-    def _decay(self) -> None:
+    def _decay(self, kept: float) -> None:
         for name in ("_weight", "_ratio", "_ff", "_fg", "_gg", "_fr", "_gr"):
-            setattr(self, name, getattr(self, name) * self.DECAY)
+            setattr(self, name, getattr(self, name) * kept)
 
     def _solve(self) -> None:
         mean = (self._ratio + self.PRIOR_WEIGHT) / (self._weight + self.PRIOR_WEIGHT)
@@ -140,7 +143,7 @@ class LinkCosts:
 
     def passed_over(self, link: str) -> None:
         """A fetch over `link` was judged too slow and not tried. What is known of it fades towards the prior, so that
-        a link that was slow once is tried again: after a few hundred look-ups at the latest."""
+        a link that was slow once is tried again soon."""
         with self._lock:
             fit = self._fits.get(link)
             if fit is not None:

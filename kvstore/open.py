@@ -181,7 +181,7 @@ def _serve(
 
 def _open_tiers(settings: StoreSettings, unowned: contextlib.ExitStack) -> list[Tier]:
     """The tiers below host memory, sealed where a key is set. A node without any loads nothing of them."""
-    key = _encryption_key(settings.kv_encryption_key_file)
+    key = read_encryption_key(settings.kv_encryption_key_file)
     wanted = []
     if settings.kv_disk:
         wanted.append(("kv_disk", f"disk:{settings.kv_disk}", settings.kv_disk_bytes))
@@ -203,7 +203,7 @@ def _open_tiers(settings: StoreSettings, unowned: contextlib.ExitStack) -> list[
     return tiers
 
 
-def _encryption_key(path: str) -> bytes:
+def read_encryption_key(path: str) -> bytes:
     """Empty without a file. Raises ConfigError."""
     if not path:
         return b""

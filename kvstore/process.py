@@ -25,9 +25,10 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.common.errors import ConfigError
 from tandem.common.telemetry import serve_metrics, set_up_logging
+from tandem.kvstore.contexts import open_shelf
 from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
 from tandem.kvstore.metrics import StoreMetrics
-from tandem.kvstore.open import open_node
+from tandem.kvstore.open import open_node, read_encryption_key
 from tandem.kvstore.service import KvNodeService
 from tandem.kvstore.settings import StoreSettings, split_address
 from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc
@@ -90,12 +91,16 @@ def serve(config: KvStoreConfig) -> None:
         store = open_node(
             config, node_id, time.time_ns(), unix_path=unix_path, grpc_address=address, directory=directory
         )
+        contexts = None
         try:
+            encryption_key = read_encryption_key(config.kv_encryption_key_file)
+            contexts = open_shelf(store.node, config.kv_disk, config.kv_chunk_tokens, encryption_key)
+            contexts.start()
             if config.metrics_port:
                 StoreMetrics(store.stats)
                 host = "127.0.0.1" if config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
                 serve_metrics(host, config.metrics_port)
-            kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory), server)
+            kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory, contexts), server)
             if isinstance(directory, EmbeddedDirectory):
                 add_directory_service(server, directory)
             health = HealthServicer()
@@ -115,6 +120,8 @@ def serve(config: KvStoreConfig) -> None:
                 log.warning("not everything was written to the lower tiers in time")
         finally:
             server.stop(grace=1.0).wait()
+            if contexts is not None:
+                contexts.close()
             store.close()
 
 

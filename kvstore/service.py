@@ -8,6 +8,8 @@ from dataclasses import fields
 import grpc
 
 import tandem
+from tandem.kvstore.context_files import Context
+from tandem.kvstore.contexts import ContextRefusedError, ContextShelf, Problem
 from tandem.kvstore.interfaces import Directory, Location, ObjectKey, StoreIntegrityError, TierName
 from tandem.kvstore.metrics import node_values
 from tandem.kvstore.node.stats import TierStats
@@ -24,15 +26,21 @@ _TIERS = {
     TierName.DISK: kvnode_pb2.TIER_DISK,
     TierName.REMOTE: kvnode_pb2.TIER_REMOTE,
 }
+_REFUSED: dict[Problem, grpc.StatusCode] = {
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "old_version": grpc.StatusCode.FAILED_PRECONDITION,
+    "full": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
 _TIER_NAMES = {number: name for name, number in _TIERS.items()}
 
 
 class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
-    def __init__(self, store: OpenNode, directory: Directory) -> None:
+    def __init__(self, store: OpenNode, directory: Directory, contexts: ContextShelf) -> None:
         self._store = store
         self._node = store.node
         self._node_id = store.node.settings.node_id
         self._directory = directory
+        self._contexts = contexts
 
     def Stats(self, request: kvnode_pb2.StatsRequest, context: grpc.ServicerContext) -> kvnode_pb2.StatsResponse:
         stats, data_plane = self._store.stats()
@@ -117,6 +125,60 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
 
     def Drain(self, request: kvnode_pb2.DrainRequest, context: grpc.ServicerContext) -> kvnode_pb2.DrainResponse:
         return kvnode_pb2.DrainResponse(flushed=self._node.flush(request.grace_s))
+
+    def PutContext(
+        self, request: kvnode_pb2.PutContextRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.PutContextResponse:
+        try:
+            put = self._contexts.put(
+                request.owner,
+                request.name,
+                request.token_ids,
+                root=request.root,
+                ttl_s=request.ttl_s,
+                version=request.version,
+            )
+        except ContextRefusedError as refusal:
+            context.abort(_REFUSED[refusal.problem], str(refusal))
+        return kvnode_pb2.PutContextResponse(context=self._context(put))
+
+    def GetContext(
+        self, request: kvnode_pb2.GetContextRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.GetContextResponse:
+        found = self._contexts.get(request.owner, request.name)
+        if found is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"{request.owner[:64]} has no context {request.name[:64]!r}")
+        answer = self._context(found)
+        if request.with_tokens:
+            answer.token_ids.extend(found.token_ids)
+        return kvnode_pb2.GetContextResponse(context=answer)
+
+    def ListContexts(
+        self, request: kvnode_pb2.ListContextsRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.ListContextsResponse:
+        found = self._contexts.list(request.owner if request.HasField("owner") else None)
+        return kvnode_pb2.ListContextsResponse(contexts=map(self._context, found))
+
+    def DropContext(
+        self, request: kvnode_pb2.DropContextRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.DropContextResponse:
+        return kvnode_pb2.DropContextResponse(dropped=self._contexts.drop(request.owner, request.name))
+
+    def _context(self, context: Context) -> kvnode_pb2.Context:
+        """Without its token ids."""
+        residency = self._contexts.residency(context)
+        return kvnode_pb2.Context(
+            owner=context.owner,
+            name=context.name,
+            version=context.version,
+            num_tokens=context.num_tokens,
+            root=context.root,
+            chunk_tokens=context.chunk_tokens,
+            created_at=context.created_at,
+            expires_at=context.expires_at,
+            resident_tokens=residency.resident_tokens,
+            tiers=[kvnode_pb2.ContextTier(tier=_TIERS[tier], chunks=count) for tier, count in residency.chunks.items()],
+        )
 
 
 def _key(raw: bytes, context: grpc.ServicerContext) -> ObjectKey:

@@ -74,6 +74,26 @@ class KvNodeStub:
                 request_serializer=tandem_dot_proto_dot_kvnode__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tandem_dot_proto_dot_kvnode__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.PutContext = channel.unary_unary(
+                '/tandem.kvnode.v1.KvNode/PutContext',
+                request_serializer=tandem_dot_proto_dot_kvnode__pb2.PutContextRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_kvnode__pb2.PutContextResponse.FromString,
+                _registered_method=True)
+        self.GetContext = channel.unary_unary(
+                '/tandem.kvnode.v1.KvNode/GetContext',
+                request_serializer=tandem_dot_proto_dot_kvnode__pb2.GetContextRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_kvnode__pb2.GetContextResponse.FromString,
+                _registered_method=True)
+        self.ListContexts = channel.unary_unary(
+                '/tandem.kvnode.v1.KvNode/ListContexts',
+                request_serializer=tandem_dot_proto_dot_kvnode__pb2.ListContextsRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_kvnode__pb2.ListContextsResponse.FromString,
+                _registered_method=True)
+        self.DropContext = channel.unary_unary(
+                '/tandem.kvnode.v1.KvNode/DropContext',
+                request_serializer=tandem_dot_proto_dot_kvnode__pb2.DropContextRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_kvnode__pb2.DropContextResponse.FromString,
+                _registered_method=True)
 
 
 class KvNodeServicer:
@@ -131,6 +151,31 @@ class KvNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutContext(self, request, context):
+        """Keeps token ids by name until they expire, and their KV pinned as far as it is here. Replaces an older version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetContext(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListContexts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropContext(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvNodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -173,6 +218,26 @@ def add_KvNodeServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=tandem_dot_proto_dot_kvnode__pb2.DrainRequest.FromString,
                     response_serializer=tandem_dot_proto_dot_kvnode__pb2.DrainResponse.SerializeToString,
+            ),
+            'PutContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutContext,
+                    request_deserializer=tandem_dot_proto_dot_kvnode__pb2.PutContextRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_kvnode__pb2.PutContextResponse.SerializeToString,
+            ),
+            'GetContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetContext,
+                    request_deserializer=tandem_dot_proto_dot_kvnode__pb2.GetContextRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_kvnode__pb2.GetContextResponse.SerializeToString,
+            ),
+            'ListContexts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListContexts,
+                    request_deserializer=tandem_dot_proto_dot_kvnode__pb2.ListContextsRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_kvnode__pb2.ListContextsResponse.SerializeToString,
+            ),
+            'DropContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropContext,
+                    request_deserializer=tandem_dot_proto_dot_kvnode__pb2.DropContextRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_kvnode__pb2.DropContextResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -391,6 +456,114 @@ class KvNode:
             '/tandem.kvnode.v1.KvNode/Drain',
             tandem_dot_proto_dot_kvnode__pb2.DrainRequest.SerializeToString,
             tandem_dot_proto_dot_kvnode__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kvnode.v1.KvNode/PutContext',
+            tandem_dot_proto_dot_kvnode__pb2.PutContextRequest.SerializeToString,
+            tandem_dot_proto_dot_kvnode__pb2.PutContextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kvnode.v1.KvNode/GetContext',
+            tandem_dot_proto_dot_kvnode__pb2.GetContextRequest.SerializeToString,
+            tandem_dot_proto_dot_kvnode__pb2.GetContextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListContexts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kvnode.v1.KvNode/ListContexts',
+            tandem_dot_proto_dot_kvnode__pb2.ListContextsRequest.SerializeToString,
+            tandem_dot_proto_dot_kvnode__pb2.ListContextsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kvnode.v1.KvNode/DropContext',
+            tandem_dot_proto_dot_kvnode__pb2.DropContextRequest.SerializeToString,
+            tandem_dot_proto_dot_kvnode__pb2.DropContextResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,11 @@ class KvNodeStub:
     """Balances the books and verifies the checksums of some objects."""
     Drain: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.DrainRequest, _kvnode_pb2.DrainResponse]
     """Writes what waits for the lower tiers, up to the grace period, then answers."""
+    PutContext: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.PutContextRequest, _kvnode_pb2.PutContextResponse]
+    """Keeps token ids by name until they expire, and their KV pinned as far as it is here. Replaces an older version."""
+    GetContext: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.GetContextRequest, _kvnode_pb2.GetContextResponse]
+    ListContexts: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.ListContextsRequest, _kvnode_pb2.ListContextsResponse]
+    DropContext: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.DropContextRequest, _kvnode_pb2.DropContextResponse]
 
 @_typing.type_check_only
 class KvNodeAsyncStub(KvNodeStub):
@@ -59,6 +64,11 @@ class KvNodeAsyncStub(KvNodeStub):
     """Balances the books and verifies the checksums of some objects."""
     Drain: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.DrainRequest, _kvnode_pb2.DrainResponse]  # type: ignore[assignment]
     """Writes what waits for the lower tiers, up to the grace period, then answers."""
+    PutContext: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.PutContextRequest, _kvnode_pb2.PutContextResponse]  # type: ignore[assignment]
+    """Keeps token ids by name until they expire, and their KV pinned as far as it is here. Replaces an older version."""
+    GetContext: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.GetContextRequest, _kvnode_pb2.GetContextResponse]  # type: ignore[assignment]
+    ListContexts: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.ListContextsRequest, _kvnode_pb2.ListContextsResponse]  # type: ignore[assignment]
+    DropContext: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.DropContextRequest, _kvnode_pb2.DropContextResponse]  # type: ignore[assignment]
 
 class KvNodeServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -120,5 +130,34 @@ class KvNodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvnode_pb2.DrainResponse, _abc.Awaitable[_kvnode_pb2.DrainResponse]]:
         """Writes what waits for the lower tiers, up to the grace period, then answers."""
+
+    @_abc_1.abstractmethod
+    def PutContext(
+        self,
+        request: _kvnode_pb2.PutContextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvnode_pb2.PutContextResponse, _abc.Awaitable[_kvnode_pb2.PutContextResponse]]:
+        """Keeps token ids by name until they expire, and their KV pinned as far as it is here. Replaces an older version."""
+
+    @_abc_1.abstractmethod
+    def GetContext(
+        self,
+        request: _kvnode_pb2.GetContextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvnode_pb2.GetContextResponse, _abc.Awaitable[_kvnode_pb2.GetContextResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListContexts(
+        self,
+        request: _kvnode_pb2.ListContextsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvnode_pb2.ListContextsResponse, _abc.Awaitable[_kvnode_pb2.ListContextsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DropContext(
+        self,
+        request: _kvnode_pb2.DropContextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvnode_pb2.DropContextResponse, _abc.Awaitable[_kvnode_pb2.DropContextResponse]]: ...
 
 def add_KvNodeServicer_to_server(servicer: KvNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

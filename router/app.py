@@ -90,6 +90,8 @@ class Router:
             if self.grpc is not None:
                 stopping.append(asyncio.create_task(self.grpc.stop(self.config.drain_grace_s)))
             await asyncio.gather(*stopping, announcer, return_exceptions=True)
+        if self.service.contexts is not None:
+            await self.service.contexts.close()
         await self.fleet.stop()
         self.model.text.close()
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from tandem.common.errors import TandemError
-from tandem.router import http_info
+from tandem.router import http_contexts, http_info
 from tandem.router.api_keys import ApiKeys
 from tandem.router.http_chat import chat_completions
 from tandem.router.http_completions import completions
@@ -21,17 +21,18 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange, Service], Awaitable[None]]
 
-ROUTES: dict[str, tuple[str, Handler]] = {
-    "/v1/completions": ("POST", completions),
-    "/v1/chat/completions": ("POST", chat_completions),
-    "/v1/models": ("GET", http_info.models),
-    "/tokenize": ("POST", http_info.tokenize),
-    "/detokenize": ("POST", http_info.detokenize),
-    "/healthz": ("GET", http_info.healthz),
-    "/health": ("GET", http_info.healthz),
-    "/readyz": ("GET", http_info.readyz),
-    "/metrics": ("GET", http_info.metrics),
-    "/version": ("GET", http_info.version),
+ROUTES: dict[str, dict[str, Handler]] = {
+    "/v1/completions": {"POST": completions},
+    "/v1/chat/completions": {"POST": chat_completions},
+    "/v1/contexts": {"GET": http_contexts.list_contexts, "POST": http_contexts.create},
+    "/v1/models": {"GET": http_info.models},
+    "/tokenize": {"POST": http_info.tokenize},
+    "/detokenize": {"POST": http_info.detokenize},
+    "/healthz": {"GET": http_info.healthz},
+    "/health": {"GET": http_info.healthz},
+    "/readyz": {"GET": http_info.readyz},
+    "/metrics": {"GET": http_info.metrics},
+    "/version": {"GET": http_info.version},
 }
 OPEN_PATHS = frozenset({"/healthz", "/health", "/readyz"})
 """Need no API key: probes have none."""
@@ -62,12 +63,14 @@ class HttpApp:
     async def _answer(self, exchange: Exchange) -> None:
         headers: Headers = []
         try:
-            method, handler = _route(exchange.path)
+            handlers = _route(exchange.path)
             if self._api_keys is not None and exchange.path not in OPEN_PATHS:
                 exchange.caller = self._api_keys.check(exchange.header(b"authorization"))
-            if exchange.method != method and not (exchange.method == "HEAD" and method == "GET"):
-                headers.append((b"allow", method.encode()))
-                raise TandemError("method_not_allowed", f"{exchange.path} takes {method}, not {exchange.method[:16]}")
+            handler = handlers.get("GET" if exchange.method == "HEAD" else exchange.method)
+            if handler is None:
+                headers.append((b"allow", ", ".join(handlers).encode()))
+                takes = " or ".join(handlers)
+                raise TandemError("method_not_allowed", f"{exchange.path} takes {takes}, not {exchange.method[:16]}")
             if exchange.path in GENERATING:
                 self._service.check_load()
             await handler(exchange, self._service)
@@ -84,10 +87,13 @@ class HttpApp:
             await exchange.reply_error(TandemError("internal", "an internal error; the router's log has more"))
 
 
-def _route(path: str) -> tuple[str, Handler]:
+def _route(path: str) -> dict[str, Handler]:
+    """By method."""
     route = ROUTES.get(path)
     if route is not None:
         return route
     if path.startswith("/v1/models/"):
-        return "GET", http_info.model
+        return {"GET": http_info.model}
+    if path.startswith("/v1/contexts/"):
+        return {"GET": http_contexts.get, "DELETE": http_contexts.drop}
     raise TandemError("not_found", f"there is no {path[:64]!r} here")

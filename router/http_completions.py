@@ -12,6 +12,7 @@ from tandem.router.choice import Choice, ChoiceSpec, Delta, with_seeds
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.generate import Usage
 from tandem.router.http_answers import answer
+from tandem.router.http_contexts import recipe
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_logprobs import completion_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
@@ -32,7 +33,7 @@ async def completions(exchange: Exchange, service: Service) -> None:
     body.check()
     in_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
     n = body.n or 1
-    prompts = await _prompts(body.prompt, service)
+    prompts = await _prompts_after_context(body, service, exchange.caller)
     if len(prompts) * n > MAX_CHOICES:
         raise invalid("prompt", f"x n may make at most {MAX_CHOICES} choices, got {len(prompts) * n}")
     choices: list[ChoiceSpec] = []
@@ -48,11 +49,21 @@ async def completions(exchange: Exchange, service: Service) -> None:
         await answer(exchange, call, CompletionShapes(exchange.request_id, service, body, call.choices))
 
 
-async def _prompts(given: str | list[str | int | list[int]], service: Service) -> list[Prompt]:
+async def _prompts_after_context(body: CompletionBody, service: Service, caller: Caller) -> list[Prompt]:
+    if body.context is None:
+        return await _prompts(body.prompt, service)
+    before = await recipe(service, caller, body.context)
+    prompts = await _prompts(body.prompt, service, add_special_tokens=False)  # the context begins the sequence
+    return [Prompt([*before, *prompt.token_ids]) for prompt in prompts]
+
+
+async def _prompts(
+    given: str | list[str | int | list[int]], service: Service, *, add_special_tokens: bool = True
+) -> list[Prompt]:
     """The four forms: a text, texts, token ids, lists of token ids."""
     model = service.model
     if isinstance(given, str):
-        return [await model.text_prompt(given, param="prompt")]
+        return [await model.text_prompt(given, param="prompt", add_special_tokens=add_special_tokens)]
     if not given:
         raise invalid("prompt", "must not be empty")
     texts = [item for item in given if isinstance(item, str)]
@@ -63,7 +74,10 @@ async def _prompts(given: str | list[str | int | list[int]], service: Service) -
     if len(given) > MAX_CHOICES:
         raise invalid("prompt", f"may hold at most {MAX_CHOICES} prompts, got {len(given)}")
     if len(texts) == len(given):
-        return [await model.text_prompt(text, param=f"prompt[{i}]") for i, text in enumerate(texts)]
+        return [
+            await model.text_prompt(text, param=f"prompt[{i}]", add_special_tokens=add_special_tokens)
+            for i, text in enumerate(texts)
+        ]
     if len(lists) == len(given):
         return [model.token_prompt(entry, param=f"prompt[{i}]") for i, entry in enumerate(lists)]
     raise invalid("prompt", "must be a string, strings, token ids, or lists of token ids, not a mixture")

@@ -71,10 +71,14 @@ class CompletionBody(GenerationBody, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     prompt_embeds: Any = None
+    context: str | None = None
+    """Name of a context (`POST /v1/contexts`), whose tokens go before the prompt's."""
 
     def check(self) -> None:
         GenerationBody.check(self)
         refuse(self, "suffix", "prompt_embeds")
+        if self.context is not None and self.cache_salt:
+            raise invalid("cache_salt", "cannot be combined with context, whose KV is cached without one")
 
 
 class ContentPart(msgspec.Struct):
@@ -106,6 +110,7 @@ class ChatBody(GenerationBody, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: Any = None
     documents: Any = None
+    context: Any = None
 
     def check(self) -> None:
         GenerationBody.check(self)
@@ -115,12 +120,25 @@ class ChatBody(GenerationBody, kw_only=True):
             raise invalid("tool_choice", "is not supported")
         if self.modalities not in (None, [], ["text"]):
             raise invalid("modalities", "is not supported other than text")
+        if self.context is not None:
+            raise invalid("context", "is not supported here; use /v1/completions")
         refuse(
             self, "tools", "functions", "function_call", "audio", "continue_final_message", "chat_template", "documents"
         )
 
     def template_messages(self) -> list[dict[str, Any]]:
         return template_messages(self.messages)
+
+
+class ContextBody(msgspec.Struct):
+    """Of POST /v1/contexts. Exactly one of prompt and messages."""
+
+    name: str
+    model: str | None = None
+    prompt: str | list[int] | None = None
+    messages: list[Message] | None = None
+    ttl_s: float = 3600.0
+    version: int | None = None
 
 
 class TokenizeBody(msgspec.Struct):

@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
+from tandem.router.contexts import ContextClient
 from tandem.router.dispatch import Dispatcher
 from tandem.router.generate import Call
 from tandem.router.metrics import RouterMetrics
@@ -27,6 +28,8 @@ class Service:
         self.model = model
         self.fleet = fleet
         self.metrics = metrics
+        self.contexts = ContextClient(config.kv_store) if config.kv_store else None
+        """None: this router keeps no named contexts."""
         self.draining = False
         self._router_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)

@@ -31,6 +31,9 @@ class RouterConfig:
     """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
     disaggregate: Disaggregate = "auto"
     """auto: use a prefill worker where that pays; always: wherever one is alive; never: decode workers do it all."""
+    kv_store: str = ""
+    """gRPC address of the store node that keeps named contexts, such as `unix:/run/kvstore.sock` or `10.0.0.4:9300`.
+    Empty: no named contexts."""
     max_requests: int = 1024
     """Sequences in flight (a request with n=4 counts four); more are answered 503. Bounds the router's memory."""
     max_body_bytes: int = 8 * 1024 * 1024

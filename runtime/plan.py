@@ -58,6 +58,8 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
     }
+    if store:
+        router["kv_store"] = store[0].settings["listen"]
     for name in ("disaggregate", "grpc_port"):
         if (value := getattr(config, name)) is not None:
             router[name] = value

@@ -38,7 +38,7 @@ def describe(content: memoryview) -> ObjectInfo | None:
 def is_sound(content: memoryview) -> bool:
     """Checks every layer's checksum."""
     parsed = bundle.parse(content)
-    return parsed is not None and all(parsed.layer(index) is not None for index in range(len(parsed.ranges)))
+    return parsed is not None and all(parsed.stored(index) is not None for index in range(len(parsed.ranges)))
 
 
 def encoded(content: memoryview, codec: str) -> memoryview | None:

@@ -351,8 +351,10 @@ class Loader:
     def _finished(self, load: Load) -> bool:
         if load.filled < load.source.size:
             return False
-        info = content.describe(self._view(load, 0, load.source.size))
-        if info is None:
+        whole = self._view(load, 0, load.source.size)
+        info = content.describe(whole)
+        # The consumer checks every layer; this keeps what a peer or a network garbled from being passed on to others.
+        if info is None or (load.source.tier is TierName.PEER and not content.is_sound(whole)):
             self._office.fail_load(load, is_damaged=True)
         else:
             self._office.finish_load(load, info)

@@ -290,13 +290,13 @@ class KvNode(NodeCore):
         self._announcer.publish()
 
     def scrub(self, limit: int) -> ScrubReport:
-        """Reads at most `limit` objects of host memory and disk, from where the last call stopped, and checks all
-        checksums; what is wrong is quarantined."""
+        """Reads at most `limit` objects of host memory and disk, from where the last call stopped and around, and checks
+        all checksums; what is wrong is quarantined."""
         with self._lock:
             shelves = [shelf for shelf in self._shelves() if shelf.name is not TierName.REMOTE]
             todo = sorted((resident.key, shelf.name) for shelf in shelves for resident in shelf)
         later = [place for place in todo if place > self._scrubbed]
-        chosen = (later or todo)[:limit]
+        chosen = (later + todo[: len(todo) - len(later)])[:limit]
         bad: list[bytes] = []
         unread = checked_bytes = 0
         for key, tier in chosen:

@@ -31,6 +31,7 @@ def test_the_store_comes_first_then_workers_then_the_router_which_knows_all_of_t
     assert router["prefill_workers"] == ["unix:/run/t/prefill-0.sock", "unix:/run/t/prefill-1.sock"]
     assert router["decode_workers"] == [plans[3].settings["listen"]]
     assert router["port"] == 81
+    assert router["kv_store"] == plans[0].settings["listen"]
 
 
 def test_workers_share_one_store_node() -> None:
@@ -47,6 +48,7 @@ def test_a_store_can_be_left_out_or_be_there_already(config: dict[str, Any], nod
     plans = plan_children(ServeConfig(model="m", **config), RUN, 81)
     assert [plan.name for plan in plans] == ["prefill-0", "decode-0", "router"]
     assert {plan.settings["kv_node"] for plan in plans[:-1]} == {node}
+    assert "kv_store" not in plans[-1].settings
 
 
 def test_unified_means_no_prefill_workers() -> None:

@@ -193,9 +193,12 @@ def test_scrub_finds_flipped_bits_in_memory_and_on_disk(node: KvNode, disk: Dict
     assert node.stats().quarantined == 2
 
 
-def test_scrub_goes_on_where_it_stopped(node: KvNode) -> None:
+def test_scrub_goes_on_where_it_stopped_and_comes_around(node: KvNode) -> None:
     fill(node, 0, 3)
-    assert [node.scrub(4).checked for _ in range(3)] == [4, 2, 4]
+    assert [node.scrub(4).checked for _ in range(3)] == [4, 4, 4]
+    assert node.scrub(100).checked == 6
+    node.arena.view(node.fetch(node.locate([key_of(0)])).offset(0), SIZE)[SIZE - 1] ^= 1
+    assert [key for _ in range(2) for key in node.scrub(4).bad] == [key_of(0)]
 
 
 def test_quarantine_drops_the_object_everywhere_and_counts(node: KvNode, disk: DictTier) -> None:

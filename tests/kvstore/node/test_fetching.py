@@ -101,6 +101,7 @@ def test_what_was_fetched_stays_in_host_memory_and_is_announced() -> None:
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert [source.tier for source in fetch.sources] == [TierName.DISK]
         assert fetch.wait(LAYERS, 10)
+        eventually(lambda: fetch.intact() == 1)
     assert node.contains(key_of(1)) == [TierName.HOST, TierName.DISK]
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE, (key_of(1), TierName.HOST): SIZE}
     with node.fetch(node.locate([key_of(1)])) as fetch:
