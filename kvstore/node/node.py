@@ -290,8 +290,8 @@ class KvNode(NodeCore):
         self._announcer.publish()
 
     def scrub(self, limit: int) -> ScrubReport:
-        """Reads at most `limit` objects of host memory and disk, from where the last call stopped and around, and checks
-        all checksums; what is wrong is quarantined."""
+        """Reads at most `limit` objects of host memory and disk, from where the last call stopped and around, and
+        checks all checksums; what is wrong is quarantined."""
         with self._lock:
             shelves = [shelf for shelf in self._shelves() if shelf.name is not TierName.REMOTE]
             todo = sorted((resident.key, shelf.name) for shelf in shelves for resident in shelf)
