@@ -1,7 +1,8 @@
 """How each engine under test is started, in one place: Tandem (unified, disaggregated), vLLM, llama.cpp, transformers.
 
-Each gets one compute thread per worker and bf16 weights (llama.cpp f16, which is faster there). Peers live in virtual
-environments made by `bench/peers/setup.sh` (under TANDEM_PEERS, default .peers/).
+Each gets one compute thread per worker and the dtype that Tandem chooses here: bf16 where the processor computes in it,
+else float32 (llama.cpp always f16, which is faster there). Peers live in virtual environments made by
+`bench/peers/setup.sh` (under TANDEM_PEERS, default .peers/).
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Job:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         job = {"model": str(self.model), "prompts": prompts, "max_tokens": max_tokens, "mode": self.mode}
+        job["dtype"] = dtype_here()
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -97,9 +99,15 @@ def gguf_of(model: Path) -> Path:
     return target
 
 
+def dtype_here() -> str:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
 def all_systems(model: Path) -> list[Server | Job]:
-    here = [sys.executable, "-m", "tandem.runtime.cli", "serve", "--model", str(model)]
-    vllm = [str(PEERS / "vllm/bin/vllm"), "serve", str(model), "--dtype", "bfloat16", "--served-model-name", "small"]
+    here = [sys.executable, "-m", "tandem.runtime.cli", "serve", "--model", str(model), "--dtype", dtype_here()]
+    vllm = [str(PEERS / "vllm/bin/vllm"), "serve", str(model), "--dtype", dtype_here()]
+    vllm += ["--served-model-name", "small"]
     vllm_env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_NO_USAGE_STATS": "1"}
     llamacpp = [str(PEERS / "llamacpp/bin/python"), str(ROOT / "bench/peers/llamacpp_server.py")]
     return [
