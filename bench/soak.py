@@ -147,7 +147,8 @@ class Soak:
         await asyncio.sleep(2.0)  # connections of clients that left are closed by now
         for name, process in self._processes().items():
             with contextlib.suppress(psutil.Error):
-                sample.rss[name] = process.memory_info().rss
+                memory = process.memory_info()
+                sample.rss[name] = memory.rss - memory.shared  # the store node's arena is mapped by all, and bounded
                 sample.descriptors[name] = process.num_fds()
         return sample
 

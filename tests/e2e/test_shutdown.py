@@ -40,7 +40,7 @@ def test_sigterm_finishes_running_requests_and_exits_cleanly(tiny: Path, prompt:
 def test_a_killed_supervisor_leaves_no_orphans(tiny: Path) -> None:
     with Serve(tiny, *FLAGS) as serve:
         directory, children = run_directory(serve), list(serve.children().values())
-        assert len(children) == 3
+        assert len(children) == 4
         serve.process.send_signal(signal.SIGKILL)
         eventually(lambda: gone(children), 5, "children gone")
         eventually(lambda: not directory.exists(), 5, "directory removed")
