@@ -3,8 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tandem.proto import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the output must match, enforced by token masks on the worker."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    """A JSON schema as JSON, a regular expression of the whole output, or a grammar in llguidance's Lark dialect."""
+
+    def to_proto(self) -> worker_pb2.Constraint:
+        match self.kind:
+            case "json_schema":
+                return worker_pb2.Constraint(json_schema=self.text)
+            case "regex":
+                return worker_pb2.Constraint(regex=self.text)
+            case "lark":
+                return worker_pb2.Constraint(lark=self.text)
+
+    @classmethod
+    def from_proto(cls, message: worker_pb2.Constraint) -> Constraint | None:
+        match message.WhichOneof("kind"):
+            case "json_schema":
+                return cls("json_schema", message.json_schema)
+            case "regex":
+                return cls("regex", message.regex)
+            case "lark":
+                return cls("lark", message.lark)
+            case _:
+                return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +67,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
     def to_proto(self) -> worker_pb2.SamplingParams:
         return worker_pb2.SamplingParams(
@@ -55,6 +87,7 @@ class SamplingParams:
             prompt_logprobs=self.prompt_logprobs,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            constraint=None if self.constraint is None else self.constraint.to_proto(),
         )
 
     @classmethod
@@ -76,4 +109,5 @@ class SamplingParams:
             prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
             stop_token_ids=tuple(message.stop_token_ids),
             ignore_eos=message.ignore_eos,
+            constraint=Constraint.from_proto(message.constraint),
         )

@@ -43,6 +43,25 @@ ROLE_DECODE: Role.ValueType  # 2
 """also prefills by itself when it is told of no prefill worker"""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_NONE: _Pooling.ValueType  # 0
+    POOLING_MEAN: _Pooling.ValueType  # 1
+    """of the last layer's normalised hidden states"""
+    POOLING_LAST: _Pooling.ValueType  # 2
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper): ...
+
+POOLING_NONE: Pooling.ValueType  # 0
+POOLING_MEAN: Pooling.ValueType  # 1
+"""of the last layer's normalised hidden states"""
+POOLING_LAST: Pooling.ValueType  # 2
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -138,6 +157,13 @@ class WorkerInfo(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     KV_ENDPOINT_FIELD_NUMBER: _builtins.int
+    HARDWARE_CLASS_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    STORE_NODE_FIELD_NUMBER: _builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    SENDS_CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     worker_epoch: _builtins.int
     """differs for every start of the process"""
@@ -156,6 +182,16 @@ class WorkerInfo(_message.Message):
     """tokens, prompt and output"""
     max_num_seqs: _builtins.int
     vocab_size: _builtins.int
+    hardware_class: _builtins.str
+    """workers of one class are equally fast, such as "nvidia-h100" or "cpu" """
+    num_parameters: _builtins.int
+    weight_bytes: _builtins.int
+    kv_bytes_per_token: _builtins.int
+    store_node: _builtins.str
+    """node id of its KV store's home node, as in the directory; empty without a store"""
+    chunk_tokens: _builtins.int
+    """of the KV store"""
+    sends_cache_events: _builtins.bool
     @_builtins.property
     def kv_endpoint(self) -> Global___KvEndpoint:
         """decode workers"""
@@ -176,10 +212,17 @@ class WorkerInfo(_message.Message):
         max_num_seqs: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
         kv_endpoint: Global___KvEndpoint | None = ...,
+        hardware_class: _builtins.str = ...,
+        num_parameters: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
+        kv_bytes_per_token: _builtins.int = ...,
+        store_node: _builtins.str = ...,
+        chunk_tokens: _builtins.int = ...,
+        sends_cache_events: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_endpoint", b"kv_endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "compatibility", b"compatibility", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "hardware_class", b"hardware_class", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,6 +324,9 @@ class Submit(_message.Message):
     EXPECT_KV_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """lower runs first"""
     timeout_s: _builtins.float
@@ -290,6 +336,10 @@ class Submit(_message.Message):
     traceparent: _builtins.str
     tenant: _builtins.str
     """charged for what the KV store keeps; empty: "default" """
+    weight: _builtins.float
+    """the tenant's share where tenants compete; 0: 1"""
+    pooling: Global___Pooling.ValueType
+    """other than NONE: an embedding of the prompt is the answer, nothing is generated"""
     @_builtins.property
     def key(self) -> Global___RequestKey: ...
     @_builtins.property
@@ -304,6 +354,12 @@ class Submit(_message.Message):
     def expect_kv(self) -> Global___KvSource:
         """to a decode worker: reserve blocks and wait for them"""
 
+    @_builtins.property
+    def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The output so far, when another worker began it: this one goes on after it. Counts as output for max_tokens,
+        penalties, seeds, constraint and start_index.
+        """
+
     def __init__(
         self,
         *,
@@ -317,10 +373,13 @@ class Submit(_message.Message):
         expect_kv: Global___KvSource | None = ...,
         traceparent: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        pooling: Global___Pooling.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "output_token_ids", b"output_token_ids", "pooling", b"pooling", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
@@ -440,6 +499,7 @@ class SamplingParams(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     temperature: _builtins.float
@@ -463,6 +523,8 @@ class SamplingParams(_message.Message):
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def constraint(self) -> Global___Constraint: ...
     def __init__(
         self,
         *,
@@ -482,10 +544,11 @@ class SamplingParams(_message.Message):
         prompt_logprobs: _builtins.int | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        constraint: Global___Constraint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_seed", b"_seed", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_seed", b"_seed", "constraint", b"constraint", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_seed", b"_seed", "allowed_token_ids", b"allowed_token_ids", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_seed", b"_seed", "allowed_token_ids", b"allowed_token_ids", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -503,30 +566,98 @@ class SamplingParams(_message.Message):
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
+class Constraint(_message.Message):
+    """What the output must match. Enforced by token masks; checked by the router before it is sent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    LARK_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """a JSON schema, as JSON"""
+    regex: _builtins.str
+    """of the whole output"""
+    lark: _builtins.str
+    """a grammar in llguidance's Lark dialect"""
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        lark: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "regex", "lark"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
+
+@_typing.final
 class SessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestOutput]: ...
     @_builtins.property
     def status(self) -> Global___WorkerStatus:
         """sent on change and at least once a second"""
 
+    @_builtins.property
+    def cache(self) -> Global___CacheEvents:
+        """where WorkerInfo.sends_cache_events"""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___RequestOutput] | None = ...,
         status: Global___WorkerStatus | None = ...,
+        cache: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "outputs", b"outputs", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class CacheEvents(_message.Message):
+    """What changed in the worker's prefix cache (blocks of block_size tokens). The first of a session lists all of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESET_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    reset: _builtins.bool
+    """forget everything known of this worker first"""
+    stored: _builtins.bytes
+    """block hashes, 32 bytes each"""
+    removed: _builtins.bytes
+    """applied before `stored`"""
+    def __init__(
+        self,
+        *,
+        reset: _builtins.bool = ...,
+        stored: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "reset", b"reset", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
 
 @_typing.final
 class RequestOutput(_message.Message):
@@ -541,11 +672,14 @@ class RequestOutput(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     start_index: _builtins.int
     """index of token_ids[0] in the output: the router drops what it has seen"""
     finish_reason: Global___FinishReason.ValueType
     stop_token_id: _builtins.int
     """the token that ended it, when finish_reason is STOP"""
+    embedding: _builtins.bytes
+    """little-endian float32, where pooling was asked for"""
     @_builtins.property
     def key(self) -> Global___RequestKey: ...
     @_builtins.property
@@ -574,10 +708,11 @@ class RequestOutput(_message.Message):
         stop_token_id: _builtins.int | None = ...,
         prompt: Global___PromptReport | None = ...,
         prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        embedding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "key", b"key", "prompt", b"prompt", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "start_index", b"start_index", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "embedding", b"embedding", "error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "start_index", b"start_index", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
@@ -652,6 +787,7 @@ class PromptReport(_message.Message):
     COMPUTED_BY_FIELD_NUMBER: _builtins.int
     RECOMPUTE_REASON_FIELD_NUMBER: _builtins.int
     CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
+    LOAD_S_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """taken from a prefix cache, on whichever worker"""
     queue_s: _builtins.float
@@ -663,6 +799,8 @@ class PromptReport(_message.Message):
     """worker id"""
     recompute_reason: _builtins.str
     """why a hand-over became a recompute"""
+    load_s: _builtins.float
+    """waited for KV from the store"""
     @_builtins.property
     def cached_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """cached_tokens by where they came from: device, host, disk, peer, remote"""
@@ -677,10 +815,11 @@ class PromptReport(_message.Message):
         computed_by: _builtins.str = ...,
         recompute_reason: _builtins.str = ...,
         cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        load_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "load_s", b"load_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -724,6 +863,8 @@ class WorkerStatus(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     DECODE_STEP_S_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    RUNNING_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODING_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     free_blocks: _builtins.int
@@ -735,6 +876,10 @@ class WorkerStatus(_message.Message):
     decode_step_s: _builtins.float
     """measured, 0 before any"""
     draining: _builtins.bool
+    running_tokens: _builtins.int
+    """tokens whose KV the decoding requests read in every step"""
+    decoding: _builtins.int
+    """requests that decode"""
     def __init__(
         self,
         *,
@@ -746,10 +891,12 @@ class WorkerStatus(_message.Message):
         prefill_tokens_per_s: _builtins.float = ...,
         decode_step_s: _builtins.float = ...,
         draining: _builtins.bool = ...,
+        running_tokens: _builtins.int = ...,
+        decoding: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "pending_prefill_tokens", b"pending_prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "running", b"running", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "decoding", b"decoding", "draining", b"draining", "free_blocks", b"free_blocks", "pending_prefill_tokens", b"pending_prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "running", b"running", "running_tokens", b"running_tokens", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,6 +29,25 @@ class RouterConfig:
     """The name clients use. None: the last part of `model`."""
     api_keys_file: Path | None = None
     """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
+    tenants_file: Path | None = None
+    """YAML file with tenants: keys or JWT claims, weight, limits, models. Read again when it changes. None: one tenant,
+    or those of `api_keys_file`."""
+    redis: str = ""
+    """URL of a Redis that router replicas share: service counters and rate limits. Empty: each replica by itself."""
+    kv_directory: str = ""
+    """The KV store's directory, followed to know what is cached where: `redis://...` or the gRPC address of a store
+    node. Empty: `kv_store`, where that is set."""
+    replicas: int = 1
+    """Router processes on this machine, which share the port."""
+    ttft_slo_s: float | None = None
+    """A request that would certainly wait longer than this for its first token is answered 503 at once. None: it waits
+    in the queue."""
+    max_queued_requests: int = 2048
+    """Requests that wait for their turn; more are answered 503."""
+    max_queued_tokens: int = 8_000_000
+    """Prompt tokens of requests that wait for their turn; more are answered 503."""
+    storage: Path | None = None
+    """Folder for uploaded files and batches (`/v1/files`, `/v1/batches`). None: there is no batch lane."""
     disaggregate: Disaggregate = "auto"
     """auto: use a prefill worker where that pays; always: wherever one is alive; never: decode workers do it all."""
     kv_store: str = ""
