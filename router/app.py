@@ -16,10 +16,12 @@ from tandem.router.api_keys import ApiKeys
 from tandem.router.grpc_api import GrpcServer
 from tandem.router.http_app import HttpApp
 from tandem.router.metrics import RouterMetrics
+from tandem.router.replicas import ALONE, Replica, listen
 from tandem.router.served_model import ServedModel
 from tandem.router.service import Service
 from tandem.router.session import SILENCE_S
 from tandem.router.settings import RouterConfig
+from tandem.router.siblings import Siblings
 from tandem.router.workers import Fleet
 
 log = logging.getLogger(__name__)
@@ -32,16 +34,20 @@ READY_POLL_S = 0.25
 class Router:
     """`start`, then `stop`; or `serve_until(stopped)`. Raises ConfigError for settings that cannot work."""
 
-    def __init__(self, config: RouterConfig, *, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, config: RouterConfig, replica: Replica = ALONE, *, silence_s: float = SILENCE_S) -> None:
         if not config.decode_workers:
             raise ConfigError("--decode_workers: at least one decode worker is needed, such as unix:/run/decode-0.sock")
+        if replica.count > 1 and config.grpc_port == 0:
+            raise ConfigError("--grpc_port 0: replicas share a port, name one")
         self.config = config
+        self.replica = replica
         self.metrics = RouterMetrics()
         self.model = ServedModel.load(config)
         self._api_keys = ApiKeys.load(config.api_keys_file) if config.api_keys_file else None
         self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s)
         self.metrics.watch(self.fleet)
-        self.service = Service(config, self.model, self.fleet, self.metrics)
+        self.siblings = Siblings(replica.folder, replica.index, replica.count)
+        self.service = Service(config, self.model, self.fleet, self.metrics, self.siblings)
         self.app = HttpApp(self.service, self._api_keys)
         self.port = config.port
         self.grpc: GrpcServer | None = None
@@ -55,7 +61,7 @@ class Router:
 
     async def start(self) -> None:
         """Returns when both servers listen; workers connect in the background."""
-        sock = _listen(self.config.host, self.config.port)
+        sock = listen(self.config.host, self.config.port, shared=self.replica.count > 1)
         self.port = sock.getsockname()[1]
         self._server = _Server(
             uvicorn.Config(
@@ -71,6 +77,7 @@ class Router:
                 timeout_graceful_shutdown=max(1, round(self.config.drain_grace_s)),
             )
         )
+        await self.siblings.start()
         self.fleet.start()
         self._tasks.append(asyncio.create_task(self._server.serve(sockets=[sock]), name="http"))
         if self.config.grpc_port is not None:
@@ -92,6 +99,7 @@ class Router:
             await asyncio.gather(*stopping, announcer, return_exceptions=True)
         if self.service.contexts is not None:
             await self.service.contexts.close()
+        await self.siblings.close()
         await self.fleet.stop()
         self.model.text.close()
 
@@ -109,12 +117,16 @@ class Router:
             ready = self.service.ready
             if ready and not printed:
                 printed = True
-                grpc_text = f", grpc on port {self.grpc.port}" if self.grpc is not None else ""
-                print(f"tandem router ready: {self.url} serves {self.model.name}{grpc_text}", flush=True)
+                if self.replica.index == 0:
+                    print(f"tandem router ready: {self.url} serves {self.model.name}{self._details()}", flush=True)
             if ready != said and self.grpc is not None:
                 await self.grpc.set_ready(ready)
             said = ready
             await asyncio.sleep(READY_POLL_S)
+
+    def _details(self) -> str:
+        grpc_text = f", grpc on port {self.grpc.port}" if self.grpc is not None else ""
+        return grpc_text + (f", {self.replica.count} replicas" if self.replica.count > 1 else "")
 
 
 class _Server(uvicorn.Server):
@@ -131,16 +143,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"--port {port}: cannot listen on {host}:{port} ({error.strerror})") from error
-    sock.set_inheritable(True)
-    return sock

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from tandem.common.errors import TandemError
-from tandem.router import http_contexts, http_info
+from tandem.router import http_contexts, http_explain, http_info
 from tandem.router.api_keys import ApiKeys
 from tandem.router.http_chat import chat_completions
 from tandem.router.http_completions import completions
@@ -94,6 +94,8 @@ def _route(path: str) -> dict[str, Handler]:
         return route
     if path.startswith("/v1/models/"):
         return {"GET": http_info.model}
+    if path.startswith("/v1/requests/"):
+        return {"GET": http_explain.request_account}
     if path.startswith("/v1/contexts/"):
         return {"GET": http_contexts.get, "DELETE": http_contexts.drop}
     raise TandemError("not_found", f"there is no {path[:64]!r} here")

@@ -12,6 +12,7 @@ from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_mess
 from tandem.router.metrics import CONTENT_TYPE
 from tandem.router.sampling_fields import invalid
 from tandem.router.service import Service
+from tandem.router.siblings import merged_metrics
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeBody)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
@@ -87,7 +88,12 @@ async def version(exchange: Exchange, service: Service) -> None:
 
 
 async def metrics(exchange: Exchange, service: Service) -> None:
-    await exchange.reply(service.metrics.text(), content_type=CONTENT_TYPE.encode())
+    """Of all replicas on this machine, each sample with the label `replica` where there are several."""
+    text = service.metrics.text()
+    if service.siblings.count > 1:
+        answers = await service.siblings.ask("metrics")
+        text = merged_metrics({service.siblings.index: text.decode(), **answers})
+    await exchange.reply(text, content_type=CONTENT_TYPE.encode())
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Sequence
 
 from tandem.common.settings import parse_settings
+from tandem.router.replicas import ALONE, Replica, on_parent_death, run_replicas
 from tandem.router.settings import RouterConfig
 
 EXAMPLES = (
@@ -18,6 +19,10 @@ EXAMPLES = (
     (
         "decode workers only, with API keys",
         "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --api-keys-file keys",
+    ),
+    (
+        "four processes that share the port, and counters that they share with routers elsewhere",
+        "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --replicas 4 --redis redis://10.0.0.2:6379",
     ),
     ("settings from a file", "tandem router --config router.yaml --log-level debug"),
 )
@@ -38,18 +43,26 @@ def main(argv: Sequence[str]) -> None:
 
 def run(config: RouterConfig) -> None:
     """Serves until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
+    if config.replicas > 1:
+        run_replicas(config, _run_one)
+    else:
+        _run_one(config, ALONE)
+
+
+def _run_one(config: RouterConfig, replica: Replica) -> None:
     import uvloop
 
-    uvloop.run(_serve(config))
+    uvloop.run(_serve(config, replica))
 
 
-async def _serve(config: RouterConfig) -> None:
+async def _serve(config: RouterConfig, replica: Replica) -> None:
     from tandem.common import telemetry
     from tandem.router.app import Router
 
-    telemetry.set_up_logging("router", config.log_level)
+    name = "router" if replica.count == 1 else f"router/{replica.index}"
+    telemetry.set_up_logging(name, config.log_level)
     telemetry.set_up_tracing("router", f"router-{os.getpid()}")
-    router = Router(config)
+    router = Router(config, replica)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -60,4 +73,5 @@ async def _serve(config: RouterConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    on_parent_death(replica, stopped.set)
     await router.serve_until(stopped)

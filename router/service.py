@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
@@ -15,25 +16,33 @@ from tandem.common.errors import TandemError
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
 from tandem.router.contexts import ContextClient
 from tandem.router.dispatch import Dispatcher
+from tandem.router.explain import Explain
 from tandem.router.generate import Call
 from tandem.router.metrics import RouterMetrics
 from tandem.router.served_model import ServedModel
 from tandem.router.settings import RouterConfig
+from tandem.router.siblings import Siblings
 from tandem.router.workers import Fleet
 
 
 class Service:
-    def __init__(self, config: RouterConfig, model: ServedModel, fleet: Fleet, metrics: RouterMetrics) -> None:
+    def __init__(
+        self, config: RouterConfig, model: ServedModel, fleet: Fleet, metrics: RouterMetrics, siblings: Siblings
+    ) -> None:
         self.config = config
         self.model = model
         self.fleet = fleet
         self.metrics = metrics
         self.contexts = ContextClient(config.kv_store) if config.kv_store else None
         """None: this router keeps no named contexts."""
+        self.siblings = siblings
+        self.explain = Explain()
         self.draining = False
         self._router_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._in_flight = 0
+        siblings.on("metrics", lambda _: metrics.text().decode())
+        siblings.on("request", lambda question: _account(self.explain, question))
         self._tracing = telemetry.tracing_enabled()
         self._context = CallContext(
             dispatcher=Dispatcher(fleet, metrics, config.disaggregate),
@@ -104,3 +113,8 @@ class Service:
             self.metrics.in_flight.set(self._in_flight)
             self.metrics.prompt_tokens.inc(call.usage().prompt_tokens)
             self.metrics.request_seconds.observe(time.monotonic() - arrived)
+
+
+def _account(explain: Explain, question: dict[str, Any]) -> dict[str, Any] | None:
+    record = explain.find(question["id"], question["tenant"])
+    return record.describe() if record is not None else None

@@ -63,8 +63,13 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
     for name in ("disaggregate", "grpc_port"):
         if (value := getattr(config, name)) is not None:
             router[name] = value
-    if config.api_keys_file is not None:
-        router["api_keys_file"] = str(config.api_keys_file.absolute())
+    for name in ("api_keys_file", "tenants_file", "storage"):
+        if (path := getattr(config, name)) is not None:
+            router[name] = str(path.absolute())
+    if config.redis:
+        router["redis"] = config.redis
+    if config.routers > 1:
+        router["replicas"] = config.routers
     return [*store, *workers, ChildPlan("router", "router", router)]
 
 
@@ -88,7 +93,7 @@ def ready_text(config: ServeConfig, url: str, seconds: float) -> str:
     kind = (
         f"{config.num_prefill} prefill + {config.decode} decode" if config.num_prefill else f"{config.decode} unified"
     )
-    needs_key = config.api_keys_file is not None
+    needs_key = config.api_keys_file is not None or config.tenants_file is not None
     header = "    -H 'Authorization: Bearer '$TANDEM_API_KEY \\\n" if needs_key else ""
     key = 'os.environ["TANDEM_API_KEY"]' if needs_key else '"none"'
     imports = "import os\n  " if needs_key else ""

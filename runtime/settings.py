@@ -14,6 +14,8 @@ from tandem.kvstore.settings import StoreSettings
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "small_model" / "model"
 """In a clone of the project; a wheel comes without it."""
 
+MAX_ROUTERS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig(EngineConfig, StoreSettings):
@@ -31,6 +33,14 @@ class ServeConfig(EngineConfig, StoreSettings):
     """Port of the gRPC API, `tandem.v1.Inference`. None: off."""
     api_keys_file: Path | None = None
     """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
+    tenants_file: Path | None = None
+    """YAML file with tenants, their keys, weights and limits. None: one tenant, or `api_keys_file`'s."""
+    storage: Path | None = None
+    """Folder for uploaded files and batches. None: no batch lane."""
+    redis: str = ""
+    """URL of a Redis in which routers share service counters and rate limits. Empty: each counts by itself."""
+    routers: int = 1
+    """Router processes, which share the port."""
     roles: Literal["disaggregated", "unified"] = "disaggregated"
     """unified: no prefill workers; decode workers compute prompts themselves."""
     prefill: int = 1
@@ -53,6 +63,8 @@ class ServeConfig(EngineConfig, StoreSettings):
         StoreSettings.__post_init__(self)
         if self.decode < 1:
             raise ConfigError(f"--decode {self.decode}: at least one decode worker is needed")
+        if not 1 <= self.routers <= MAX_ROUTERS:
+            raise ConfigError(f"--routers {self.routers}: must be between 1 and {MAX_ROUTERS}")
         if self.prefill < 0:
             raise ConfigError(f"--prefill {self.prefill}: must not be negative")
         if not 0 <= self.port <= 65535:

@@ -1,0 +1,174 @@
+"""Why a request went where it went, and where its time was spent: one record per request, the latest are kept.
+
+Filled by `Call` and `Choice` as things happen; read by `GET /v1/requests/{id}` and by answers to requests that sent
+`x-tandem-explain: 1`. All times are seconds after the arrival of the request at this router.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tandem.proto import worker_pb2
+
+if TYPE_CHECKING:
+    from tandem.router.placement import CandidateCost, Placement
+
+MAX_RECORDS = 2000
+"""About 5 KB each. The oldest are forgotten."""
+MAX_CANDIDATES = 8
+"""The cheapest ones that are kept of a placement."""
+MAX_ATTEMPTS = 32
+"""Of one record: a request with n=16 and retries."""
+
+
+@dataclass(slots=True)
+class AttemptNote:
+    """One start of one choice on the workers."""
+
+    choice: int
+    epoch: int
+    started_s: float
+    decode: str
+    prefill: str | None
+    reason: str
+    candidates: Sequence[CandidateCost]
+    resumed_tokens: int = 0
+    """Tokens that an earlier attempt had produced; this one went on after them."""
+    first_token_s: float | None = None
+    report: worker_pb2.PromptReport | None = None
+    ended_s: float | None = None
+    ended: str = ""
+    """`stop`, `length`, or what broke it."""
+
+    def describe(self) -> dict[str, Any]:
+        value: dict[str, Any] = {
+            "choice": self.choice,
+            "attempt": self.epoch,
+            "decode": self.decode,
+            "prefill": self.prefill,
+            "reason": self.reason,
+            "resumed_tokens": self.resumed_tokens,
+            "started_s": _rounded(self.started_s),
+            "first_token_s": _rounded(self.first_token_s),
+            "ended_s": _rounded(self.ended_s),
+            "ended": self.ended,
+        }
+        if self.report is not None:
+            report = self.report
+            value["cached_by_tier"] = dict(report.cached_by_tier)
+            value["computed_by"] = report.computed_by
+            value["recompute_reason"] = report.recompute_reason
+            stages = {
+                "worker_queue_s": report.queue_s,
+                "load_s": report.load_s,
+                "prefill_s": report.prefill_s,
+                "handover_s": report.handover_s,
+            }
+            value["stages"] = {name: _rounded(seconds) for name, seconds in stages.items()}
+        value["candidates"] = [_rounded_fields(asdict(candidate)) for candidate in self.candidates]
+        return value
+
+
+@dataclass(slots=True)
+class Record:
+    request_id: str
+    tenant: str
+    arrived: float
+    """time.monotonic()"""
+    arrived_at: float
+    """time.time(): for people."""
+    prompt_tokens: int
+    choices: int
+    granted_s: float | None = None
+    """When admission let it go on to the workers."""
+    attempts: list[AttemptNote] = field(default_factory=list)
+    finished_s: float | None = None
+    outcome: str = "running"
+    """`ok` or the code of the error that ended it."""
+
+    def granted(self) -> None:
+        self.granted_s = self._now()
+
+    def placed(
+        self, choice: int, epoch: int, decode: str, prefill: str | None, placement: Placement, resumed: int
+    ) -> None:
+        if len(self.attempts) >= MAX_ATTEMPTS:
+            return
+        cheapest = sorted(placement.candidates, key=lambda candidate: candidate.total_s)[:MAX_CANDIDATES]
+        self.attempts.append(
+            AttemptNote(choice, epoch, self._now(), decode, prefill, placement.reason, cheapest, resumed)
+        )
+
+    def first_token(self, choice: int, report: worker_pb2.PromptReport) -> None:
+        if (note := self._latest(choice)) is not None:
+            note.first_token_s, note.report = self._now(), report
+
+    def ended(self, choice: int, why: str) -> None:
+        """The latest attempt of `choice` is over."""
+        note = self._latest(choice)
+        if note is not None and note.ended_s is None:
+            note.ended_s, note.ended = self._now(), why[:200]
+
+    def finished(self, outcome: str) -> None:
+        self.finished_s, self.outcome = self._now(), outcome
+
+    def describe(self) -> dict[str, Any]:
+        """What is shown, as JSON values."""
+        return {
+            "id": self.request_id,
+            "tenant": self.tenant,
+            "arrived_at": round(self.arrived_at, 3),
+            "outcome": self.outcome,
+            "prompt_tokens": self.prompt_tokens,
+            "choices": self.choices,
+            "queued_s": _rounded(self.granted_s),
+            "finished_s": _rounded(self.finished_s),
+            "attempts": [note.describe() for note in self.attempts],
+        }
+
+    def _latest(self, choice: int) -> AttemptNote | None:
+        return next((note for note in reversed(self.attempts) if note.choice == choice), None)
+
+    def _now(self) -> float:
+        return time.monotonic() - self.arrived
+
+
+class Explain:
+    """The latest records by request id. A client that reuses an id replaces its own older record; ids of different
+    tenants never meet."""
+
+    def __init__(self, max_records: int = MAX_RECORDS) -> None:
+        self._max_records = max_records
+        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def begin(self, request_id: str, tenant: str, arrived: float, prompt_tokens: int, choices: int) -> Record:
+        """`arrived`: time.monotonic()."""
+        arrived_at = time.time() - (time.monotonic() - arrived)
+        record = Record(request_id, tenant, arrived, arrived_at, prompt_tokens, choices)
+        key = (tenant, request_id)
+        self._records[key] = record
+        self._records.move_to_end(key)
+        if len(self._records) > self._max_records:
+            self._records.popitem(last=False)
+        return record
+
+    def find(self, request_id: str, tenant: str | None) -> Record | None:
+        """`tenant` None: of any tenant, the latest."""
+        if tenant is not None:
+            return self._records.get((tenant, request_id))
+        return next((record for (_, name), record in reversed(self._records.items()) if name == request_id), None)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
+
+
+def _rounded_fields(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}

@@ -1,0 +1,114 @@
+"""Several router processes on one port: all serve, each answers for all, and a killed one comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+
+import httpx
+import psutil
+import pytest
+
+from tandem.router.siblings import merged_metrics
+from tests.router.conftest import House, until
+from tests.router.fake_worker import FakeWorker
+from tests.router.test_router_process import Process, closed, start
+
+UP = re.compile(rb'^tandem_worker_up\{.*replica="(\d)".*\} 1\.0$', re.MULTILINE)
+
+
+async def get(router: Process, path: str) -> httpx.Response:
+    """Over a connection of its own, which may reach any replica."""
+    async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=20) as client:
+        return await client.get(path)
+
+
+async def replicas_up(router: Process) -> set[bytes]:
+    try:
+        return set(UP.findall((await get(router, "/metrics")).content))
+    except httpx.TransportError:
+        return set()
+
+
+async def all_up(router: Process, count: int) -> None:
+    async with asyncio.timeout(30):
+        while len(await replicas_up(router)) < count:  # noqa: ASYNC110  # another process tells no event
+            await asyncio.sleep(0.05)
+
+
+async def stop(router: Process) -> None:
+    if router.process.returncode is None:
+        router.process.kill()
+        await router.process.wait()
+
+
+async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
+    worker = await house.decode()
+    router = await start(worker, house.model, "--replicas=2")
+    try:
+        assert "2 replicas" in await router.line()
+        await all_up(router, 2)
+        ids = [f"request-{i}" for i in range(16)]
+        for request_id in ids:
+            async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=20) as client:
+                body = {"prompt": "Hello", "max_tokens": 3}
+                response = await client.post("/v1/completions", json=body, headers={"x-request-id": request_id})
+                assert response.status_code == 200
+        routers = {submit.key.request_id.split(".")[1][:8] for submit in worker.submits}
+        assert len(routers) == 2, "the kernel sent every connection to one replica"
+        for request_id in ids:
+            account = (await get(router, f"/v1/requests/{request_id}")).json()
+            assert account["id"] == request_id
+            assert account["outcome"] == "ok"
+            assert account["attempts"][0]["decode"] == "decode-0"
+        assert (await get(router, "/v1/requests/nobody-sent-this")).status_code == 404
+        os.kill(router.process.pid, signal.SIGTERM)
+        await closed(router.url)
+        assert await asyncio.wait_for(router.process.wait(), 10) == 0
+    finally:
+        await stop(router)
+
+
+async def test_a_killed_replica_comes_back_and_the_parent_takes_all_with_it(house: House) -> None:
+    router = await start(await house.decode(), house.model, "--replicas=2")
+    try:
+        await router.line()
+        await all_up(router, 2)
+        children = psutil.Process(router.process.pid).children()
+        assert len(children) == 2
+        children[0].kill()
+        await until(lambda: not psutil.pid_exists(children[0].pid), 10)
+        await all_up(router, 2)
+        later = psutil.Process(router.process.pid).children()
+        assert children[1].pid in {child.pid for child in later}
+        router.process.kill()
+        await until(lambda: not any(child.is_running() for child in later), 10)
+    finally:
+        await stop(router)
+
+
+async def test_a_port_that_is_taken_is_refused_even_if_it_could_be_shared(house: House) -> None:
+    worker = FakeWorker(1, house.folder / "nobody.sock")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        router = await start(worker, house.model, "--replicas=2", f"--port={taken.getsockname()[1]}")
+        assert await asyncio.wait_for(router.process.wait(), 20) != 0
+
+
+@pytest.mark.parametrize("value", ["plain", 'quote " back \\ slash', "line\nbreak"])
+def test_merged_metrics_keep_every_sample(value: str) -> None:
+    shown = value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+    text = (
+        "# HELP requests_total Answered\n# TYPE requests_total counter\n"
+        f'requests_total{{path="{shown}"}} 3.0\n# HELP up Up\n# TYPE up gauge\nup 1.0\n'
+    )
+    merged = merged_metrics({0: text, 1: text}).decode()
+    assert merged.count("# TYPE requests_total counter") == 1
+    for replica in "01":
+        assert f'requests_total{{path="{shown}",replica="{replica}"}} 3.0' in merged
+        assert f'up{{replica="{replica}"}} 1.0' in merged
