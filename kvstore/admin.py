@@ -12,6 +12,8 @@ import grpc
 from google.protobuf.message import Message
 
 from tandem.common.errors import ConfigError
+from tandem.kvstore import grpc_auth
+from tandem.kvstore.dataplane.auth import read_secret
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 
 DEFAULT_NODE = "127.0.0.1:9300"
@@ -47,7 +49,7 @@ _Run = Callable[[kvnode_pb2_grpc.KvNodeStub, argparse.Namespace], tuple[Message,
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0, or 1 when the node says no or cannot be reached. Raises ConfigError for a wrong command line."""
     options = _parser().parse_args(list(argv))
-    with grpc.insecure_channel(options.node) as channel:
+    with grpc_auth.channel(options.node, read_secret(options.secret_file)) as channel:
         try:
             answer, lines, well = options.run(kvnode_pb2_grpc.KvNodeStub(channel), options)
         except grpc.RpcError as error:
@@ -69,6 +71,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     common.add_argument("--node", default=DEFAULT_NODE, help=f"gRPC address of the node (default {DEFAULT_NODE})")
+    common.add_argument("--secret-file", default="", help="the store's kv_secret_file, if it has one")
     common.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     common.add_argument("--timeout-s", type=float, default=30.0, help="give up after this long (default 30)")
     parser = _Parser(

@@ -56,6 +56,13 @@ class OpenStore:
     embedded: OpenNode | None
     """None: the node is a process of its own."""
 
+    @property
+    def node_id(self) -> str:
+        """Of the home node, as in the directory; empty while it is out of reach and was never there."""
+        if self.embedded is not None:
+            return self.embedded.node.settings.node_id
+        return self.home.node_id if isinstance(self.home, RemoteHomeNode) else ""
+
     def close(self) -> None:
         if self.embedded is not None:
             self.embedded.close()
@@ -86,12 +93,13 @@ def open_node(
 ) -> OpenNode:
     """A started node. Takes over `directory`, else opens the one of the settings. Raises ConfigError."""
     with contextlib.ExitStack() as opened:  # closed in reverse, also when one of the next steps fails
-        if directory is None and settings.kv_directory:
-            directory = open_directory(settings.kv_directory)
         if directory is not None:
             opened.callback(directory.close)
-        _check_names(settings)
         secret = read_secret(settings.kv_secret_file)
+        if directory is None and settings.kv_directory:
+            directory = open_directory(settings.kv_directory, secret)
+            opened.callback(directory.close)
+        _check_names(settings)
         peers = None
         if directory is not None:
             peers = SocketPeerReader(directory.nodes, node_id, secret=secret)

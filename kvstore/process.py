@@ -26,7 +26,9 @@ from grpc_reflection.v1alpha import reflection
 from tandem.common.errors import ConfigError
 from tandem.common.telemetry import serve_metrics, set_up_logging
 from tandem.kvstore.contexts import open_shelf
+from tandem.kvstore.dataplane.auth import read_secret
 from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
+from tandem.kvstore.grpc_auth import RequireSecret
 from tandem.kvstore.metrics import StoreMetrics
 from tandem.kvstore.open import open_node, read_encryption_key
 from tandem.kvstore.service import KvNodeService
@@ -82,12 +84,17 @@ def serve(config: KvStoreConfig) -> None:
     node_id = config.node_id or f"kvstore-{socket.gethostname()}-{os.getpid()}"
     set_up_logging(node_id, config.log_level)
     stopping = _signals()
-    server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=_OPTIONS)
+    secret = read_secret(config.kv_secret_file)
+    server = grpc.server(
+        ThreadPoolExecutor(_THREADS, "kv-control"),
+        interceptors=[RequireSecret(secret)] if secret else [],
+        options=_OPTIONS,
+    )
     address = _bind(server, config.listen)
     with tempfile.TemporaryDirectory(prefix="tandem-kv-") as folder:
         unix_path = config.kv_node or str(Path(folder) / "node.sock")
         embeds = config.kv_directory in ("", config.listen, address)
-        directory = EmbeddedDirectory() if embeds else open_directory(config.kv_directory)
+        directory = EmbeddedDirectory() if embeds else open_directory(config.kv_directory, secret)
         store = open_node(
             config, node_id, time.time_ns(), unix_path=unix_path, grpc_address=address, directory=directory
         )

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from tandem.common.errors import TandemError
+from tandem.kvstore.grpc_auth import aio_channel
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 
 CALL_S = 2.0
@@ -36,8 +37,9 @@ class ContextClient:
     """Asks the store node. Every call raises TandemError: `not_found` for a name its owner has not given, `unavailable`
     where the node is away or too slow. Made anywhere, used on one event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, secret: bytes = b"") -> None:
         self._address = address
+        self._secret = secret
         self._channel: grpc.aio.Channel | None = None
         self._stub: kvnode_pb2_grpc.KvNodeAsyncStub | None = None
         self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
@@ -96,7 +98,7 @@ class ContextClient:
     def _node(self) -> kvnode_pb2_grpc.KvNodeAsyncStub:
         """Connects in the background; a channel belongs to the loop on which it is made."""
         if self._stub is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+            self._channel = aio_channel(self._address, self._secret, _OPTIONS)
             self._stub = kvnode_pb2_grpc.KvNodeStub(self._channel)
         return self._stub
 

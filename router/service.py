@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
+from tandem.kvstore.dataplane.auth import read_secret
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
 from tandem.router.contexts import ContextClient
 from tandem.router.dispatch import Dispatcher
@@ -33,7 +34,7 @@ class Service:
         self.model = model
         self.fleet = fleet
         self.metrics = metrics
-        self.contexts = ContextClient(config.kv_store) if config.kv_store else None
+        self.contexts = ContextClient(config.kv_store, read_secret(config.kv_secret_file)) if config.kv_store else None
         """None: this router keeps no named contexts."""
         self.siblings = siblings
         self.explain = Explain()

@@ -37,6 +37,8 @@ class RouterConfig:
     kv_directory: str = ""
     """The KV store's directory, followed to know what is cached where: `redis://...` or the gRPC address of a store
     node. Empty: `kv_store`, where that is set."""
+    kv_secret_file: str = ""
+    """The store's secret, as its nodes have it. Empty: they ask for none."""
     replicas: int = 1
     """Router processes on this machine, which share the port."""
     ttft_slo_s: float | None = None

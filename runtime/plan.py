@@ -60,6 +60,7 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
     }
     if store:
         router["kv_store"] = store[0].settings["listen"]
+        router["kv_secret_file"] = config.kv_secret_file
     for name in ("disaggregate", "grpc_port"):
         if (value := getattr(config, name)) is not None:
             router[name] = value

@@ -29,15 +29,15 @@ __all__ = [
 ]
 
 
-def open_directory(url: str) -> Directory:
+def open_directory(url: str, secret: bytes = b"") -> Directory:
     """ "": embedded in this process. `redis://` and `rediss://`: Redis. `HOST:PORT` or `unix:PATH`: the gRPC address of
-    a store node. None of them has to be up yet. Raises ConfigError."""
-    return _open(url) if url else EmbeddedDirectory()
+    a store node, which may ask for its `secret`. None of them has to be up yet. Raises ConfigError."""
+    return _open(url, secret) if url else EmbeddedDirectory()
 
 
-def watch_directory(url: str) -> DirectoryWatcher:
+def watch_directory(url: str, secret: bytes = b"") -> DirectoryWatcher:
     """A local view of the directory at `url` (as in `open_directory`, not empty). Raises ConfigError."""
-    feed = _open(url)
+    feed = _open(url, secret)
     return DirectoryWatcher(feed, on_close=feed.close)
 
 
@@ -48,7 +48,7 @@ def add_directory_service(server: grpc.Server, embedded: EmbeddedDirectory) -> N
     add_to_server(server, embedded)
 
 
-def _open(url: str) -> RedisDirectory | DirectoryClient:
+def _open(url: str, secret: bytes) -> RedisDirectory | DirectoryClient:
     scheme, separator, _ = url.partition("://")
     if scheme in ("redis", "rediss") and separator:
         from tandem.kvstore.directory.redis_directory import RedisDirectory
@@ -58,7 +58,7 @@ def _open(url: str) -> RedisDirectory | DirectoryClient:
     if (url.startswith("unix:") and len(url) > len("unix:")) or (host and "/" not in url and _is_port(port)):
         from tandem.kvstore.directory.served import DirectoryClient
 
-        return DirectoryClient(url)
+        return DirectoryClient(url, secret)
     raise ConfigError(
         f"kv_directory {url!r}: use redis://HOST:PORT/DB, rediss://..., or the gRPC address of a store node "
         "(HOST:PORT or unix:PATH)"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import grpc
 
+from tandem.kvstore import grpc_auth
 from tandem.kvstore.directory.embedded import EmbeddedDirectory
 from tandem.kvstore.directory.messages import UNREACHABLE, Dump, NodeState, Page, Reply, Update, Verdict
 from tandem.kvstore.directory.remote import CALL_TIMEOUT_S, LOOKUP_TIMEOUT_S, DirectoryFault, RemoteDirectory
@@ -109,10 +110,11 @@ def add_to_server(server: grpc.Server, embedded: EmbeddedDirectory) -> None:
 class DirectoryClient(RemoteDirectory):
     """The directory that the process at gRPC address `address` (HOST:PORT or unix:PATH) embeds."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, secret: bytes = b"") -> None:
         super().__init__(address)
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = grpc_auth.channel(address, secret, _CHANNEL_OPTIONS)
         self._stub = pb_grpc.KvDirectoryStub(self._channel)
+        self._was_refused = False
         self._start()
 
     def announce(self, node: NodeInfo, seq: int) -> Reply:
@@ -139,7 +141,11 @@ class DirectoryClient(RemoteDirectory):
     def states(self) -> dict[str, NodeState] | None:
         try:
             answer = self._stub.States(pb.StatesRequest(), timeout=CALL_TIMEOUT_S)
-        except grpc.RpcError:
+        except grpc.RpcError as error:
+            if not self._was_refused and isinstance(error, grpc.Call):
+                self._was_refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
+                if self._was_refused:
+                    log.error("the directory at %s refuses this process: %s", self._address, error.details())
             return None
         return {it.node.node_id: NodeState(_node_from_proto(it.node), it.seq) for it in answer.states}
 
