@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tandem.proto import worker_pb2
 
 if TYPE_CHECKING:
-    from tandem.router.placement import CandidateCost, Placement
+    from tandem.router.placement import Placement
 
 MAX_RECORDS = 2000
 """About 5 KB each. The oldest are forgotten."""
 MAX_CANDIDATES = 8
-"""The cheapest ones that are kept of a placement."""
+"""The cheapest ones that are shown of a placement."""
 MAX_ATTEMPTS = 32
 """Of one record: a request with n=16 and retries."""
 
@@ -34,8 +33,7 @@ class AttemptNote:
     started_s: float
     decode: str
     prefill: str | None
-    reason: str
-    candidates: Sequence[CandidateCost]
+    placement: Placement
     resumed_tokens: int = 0
     """Tokens that an earlier attempt had produced; this one went on after them."""
     first_token_s: float | None = None
@@ -50,7 +48,7 @@ class AttemptNote:
             "attempt": self.epoch,
             "decode": self.decode,
             "prefill": self.prefill,
-            "reason": self.reason,
+            "reason": self.placement.reason,
             "resumed_tokens": self.resumed_tokens,
             "started_s": _rounded(self.started_s),
             "first_token_s": _rounded(self.first_token_s),
@@ -69,7 +67,9 @@ class AttemptNote:
                 "handover_s": report.handover_s,
             }
             value["stages"] = {name: _rounded(seconds) for name, seconds in stages.items()}
-        value["candidates"] = [_rounded_fields(asdict(candidate)) for candidate in self.candidates]
+        value["candidates"] = [
+            _rounded_fields(asdict(candidate)) for candidate in self.placement.candidates[:MAX_CANDIDATES]
+        ]
         return value
 
 
@@ -98,10 +98,7 @@ class Record:
     ) -> None:
         if len(self.attempts) >= MAX_ATTEMPTS:
             return
-        cheapest = sorted(placement.candidates, key=lambda candidate: candidate.total_s)[:MAX_CANDIDATES]
-        self.attempts.append(
-            AttemptNote(choice, epoch, self._now(), decode, prefill, placement.reason, cheapest, resumed)
-        )
+        self.attempts.append(AttemptNote(choice, epoch, self._now(), decode, prefill, placement, resumed))
 
     def first_token(self, choice: int, report: worker_pb2.PromptReport) -> None:
         if (note := self._latest(choice)) is not None:
