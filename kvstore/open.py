@@ -17,7 +17,7 @@ from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.dataplane.stats import DataPlaneStats
 from tandem.kvstore.directory import open_directory
-from tandem.kvstore.eviction import DEFAULT_POLICY, make_policy
+from tandem.kvstore.eviction import DEFAULT_POLICY, Shares, make_policy
 from tandem.kvstore.interfaces import Directory, HomeNode, ObjectInfo, ObjectKey, Tier
 from tandem.kvstore.node import KvNode, NodeSettings, NodeStats
 from tandem.kvstore.node.core import OnLoad
@@ -113,7 +113,7 @@ def open_node(
                     host_id=local_host_id(),
                     host_bytes=settings.kv_host_bytes,
                     eviction=settings.kv_eviction or DEFAULT_POLICY,
-                    quota_fraction=settings.kv_quota_fraction,
+                    quotas=Shares(settings.kv_quota_fraction, settings.kv_quotas),
                     disk_codec=settings.kv_disk_codec,
                     remote_codec=settings.kv_remote_codec,
                     link_codec=settings.kv_link_codec,

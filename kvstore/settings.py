@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tandem.common.errors import ConfigError
+from tandem.kvstore.eviction import Shares
 
 _BOUNDED_BY = {"kv_disk": "kv_disk_bytes", "kv_remote": "kv_remote_bytes"}
 
@@ -57,6 +58,8 @@ class StoreSettings:
     need the same."""
     kv_quota_fraction: float = 1.0
     """Share of a tier that one tenant may fill; 1: no limit."""
+    kv_quotas: dict[str, float] = field(default_factory=dict)
+    """Tenants for whom another share holds, such as `{acme: 0.25}`."""
     kv_replicas: int = 1
     """Copies, on different nodes, of what is read often. Needs `kv_directory` if more than 1."""
 
@@ -73,8 +76,7 @@ class StoreSettings:
                     raise ConfigError(f"{setting} is set and kv_host_bytes is 0: everything passes through host memory")
         if self.kv_chunk_tokens <= 0:
             raise ConfigError(f"kv_chunk_tokens {self.kv_chunk_tokens}: must be positive, a multiple of the block size")
-        if not 0 < self.kv_quota_fraction <= 1:
-            raise ConfigError(f"kv_quota_fraction {self.kv_quota_fraction}: must be above 0 and at most 1")
+        Shares(self.kv_quota_fraction, self.kv_quotas)
         if self.kv_replicas < 1:
             raise ConfigError(f"kv_replicas {self.kv_replicas}: must be at least 1")
         if self.kv_replicas > 1 and not self.kv_directory:

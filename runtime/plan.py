@@ -85,7 +85,17 @@ def _plan_store(config: ServeConfig, run_directory: Path) -> list[ChildPlan]:
         "log_level": config.log_level,
         "metrics_port": 0,
     }
-    return [ChildPlan("kvstore", "kvstore", config.store_settings() | own)]
+    return [ChildPlan("kvstore", "kvstore", config.store_settings() | own | {"kv_quotas": _quotas(config)})]
+
+
+def _quotas(config: ServeConfig) -> dict[str, float]:
+    """Shares of the store by tenant; the tenants file goes before the setting. Raises ConfigError."""
+    if config.tenants_file is None:
+        return config.kv_quotas
+    from tandem.router.tenant_file import read_tenants
+
+    tenants = read_tenants(config.tenants_file, {}).callers
+    return config.kv_quotas | {each.tenant: each.kv_quota for each in tenants if each.kv_quota is not None}
 
 
 def ready_text(config: ServeConfig, url: str, seconds: float) -> str:

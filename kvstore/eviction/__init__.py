@@ -13,11 +13,11 @@ from tandem.kvstore.eviction.arc import Arc
 from tandem.kvstore.eviction.cost_aware import CostAware
 from tandem.kvstore.eviction.lru import Lru
 from tandem.kvstore.eviction.marking import Marking
-from tandem.kvstore.eviction.quotas import Quotas
+from tandem.kvstore.eviction.quotas import Quotas, Shares
 from tandem.kvstore.eviction.s3fifo import S3Fifo
 from tandem.kvstore.interfaces import EvictionPolicy
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "Quotas", "make_policy"]
+__all__ = ["DEFAULT_POLICY", "POLICIES", "Quotas", "Shares", "make_policy"]
 
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "lru": lambda capacity_bytes: Lru(),

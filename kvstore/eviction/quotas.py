@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tandem.common.errors import ConfigError
@@ -12,11 +13,34 @@ _EVERYBODY = ""
 """Name of the one policy where there is no limit."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How much of a tier an owner may fill, above 0 and up to 1 (no limit). Raises ConfigError."""
+
+    everybody: float = 1.0
+    owners: Mapping[str, float] = field(default_factory=dict)
+    """Those for whom another share holds."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.everybody <= 1.0:
+            raise ConfigError(f"kv_quota_fraction is {self.everybody}: give a share above 0 and up to 1 (1: no limit)")
+        for owner, share in self.owners.items():
+            if not 0.0 < share <= 1.0:
+                raise ConfigError(f"kv_quotas: {owner} is {share}: give a share above 0 and up to 1 (1: no limit)")
+
+    def of(self, owner: str) -> float:
+        return self.owners.get(owner, self.everybody)
+
+    @property
+    def limited(self) -> bool:
+        return self.everybody < 1.0 or any(share < 1.0 for share in self.owners.values())
+
+
 class Quotas:
     """Counts bytes per owner and chooses victims; itself an `EvictionPolicy`, around any other.
 
-    With `fraction` 1 there is no limit, and one policy for everybody. Below it no owner holds more than
-    `fraction * capacity_bytes`, and
+    Where no owner has a limit there is one policy for everybody. Otherwise no owner holds more than its share of
+    `capacity_bytes`, and
 
     - an owner whose new object does not fit into its quota evicts only its own objects;
     - an owner within its quota may evict others when the tier is full, and then the owner with most bytes loses an
@@ -30,13 +54,12 @@ class Quotas:
     """
 
     def __init__(
-        self, capacity_bytes: int, fraction: float = 1.0, *, new_policy: Callable[[int], EvictionPolicy]
+        self, capacity_bytes: int, shares: Shares | None = None, *, new_policy: Callable[[int], EvictionPolicy]
     ) -> None:
-        """`new_policy` gets the bytes that its objects may take. Raises ConfigError for an impossible fraction."""
-        if not 0.0 < fraction <= 1.0:
-            raise ConfigError(f"kv_quota_fraction is {fraction}: give a share above 0 and up to 1 (1: no limit)")
-        self.limit_bytes = int(capacity_bytes * fraction)
-        self._limited = fraction < 1.0
+        """`shares` None: no limits. `new_policy` gets the bytes that its objects may take."""
+        self._capacity_bytes = capacity_bytes
+        self._shares = shares or Shares()
+        self._limited = self._shares.limited
         self._new_policy = new_policy
         self._policies: dict[str, EvictionPolicy] = {}
         self._used: dict[str, int] = {}
@@ -47,9 +70,13 @@ class Quotas:
         """Bytes by owner, writes under way included; owners without any are not listed."""
         return MappingProxyType(self._used)
 
+    def limit_bytes(self, owner: str) -> int:
+        """What `owner` may hold."""
+        return int(self._capacity_bytes * self._shares.of(owner))
+
     def fits(self, owner: str, size: int) -> bool:
         """Whether `owner` may hold `size` bytes more."""
-        return not self._limited or self._used.get(owner, 0) + size <= self.limit_bytes
+        return not self._limited or self._used.get(owner, 0) + size <= self.limit_bytes(owner)
 
     def reserve(self, owner: str, size: int) -> None:
         self._used[owner] = self._used.get(owner, 0) + size
@@ -70,7 +97,7 @@ class Quotas:
         name = self._policy_name(info.owner)
         policy = self._policies.get(name)
         if policy is None:
-            policy = self._policies[name] = self._new_policy(self.limit_bytes)
+            policy = self._policies[name] = self._new_policy(self.limit_bytes(info.owner))
         policy.insert(key, info)
 
     def hit(self, key: ObjectKey) -> None:

@@ -83,13 +83,13 @@ class NodeCore:
         self._lock = threading.Lock()
         self._closed = False
         self._announcer = Announcer(directory, settings.node_id, self._lock)
-        self._host = HostTier(settings.host_bytes, settings.quota_fraction, make, self._evicted)
+        self._host = HostTier(settings.host_bytes, settings.quotas, make, self._evicted)
         codecs = {TierName.DISK: settings.disk_codec, TierName.REMOTE: settings.remote_codec}
         self._lower = {
             tier.name: LowerTier(
                 tier,
                 codec=codecs[tier.name],
-                quota_fraction=settings.quota_fraction,
+                shares=settings.quotas,
                 policy_factory=make,
                 lock=self._lock,
                 clock=clock,

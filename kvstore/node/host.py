@@ -11,6 +11,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tandem.kvstore.eviction import Shares
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, StoreIntegrityError, TierName
 from tandem.kvstore.node.arena import HostArena
 from tandem.kvstore.node.index import PolicyFactory, Resident, Shelf
@@ -45,13 +46,13 @@ class HostTier:
     def __init__(
         self,
         capacity_bytes: int,
-        quota_fraction: float,
+        shares: Shares,
         policy_factory: PolicyFactory,
         on_evicted: Callable[[HostObject], None],
     ) -> None:
         """`on_evicted` is called under the node's lock."""
         self.arena = HostArena(capacity_bytes)
-        self.shelf = Shelf(TierName.HOST, self.arena.capacity_bytes, quota_fraction, policy_factory)
+        self.shelf = Shelf(TierName.HOST, self.arena.capacity_bytes, shares, policy_factory)
         self._on_evicted = on_evicted
         self._complete: dict[ObjectKey, HostObject] = {}
         """What is on the shelf."""
@@ -79,7 +80,7 @@ class HostTier:
         size, quotas = info.size, self.shelf.quotas
         if size > self.arena.capacity_bytes:
             return Refusal.NO_SPACE
-        if size > quotas.limit_bytes:
+        if size > quotas.limit_bytes(info.owner):
             return Refusal.QUOTA
         while not quotas.fits(info.owner, size):
             if not self._evict(info.owner, size):

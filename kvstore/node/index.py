@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tandem.kvstore.eviction import Quotas
+from tandem.kvstore.eviction import Quotas, Shares
 from tandem.kvstore.interfaces import EvictionPolicy, ObjectInfo, ObjectKey, TierName
 from tandem.kvstore.node.stats import TierCounters
 
@@ -39,12 +39,10 @@ class Pin:
 class Shelf:
     """The residents of one tier with their quotas, policy, pins and times of expiry."""
 
-    def __init__(
-        self, name: TierName, capacity_bytes: int, quota_fraction: float, policy_factory: PolicyFactory
-    ) -> None:
+    def __init__(self, name: TierName, capacity_bytes: int, shares: Shares, policy_factory: PolicyFactory) -> None:
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self.quotas = Quotas(capacity_bytes, quota_fraction, new_policy=policy_factory)
+        self.quotas = Quotas(capacity_bytes, shares, new_policy=policy_factory)
         self.counters = TierCounters()
         self.bytes = 0
         self.hard_pinned_bytes = 0

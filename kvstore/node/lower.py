@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from tandem.kvstore.eviction import Shares
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, StoreIntegrityError, Tier, TierName
 from tandem.kvstore.node.index import PolicyFactory, Resident, Shelf
 
@@ -41,7 +42,7 @@ class LowerTier:
         tier: Tier,
         *,
         codec: str,
-        quota_fraction: float,
+        shares: Shares,
         policy_factory: PolicyFactory,
         lock: threading.Lock,
         clock: Callable[[], float],
@@ -51,7 +52,7 @@ class LowerTier:
         self.tier = tier
         self.name = tier.name
         self.codec = codec
-        self.shelf = Shelf(tier.name, tier.capacity_bytes, quota_fraction, policy_factory)
+        self.shelf = Shelf(tier.name, tier.capacity_bytes, shares, policy_factory)
         self._lock = lock
         self._clock = clock
         self._on_change = on_change
@@ -154,7 +155,7 @@ class LowerTier:
             self._delete_again()
             if self.info(key) is not None:
                 return True
-            if info.size > self.shelf.capacity_bytes or info.size > self.shelf.quotas.limit_bytes:
+            if info.size > self.shelf.capacity_bytes or info.size > self.shelf.quotas.limit_bytes(info.owner):
                 return False
             if not self._make_room(info) or not self._put(key, info, content):
                 return False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tandem.kvstore.eviction import DEFAULT_POLICY
+from tandem.kvstore.eviction import DEFAULT_POLICY, Shares
 
 PUT_LEASE_S = 30.0
 """A put that is neither committed nor aborted by then is reaped: the key is free for others."""
@@ -26,8 +26,8 @@ class NodeSettings:
     """Capacity of the arena."""
     eviction: str = DEFAULT_POLICY
     """Policy of every tier, a name of `kvstore/eviction`."""
-    quota_fraction: float = 1.0
-    """Share of a tier that one owner may fill. 1: no limit."""
+    quotas: Shares = field(default_factory=Shares)
+    """Shares of each tier that owners may fill."""
     disk_codec: str = "raw"
     """How objects are encoded on their way to the disk tier."""
     remote_codec: str = "raw"

@@ -159,6 +159,7 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
     assert embedded is not None
     assert embedded.embedded is not None
     assert embedded.embedded.server is None
+    assert embedded.node_id == "w"
     assert put(embedded.home, 0)
     embedded.close()
     served = open_node(StoreSettings(kv_host_bytes=HOST_BYTES), "n", 1, unix_path=str(tmp_path / "kv.sock"))
@@ -166,6 +167,7 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
     assert worker is not None
     assert isinstance(worker.home, RemoteHomeNode)
     assert worker.home.wait_connected(DEADLINE_S)
+    assert worker.node_id == "n"
     assert put(worker.home, 0)
     wait_for(lambda: served.node.contains(key(0)) == [TierName.HOST])
     worker.close()

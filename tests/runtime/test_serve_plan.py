@@ -105,3 +105,13 @@ def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
         free_port("127.0.0.1", port)
     with pytest.raises(ConfigError, match="--host"):
         free_port("203.0.113.7", 0)
+
+
+def test_tenants_bring_their_quotas_to_the_store_node(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    tenants = [{"name": name, "keys": [digit * 64]} for name, digit in (("acme", "a"), ("zeta", "b"))]
+    file.write_text(yaml.safe_dump({"tenants": [tenants[0] | {"kv_quota": 0.25}, tenants[1]]}))
+    config = ServeConfig(model="m", tenants_file=file, kv_quotas={"acme": 0.5, "other": 0.1})
+    plans = {child.name: child.settings for child in plan_children(config, tmp_path, 1)}
+    assert plans["kvstore"]["kv_quotas"] == {"acme": 0.25, "other": 0.1}
+    assert plans["router"]["tenants_file"] == str(file)

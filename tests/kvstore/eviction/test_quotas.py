@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.common.errors import ConfigError
-from tandem.kvstore.eviction import POLICIES, Quotas, make_policy
+from tandem.kvstore.eviction import POLICIES, Quotas, Shares, make_policy
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
 
 CAPACITY = 40
@@ -22,7 +22,7 @@ def info(owner: str, size: int = 1) -> ObjectInfo:
 
 
 def quotas(fraction: float, policy: str = "lru") -> Quotas:
-    return Quotas(CAPACITY, fraction, new_policy=lambda capacity: make_policy(policy, capacity))
+    return Quotas(CAPACITY, Shares(fraction), new_policy=lambda capacity: make_policy(policy, capacity))
 
 
 def anything(_key: ObjectKey) -> bool:
@@ -61,7 +61,7 @@ def test_isolation(policy: str, steps: list[tuple[str, int, int, str, set[int]]]
             resident.pop(key(number), None)
         elif key(number) not in resident:
             while not books.fits(owner, size) or sum(each for _, each in resident.values()) + size > CAPACITY:
-                over = fraction < 1.0 and held_by(owner) + size > books.limit_bytes
+                over = fraction < 1.0 and held_by(owner) + size > books.limit_bytes(owner)
                 assert over == (not books.fits(owner, size))
                 victim = books.evict_for(owner, size, may_leave)
                 if victim is None:
@@ -77,7 +77,7 @@ def test_isolation(policy: str, steps: list[tuple[str, int, int, str, set[int]]]
                 resident[key(number)] = (owner, size)
         assert len(books) == len(resident)
         assert dict(books.used) == {each: held_by(each) for each in "abcd" if held_by(each)}
-        assert fraction == 1.0 or all(used <= books.limit_bytes for used in books.used.values())
+        assert fraction == 1.0 or all(used <= books.limit_bytes(each) for each, used in books.used.items())
 
 
 def test_who_holds_least_is_safe_while_another_holds_more() -> None:
@@ -115,6 +115,32 @@ def test_inserting_again_replaces() -> None:
     books.insert(key(1), info("b", 4))
     assert dict(books.used) == {"b": 4}
     assert len(books) == 1
+
+
+def test_an_owner_can_have_a_share_of_its_own() -> None:
+    books = Quotas(CAPACITY, Shares(0.5, {"big": 1.0, "small": 0.1}), new_policy=lambda size: make_policy("lru", size))
+    assert [books.limit_bytes(owner) for owner in ("big", "small", "anybody")] == [
+        CAPACITY,
+        int(0.1 * CAPACITY),
+        CAPACITY // 2,
+    ]
+    books.insert(key(1), info("anybody", 2))
+    books.insert(key(2), info("small", 4))
+    assert not books.fits("small", 1)
+    assert books.evict_for("small", 1, anything) == key(2), "one over its quota evicted somebody else"
+    books.insert(key(3), info("big", CAPACITY - 2))
+    assert books.fits("big", 2)
+
+
+def test_shares_of_one_owner_alone_are_kept_too() -> None:
+    books = Quotas(CAPACITY, Shares(1.0, {"small": 0.1}), new_policy=lambda size: make_policy("lru", size))
+    assert not books.fits("small", CAPACITY // 2)
+    assert books.fits("anybody", CAPACITY)
+
+
+def test_an_impossible_share_of_an_owner_names_the_setting() -> None:
+    with pytest.raises(ConfigError, match="kv_quotas: acme"):
+        Shares(1.0, {"acme": 1.5})
 
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])

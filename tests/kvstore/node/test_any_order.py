@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tandem.kvstore.eviction import DEFAULT_POLICY
+from tandem.kvstore.eviction import DEFAULT_POLICY, Shares
 from tandem.kvstore.interfaces import ObjectKey, TierName
 from tandem.kvstore.node import KvNode, NodeFetch, Ticket
 from tandem.kvstore.node.settings import PUT_LEASE_S, READ_LEASE_S, ZOMBIE_GRACE_S
@@ -73,7 +73,7 @@ class AnyOrder(RuleBasedStateMachine):
     def open(self) -> None:
         self.epoch += 1
         self.node = KvNode(
-            make_settings(6, epoch=self.epoch, quota_fraction=0.7, loaders=2, eviction=DEFAULT_POLICY),
+            make_settings(6, epoch=self.epoch, quotas=Shares(0.7), loaders=2, eviction=DEFAULT_POLICY),
             tiers=[self.disk, self.remote],
             directory=self.directory,
             peers=self.peers,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tandem.kvstore.eviction import Shares
 from tandem.kvstore.interfaces import ObjectInfo, Refusal, TierName
 from tandem.kvstore.node import KvNode, Ticket
 from tandem.kvstore.node.settings import PUT_LEASE_S, ZOMBIE_GRACE_S
@@ -127,7 +128,7 @@ def test_a_full_host_makes_room_and_refuses_what_cannot_fit(node: KvNode) -> Non
 
 
 def test_an_owner_over_its_quota_evicts_only_itself() -> None:
-    node = KvNode(make_settings(10, quota_fraction=0.5))
+    node = KvNode(make_settings(10, quotas=Shares(0.5)))
     for number in range(3):
         assert put(node, spec_of(number, owner="quiet"))
     for number in range(10, 30):
