@@ -45,6 +45,10 @@ class ForwardBatch:
     prefills: list[PrefillSlice]
     logit_rows: Tensor
     """int64 [R]: rows whose logits are wanted; without prefill slices, R = N means all rows in order."""
+    num_pooled: int = 0
+    """P: of the last P of `logit_rows` the normalised hidden states are wanted instead of logits."""
+    pooled: Tensor | None = None
+    """Those, [P, hidden_size], written by the model."""
 
 
 class KvPool:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NewType
 
+from tandem.engine.cache_events import CacheLog
 from tandem.engine.request import RequestKey
 from tandem.kvstore.identity import BlockHash
 
@@ -45,6 +46,8 @@ class BlockManager:
         """References of readers that are no request: the KV store's saver."""
         self.num_retained = 0
         """Their sum."""
+        self.cache_log = CacheLog()
+        """Every hash that begins or ceases to answer look-ups."""
 
     @property
     def usable_blocks(self) -> int:
@@ -117,6 +120,7 @@ class BlockManager:
         if self.caching and block_hash not in self._by_hash and self._hash_of[block] is None:
             self._by_hash[block_hash] = block
             self._hash_of[block] = block_hash
+            self.cache_log.stored(block_hash)
 
     def free(self, key: RequestKey) -> None:
         """Takes the blocks back; full published ones stay cached. Raises KeyError if `key` has none."""
@@ -165,6 +169,7 @@ class BlockManager:
                 raise IntegrityError(f"block {block} is idle but has no hash")
             del self._by_hash[block_hash]
             self._hash_of[block] = None
+            self.cache_log.removed(block_hash)
         self._refs[block] = 1
         return block
 
@@ -203,6 +208,8 @@ class BlockManager:
             self._by_hash
         ):
             wrong.append("the hash index differs from the blocks' hashes")
+        if set(self.cache_log.snapshot()[1]) != self._by_hash.keys():
+            wrong.append("routers are told of another cache")
         if set(hashed) & free or idle - set(hashed):
             wrong.append("a free block has a hash or an idle block has none")
         if wrong:

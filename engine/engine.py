@@ -29,10 +29,13 @@ import torch
 from tandem.common.checkpoint import resolve_model
 from tandem.common.errors import TandemError
 from tandem.engine.block_manager import BlockManager, IntegrityError
+from tandem.engine.cache_events import CacheLog
+from tandem.engine.constraint import Constraints, Guide
 from tandem.engine.export import LayerAnnouncer
 from tandem.engine.intake import Intake
 from tandem.engine.loader import load_model
 from tandem.engine.memory import make_pool
+from tandem.engine.pooling import pool_rows
 from tandem.engine.request import (
     EngineRequest,
     FinishReason,
@@ -72,8 +75,9 @@ class Engine:
             store.check(config.block_size)
         self._on_outputs = on_outputs
         torch.set_num_threads(config.num_threads)
+        folder = resolve_model(config.model)
         self.loaded = load_model(
-            resolve_model(config.model),
+            folder,
             dtype=config.dtype,
             device=config.device,
             quantization=config.quantization,
@@ -88,7 +92,6 @@ class Engine:
             max_waiting=config.max_waiting,
         )
         self._runner = Runner(self.blocks, config.max_num_seqs, self.max_model_len, self.loaded.device)
-        self._sampler = Sampler(config.max_num_seqs, self.loaded.config.vocab_size, self.loaded.device)
         self._meter = StepMeter()
         self._intake = Intake(config, self.loaded, self.max_model_len)
         self._sequences: dict[RequestKey, Sequence] = {}
@@ -98,6 +101,11 @@ class Engine:
         self._outputs: list[RequestOutput] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Bounded in effect: it is emptied before each step, and requests beyond `max_waiting` are refused then."""
+        model = self.loaded.config
+        self._constraints = Constraints(
+            folder / "tokenizer.json", model.vocab_size, model.eos_token_ids, self._inbox.put
+        )
+        self._sampler = Sampler(config.max_num_seqs, model.vocab_size, self.loaded.device)
         self._store: StoreFlow | None = None
         if store is not None:
             self._store = StoreFlow(
@@ -147,6 +155,7 @@ class Engine:
         self._inbox.put(partial(self._release, key, error))
 
     def status(self) -> EngineStatus:
+        decoding, running_tokens = self.scheduler.decode_load()
         return EngineStatus(
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
@@ -155,7 +164,14 @@ class Engine:
             pending_prefill_tokens=self.scheduler.pending_prefill_tokens,
             prefill_tokens_per_s=self._meter.prefill_tokens_per_s,
             decode_step_s=self._meter.decode_step_s,
+            decoding=decoding,
+            running_tokens=running_tokens,
         )
+
+    @property
+    def cache_log(self) -> CacheLog:
+        """What is in the prefix cache, for routers to follow."""
+        return self.blocks.cache_log
 
     def wait_saved(self, timeout: float) -> bool:
         """Waits until all KV computed so far is in the store, or refused by it; for a drain. False: time is up."""
@@ -225,6 +241,7 @@ class Engine:
         self._end_all("unavailable", "the worker is shutting down")
         for _, sequence in list(self._leases.values()):
             self._free(sequence)
+        self._constraints.close()
         if self._store is not None:
             if not self._store.close():
                 logger.warning("a call to the KV store does not return; its thread is left behind")
@@ -303,6 +320,8 @@ class Engine:
             if logits.shape[0] > len(sampled):
                 score_prompts(plan.chunks, logits[len(sampled) :])
                 logits = logits[: len(sampled)]
+            if batch.pooled is not None:
+                pool_rows(plan.chunks, batch.pooled)
             if not sampled and self.loaded.device.type == "cuda":
                 # Nothing else waits for the device; its time and its errors belong to this step.
                 torch.cuda.synchronize(self.loaded.device)
@@ -316,6 +335,7 @@ class Engine:
             for index, sequence in enumerate(sampled):
                 if sequence.phase is Phase.RUNNING:
                     self._advance(sequence, tokens[index], logprobs[index] if logprobs is not None else None)
+            self._finish_pooling(plan)
         except Exception as error:
             logger.exception("a step failed; its %d requests are given up", len(plan.decodes) + len(plan.chunks))
             for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
@@ -340,7 +360,10 @@ class Engine:
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """`token` was chosen to follow the last one of `sequence`."""
-        params = sequence.request.sampling
+        params, guide = sequence.request.sampling, sequence.guide
+        if guide is not None and guide.error:
+            self._fail(sequence, "invalid_request", guide.error)
+            return
         output = RequestOutput(sequence.key, start_index=sequence.num_output)
         if sequence.num_output < params.max_tokens:
             sequence.append(token)
@@ -350,15 +373,14 @@ class Engine:
             if token in sequence.stop_ids and sequence.num_output >= params.min_tokens:
                 output.finish_reason = FinishReason.STOP
                 output.stop_token_id = token
+            elif guide is not None:
+                guide.follow(sequence.tokens, sequence.num_prompt)
+                if guide.complete:
+                    output.finish_reason = FinishReason.STOP
+                    output.stop_token_id = token if guide.ends_with(token) else None
         if output.finish_reason is None and len(sequence.tokens) >= sequence.max_total:
             output.finish_reason = FinishReason.LENGTH
-        if sequence.report is not None:
-            report, now = sequence.report, time.monotonic()
-            report.queue_s = (sequence.first_scheduled or now) - sequence.submitted
-            report.prefill_s = now - (sequence.first_scheduled or now)
-            output.prompt, sequence.report = report, None
-            if params.prompt_logprobs is not None:
-                output.prompt_logprobs = [None, *sequence.prompt_logprobs]
+        _add_report(sequence, output)
         if (export := sequence.request.kv_export) is not None:
             self._export_finished(sequence, export, output)
         elif output.finish_reason is not None:
@@ -366,13 +388,25 @@ class Engine:
         else:
             self._outputs.append(output)
 
+    def _finish_pooling(self, plan: StepPlan) -> None:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.pooler is not None and sequence.phase is Phase.RUNNING and not sequence.remaining:
+                embedding = sequence.pooler.result()
+                output = RequestOutput(sequence.key, finish_reason=FinishReason.STOP, embedding=embedding)
+                _add_report(sequence, output)
+                self._end(sequence, output)
+
     # Requests come and go
 
     def _accept(self, request: EngineRequest, submitted: float) -> None:
         try:
             sequence = self._intake.sequence(request, submitted)
-            look_up = self._store is not None and self._store.accept(sequence)
-            self.scheduler.add(sequence, look_up)
+            constraint = request.sampling.constraint
+            sequence.guide = self._constraints.guide(constraint) if constraint is not None else None
+            compiles = constraint is not None and sequence.guide is None
+            look_up = not compiles and self._store is not None and self._store.accept(sequence)
+            self.scheduler.add(sequence, compiles or look_up)
         except Exception as error:
             output = RequestOutput(request.key, finish_reason=FinishReason.ERROR)
             output.error_code, output.error_message = "internal", "the request could not be read; see the worker's log"
@@ -385,8 +419,22 @@ class Engine:
             self._tell_end(request, output)
         else:
             self._sequences[request.key] = sequence
-            if self._store is not None and look_up:
+            if constraint is not None and compiles:
+                self._constraints.compile(constraint, partial(self._compiled, sequence))
+            elif self._store is not None and look_up:
                 self._store.look_up(sequence)
+
+    def _compiled(self, sequence: Sequence, guide: Guide | TandemError) -> None:
+        if sequence.phase is not Phase.LOOKUP:
+            return
+        if isinstance(guide, TandemError):
+            self._fail(sequence, guide.code, guide.message)
+            return
+        sequence.guide = guide
+        if self._store is not None and self._store.accept(sequence):
+            self._store.look_up(sequence)
+        else:
+            self.scheduler.looked_up(sequence)
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         output = RequestOutput(sequence.key, finish_reason=FinishReason.ERROR, start_index=sequence.num_output)
@@ -513,12 +561,13 @@ class Engine:
         if sequence.phase is not Phase.IMPORTING:
             return
         sequence.reservation = None
-        self.scheduler.join(sequence, sequence.num_prompt)
+        self.scheduler.join(sequence, len(sequence.tokens))
         self.scheduler.publish(sequence)
+        start_index = sequence.num_output
         for token in first.token_ids:
             sequence.append(token)
         sequence.report, report = None, sequence.report
-        output = replace(first, key=sequence.key, start_index=0, prompt=first.prompt or report)
+        output = replace(first, key=sequence.key, start_index=start_index, prompt=first.prompt or report)
         if output.finish_reason is not None:
             self._end(sequence, output)
         elif self._start(sequence):
@@ -551,3 +600,14 @@ class Engine:
                 wrong.append(f"{key} is gone and holds blocks")
         if wrong:
             raise IntegrityError("; ".join(wrong))
+
+
+def _add_report(sequence: Sequence, output: RequestOutput) -> None:
+    """What is told once, with the first output."""
+    if sequence.report is not None:
+        report, now = sequence.report, time.monotonic()
+        report.queue_s = (sequence.first_scheduled or now) - sequence.submitted
+        report.prefill_s = now - (sequence.first_scheduled or now)
+        output.prompt, sequence.report = report, None
+        if sequence.request.sampling.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *sequence.prompt_logprobs]

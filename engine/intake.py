@@ -6,7 +6,7 @@ import random
 
 from tandem.common.errors import TandemError
 from tandem.engine.loader import LoadedModel
-from tandem.engine.request import EngineRequest
+from tandem.engine.request import EngineRequest, Pooling
 from tandem.engine.sampler import Traits
 from tandem.engine.sequence import Sequence
 from tandem.engine.settings import EngineConfig
@@ -32,7 +32,7 @@ class Intake:
         return Sequence(
             request,
             root=root,
-            chain=prefix_chain(root, request.prompt_token_ids, self._block_size) if self._caching else [],
+            chain=prefix_chain(root, request.token_ids, self._block_size) if self._caching else [],
             seed=random.getrandbits(64) if params.seed is None else params.seed,
             stop_ids=stop_ids,
             traits=Traits.of(params, stop_ids),
@@ -41,18 +41,33 @@ class Intake:
         )
 
     def _validate(self, request: EngineRequest) -> None:
-        prompt, params = request.prompt_token_ids, request.sampling
+        prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling
         if not prompt:
             raise TandemError("invalid_request", "the prompt is empty", param="prompt")
-        if len(prompt) + min(params.max_tokens, 1) > self._max_model_len:
+        pools = request.pooling is not Pooling.NONE
+        if pools and (request.kv_export or request.kv_import or output or params.constraint):
+            raise TandemError(
+                "invalid_request", "pooling goes without hand-over, output_token_ids and constraint", param="pooling"
+            )
+        if pools and params.prompt_logprobs is not None:
+            raise TandemError("invalid_request", "prompt_logprobs cannot be had with pooling", param="prompt_logprobs")
+        if len(prompt) + (0 if pools else min(params.max_tokens, 1)) > self._max_model_len:
             raise TandemError(
                 "context_length_exceeded",
                 f"the prompt has {len(prompt)} tokens; the maximum context length is {self._max_model_len} tokens, "
                 "output included",
                 param="prompt",
             )
+        if output and (len(output) >= params.max_tokens or len(prompt) + len(output) >= self._max_model_len):
+            raise TandemError(
+                "invalid_request",
+                f"output_token_ids holds {len(output)} tokens: nothing is left to generate with max_tokens "
+                f"{params.max_tokens} and a context of {self._max_model_len} tokens",
+                param="output_token_ids",
+            )
         for name, ids in (
             ("prompt", prompt),
+            ("output_token_ids", output),
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids),
             ("stop_token_ids", params.stop_token_ids),

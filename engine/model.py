@@ -5,6 +5,7 @@ The families differ only in what `ModelConfig` says: biases, norms on q and k, r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,19 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for name, size in norms:
             shapes[f"{prefix}{name}.weight"] = (size,)
     return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in expected_tensors(config).values())
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: str | None) -> int:
+    """Memory of the weights, about: scales and biases of quantised layers are left out."""
+    size = num_parameters(config) * dtype.itemsize
+    if quantization == "int8":
+        shapes = expected_tensors(config)
+        size -= sum(math.prod(shapes[n]) for n in shapes if n.endswith("_proj.weight")) * (dtype.itemsize - 1)
+    return size
 
 
 class RmsNorm:
@@ -178,7 +192,7 @@ class Decoder:
 
         `on_layer(l)` is called as soon as layer l of the pool holds them. `before_attention(l)` is called before
         anything reads layer l of the pool: it may wait for rows that others write there. Returns float32 logits
-        [R, vocab_size] of `batch.logit_rows`.
+        [R - P, vocab_size] of `batch.logit_rows`; sets `batch.pooled` if P is not 0.
         """
         num_rows, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         every_row = num_logits == num_rows and not batch.prefills
@@ -198,7 +212,12 @@ class Decoder:
                 hidden = self._padded(hidden.index_select(0, batch.logit_rows))
             hidden = layer.output.plus(self._padded(attended), hidden)
             hidden = layer.down.plus(self._gated(layer.gate_up(layer.mlp_norm(hidden))), hidden)
-        return self._head(self._final_norm(hidden))[:num_logits].float()
+        hidden = self._final_norm(hidden)
+        if batch.num_pooled:
+            num_rows, num_logits = num_logits, num_logits - batch.num_pooled
+            batch.pooled = hidden[num_logits:num_rows]
+            hidden = self._padded(hidden[:num_logits])
+        return self._head(hidden)[:num_logits].float()
 
     def _rotate_and_write(
         self, qkv: Tensor, angles: tuple[Tensor, Tensor], index: int, slots: Tensor, pool: KvPool

@@ -27,6 +27,16 @@ class FinishReason(enum.IntEnum):
     HANDED_OVER = 5
 
 
+class Pooling(enum.IntEnum):
+    """Values equal the Pooling enum of worker.proto."""
+
+    NONE = 0
+    MEAN = 1
+    """Of the last layer's normalised hidden states of all prompt tokens."""
+    LAST = 2
+    """That of the last token."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     logprob: float
@@ -46,6 +56,8 @@ class PromptReport:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     handover_s: float = 0.0
+    load_s: float = 0.0
+    """Waited for KV from the store; part of `prefill_s`."""
     computed_by: str = ""
     recompute_reason: str = ""
 
@@ -67,6 +79,8 @@ class RequestOutput:
     """With the first output."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """With the first output, when asked for: one entry per prompt token, the first is None."""
+    embedding: bytes = b""
+    """Little-endian float32 [hidden_size], where pooling was asked for."""
 
 
 class KvExport(Protocol):
@@ -77,11 +91,11 @@ class KvExport(Protocol):
     """
 
     def begin(self, key: RequestKey, slots: Sequence[int], cached_tokens: int) -> None:
-        """Blocks are reserved. `slots[i]` is the pool slot of prompt token i; rows below `cached_tokens` are filled
+        """Blocks are reserved. `slots[i]` is the pool slot of known token i; rows below `cached_tokens` are filled
         in every layer already."""
 
     def layer_ready(self, layer: int, start: int, stop: int) -> None:
-        """Rows [start, stop) of the prompt are now in `layer`."""
+        """Rows [start, stop) of the known tokens are now in `layer`."""
 
     def finished(self, output: RequestOutput) -> None:
         """The first token is sampled; `output` holds it (and a finish reason if it was also the last)."""
@@ -95,7 +109,7 @@ class KvReservation(Protocol):
 
     @property
     def skip_tokens(self) -> int:
-        """Leading prompt tokens whose KV this worker has already; they need not be sent."""
+        """Leading tokens whose KV this worker has already; they need not be sent."""
 
     def write(self, layer: int, start: int, stop: int, payload: memoryview) -> bool:
         """Puts rows [start, stop) of `layer` (layout [K|V][token][kv_head][dim]) into the reserved blocks. False:
@@ -133,4 +147,15 @@ class EngineRequest:
     kv_import: KvImport | None = None
     """Set on a decode worker that expects KV: reserve blocks and wait."""
     tenant: str = "default"
-    """Who is charged for what the KV store keeps of it."""
+    """Who is charged for what the KV store keeps of it, and takes turns with the others."""
+    weight: float = 1.0
+    """The tenant's share where tenants compete."""
+    output_token_ids: list[int] = field(default_factory=list)
+    """What another worker has generated of the output already: this one goes on after it."""
+    pooling: Pooling = Pooling.NONE
+    """Other than NONE: an embedding of the prompt is the answer, nothing is generated."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens that are known when the request comes. Not to be changed."""
+        return self.prompt_token_ids + self.output_token_ids if self.output_token_ids else self.prompt_token_ids

@@ -27,7 +27,7 @@ class Reservation:
         completed: Callable[[RequestOutput], None],
         failed: Callable[[str], None],
     ) -> None:
-        """`slots` int64 [prompt tokens]; `completed` and `failed` post to the engine thread; one of them is called at
+        """`slots` int64 [known tokens]; `completed` and `failed` post to the engine thread; one of them is called at
         most once."""
         self._pool = pool
         self._slots = slots

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tandem.engine.batch import ForwardBatch, PrefillSlice
 from tandem.engine.block_manager import BlockManager
+from tandem.engine.pooling import pooled_rows
 from tandem.engine.scheduler import Chunk, StepPlan
 from tandem.engine.sequence import Sequence
 
@@ -113,15 +114,15 @@ class Runner:
             sequence.row = -1
 
     def slots(self, sequence: Sequence) -> Ints:
-        """The pool slot of each prompt token: int64 [num_prompt]."""
+        """The pool slot of each known token: int64 [len(tokens)]."""
         table = np.array(self._blocks.table(sequence.key), dtype=np.int64)
-        return _slots(table, np.arange(sequence.num_prompt), self._blocks.block_size)
+        return _slots(table, np.arange(len(sequence.tokens)), self._blocks.block_size)
 
     def build(self, plan: StepPlan) -> tuple[ForwardBatch, list[Sequence]]:
         """Returns the batch and the sequences to sample for.
 
         Its logits come in this order: one row per sequence to sample for, then, for each chunk of a request that
-        wants prompt log-probabilities, one row per token of the chunk.
+        wants prompt log-probabilities, one row per token of the chunk. Pooled rows follow, in the order of chunks.
         """
         if plan.decodes and self._decodes.belong_to(plan.decodes):
             self._decodes.advance()
@@ -131,8 +132,9 @@ class Runner:
         tokens, positions, slots, context_lens, logit_rows, block_tables = decodes.tensors()
         prefills: list[PrefillSlice] = []
         sampled = plan.decodes
+        num_pooled = 0
         if plan.chunks:
-            tokens, positions, slots, logit_rows, sampled = self._with_chunks(plan, prefills)
+            tokens, positions, slots, logit_rows, sampled, num_pooled = self._with_chunks(plan, prefills)
         batch = ForwardBatch(
             token_ids=self._on_device(tokens),
             positions=self._on_device(positions),
@@ -143,17 +145,19 @@ class Runner:
             max_context_len=decodes.longest,
             prefills=prefills,
             logit_rows=self._on_device(logit_rows),
+            num_pooled=num_pooled,
         )
         return batch, sampled
 
     def _with_chunks(
         self, plan: StepPlan, prefills: list[PrefillSlice]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Sequence]]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Sequence], int]:
         """The rows of the chunks after those of the decodes, their slices into `prefills`."""
         tokens, positions, slots = [self._decodes.token_ids], [self._decodes.positions], [self._decodes.slots]
         sampled = list(plan.decodes)
         last_rows = list(range(len(sampled)))
         scored_rows: list[int] = []
+        pooled: list[int] = []
         row = len(sampled)
         for chunk in plan.chunks:
             sequence, start = chunk.sequence, chunk.sequence.num_computed
@@ -165,16 +169,18 @@ class Runner:
             slots.append(_slots(table, where, self._blocks.block_size))
             block_ids = self._on_device(torch.from_numpy(table))
             prefills.append(PrefillSlice(row, chunk.num_tokens, start, block_ids))
-            if samples(chunk):
+            if sequence.pooler is not None:
+                pooled.extend(range(row + chunk.num_tokens - pooled_rows(chunk), row + chunk.num_tokens))
+            elif samples(chunk):
                 sampled.append(sequence)
                 last_rows.append(row + chunk.num_tokens - 1)
             if sequence.scores_prompt:
                 scored_rows.extend(range(row, row + chunk.num_tokens))
             row += chunk.num_tokens
         joined = (np.concatenate(tokens), np.concatenate(positions), np.concatenate(slots))
-        logit_rows = np.array(last_rows + scored_rows, dtype=np.int64)
+        logit_rows = np.array(last_rows + scored_rows + pooled, dtype=np.int64)
         tokens_t, positions_t, slots_t, logit_rows_t = map(torch.from_numpy, (*joined, logit_rows))
-        return tokens_t, positions_t, slots_t, logit_rows_t, sampled
+        return tokens_t, positions_t, slots_t, logit_rows_t, sampled, len(pooled)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

@@ -4,7 +4,8 @@ The distribution of one request, in this order:
 
 1. log-probabilities that are reported come from the model's own logits, before anything below (as in vLLM);
 2. repetition, presence and frequency penalties;
-3. `logit_bias`, then `allowed_token_ids`, then stop tokens masked while `min_tokens` is not reached;
+3. `logit_bias`, then `allowed_token_ids`, then tokens masked that the constraint forbids, then stop tokens while
+   `min_tokens` is not reached, unless the constraint allows nothing else;
 4. temperature 0: the largest logit, ties to the lowest id. Otherwise softmax(logits / temperature) in float32;
 5. `top_k`, `top_p` and `min_p` each give a smallest probability to keep; what is below the largest of the three is
    dropped. `top_p` is measured on what `top_k` keeps. Tokens tied with the last one kept are kept;
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tandem.common.sampling import SamplingParams
+from tandem.engine.constraint import TokenMasks, allows_only
 from tandem.engine.request import TokenLogprobs
 from tandem.engine.scheduler import Chunk
 from tandem.engine.sequence import Sequence
@@ -60,7 +62,10 @@ class Traits:
             filtered=params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0,
             min_tokens=min_tokens,
             logprobs=params.logprobs,
-            plain_greedy=greedy and not (penalised or biased or min_tokens) and params.logprobs is None,
+            plain_greedy=greedy
+            and not (penalised or biased or min_tokens)
+            and params.logprobs is None
+            and params.constraint is None,
         )
 
 
@@ -84,6 +89,7 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._shape = (max_num_seqs, vocab_size)
+        self._masks = TokenMasks(vocab_size, device)
         self._device = device
         self._counts: Tensor | None = None
         """float32: how often a token is in the output."""
@@ -150,15 +156,36 @@ class Sampler:
         if biased and self._bias is not None:
             index, rows = self._rows(biased, sequences)
             logits[index] += self._bias[rows]
+        must_stop = self._constrain(logits, sequences)
         masked = [
             (i, token)
             for i, sequence in enumerate(sequences)
-            if sequence.num_output < sequence.traits.min_tokens
+            if sequence.num_output < sequence.traits.min_tokens and i not in must_stop
             for token in sequence.stop_ids
         ]
         if masked:
             pairs = torch.tensor(masked, device=self._device)
             logits[pairs[:, 0], pairs[:, 1]] = -torch.inf
+
+    def _constrain(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
+        """Masks what constraints forbid. Returns the rows in which only stop tokens are left.
+
+        A guide whose constraint cannot be held, or forbids all that the rest allows, has an `error` afterwards; its
+        row is then of no use."""
+        guided = [(i, sequence.guide) for i, sequence in enumerate(sequences) if sequence.guide is not None]
+        if not guided:
+            return []
+        for i, guide in guided:
+            guide.follow(sequences[i].tokens, sequences[i].num_prompt)
+        bits = self._masks.compute([guide for _, guide in guided])
+        index = torch.tensor([i for i, _ in guided], device=self._device)
+        masked = logits[index].masked_fill_(~self._masks.unpack(bits), -torch.inf)
+        for row, highest in enumerate(masked.amax(dim=1).tolist()):
+            if highest == -torch.inf:
+                guided[row][1].error = "the constraint and the request's other settings leave no token to choose"
+                masked[row] = 0.0
+        logits[index] = masked
+        return [i for row, (i, _) in enumerate(guided) if allows_only(bits[row], sequences[i].stop_ids)]
 
     def _choose(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
         random = [i for i, sequence in enumerate(sequences) if not sequence.traits.greedy]

@@ -7,10 +7,11 @@ Rules, in order:
 1. Every decoding request gets its one token. Where a block is missing, the request that is last in order (highest
    priority value, then latest arrival) is preempted: its blocks go back, its output is kept and computed again.
 2. Running prompts share what is left of the budget, in order; chunks end at block boundaries.
-3. Waiting requests are admitted in order while slots, budget and blocks last. A request gets the blocks of all its
-   known tokens at once or waits, so every admitted request can finish its prompt. Requests with a KV import wait in
-   the same queue, then hold their blocks outside the steps until the import ends; they count as slots, so the number
-   of slots bounds what absent peers can hold. So do those that load KV from the store.
+3. Waiting requests are admitted in turn (`waiting.py`: fair between tenants) while slots, budget and blocks last. A
+   request gets the blocks of all its known tokens at once or waits, so every admitted request can finish its prompt.
+   Requests with a KV import wait in the same queue, then hold their blocks outside the steps until the import ends;
+   they count as slots, so the number of slots bounds what absent peers can hold. So do those that load KV from the
+   store.
 4. A waiting request whose next block is just being computed by a request before it in order waits for that block
    instead of computing it twice (n > 1, shared system prompts).
 """
@@ -23,9 +24,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
+from tandem.common.fairness import ServiceCounters
 from tandem.engine.block_manager import BlockManager, IntegrityError
 from tandem.engine.request import RequestKey
 from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.waiting import WaitingQueue
 from tandem.kvstore.identity import BlockHash, extend_chain
 from tandem.kvstore.interfaces import TierName
 
@@ -62,8 +65,7 @@ class Scheduler:
         self.on_full_blocks: Callable[[Sequence], None] | None = None
         """Called where blocks of a sequence have become full and computed in all layers."""
         self._looking_up: dict[RequestKey, Sequence] = {}
-        self._waiting: list[tuple[int, int, Sequence]] = []
-        """Sorted by order."""
+        self._waiting = WaitingQueue(ServiceCounters())
         self._running: list[Sequence] = []
         """Sorted by order."""
         self._importing: dict[RequestKey, Sequence] = {}
@@ -94,7 +96,7 @@ class Scheduler:
             sequence.phase = Phase.LOOKUP
             self._looking_up[sequence.key] = sequence
         else:
-            insort(self._waiting, (*sequence.order, sequence))
+            self._waiting.add(sequence)
         if sequence.deadline is not None:
             heapq.heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
 
@@ -102,7 +104,7 @@ class Scheduler:
         """The store has answered (`Sequence.stored`) or was too slow: `sequence` waits where it would have waited."""
         self._leave(sequence)
         sequence.phase = Phase.WAITING
-        insort(self._waiting, (*sequence.order, sequence))
+        self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends `sequence` in whatever phase it is, and takes its blocks back."""
@@ -172,6 +174,8 @@ class Scheduler:
         block_size = self.blocks.block_size
         for sequence in plan.decodes:
             sequence.num_computed += 1
+            if sequence.account is not None:
+                sequence.account.charge(sequence.output_cost)
             if sequence.num_computed % block_size == 0:
                 self.publish(sequence)
         for chunk in plan.chunks:
@@ -215,6 +219,9 @@ class Scheduler:
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, left: int) -> int:
         num_tokens = sequence.remaining
+        if sequence.num_computed < sequence.num_prompt:
+            # Output that is computed again goes separately: the prompt keeps the shapes that it had the first time.
+            num_tokens = sequence.num_prompt - sequence.num_computed
         ends = (end for end in sequence.chunk_ends if end > sequence.num_computed)
         if (end := next(ends, None)) is not None:
             num_tokens = min(num_tokens, end - sequence.num_computed)
@@ -230,26 +237,26 @@ class Scheduler:
         if not self._waiting or slots <= 0:
             return
         pending = self._pending_blocks()
-        index = 0
-        while index < len(self._waiting) and slots > 0 and left > 0:
-            sequence = self._waiting[index][2]
-            usable = [] if sequence.scores_prompt else sequence.chain
+        for sequence in self._waiting.in_turn():
+            if slots <= 0 or left <= 0:
+                break
+            usable = [] if sequence.computes_all else sequence.chain
             if not sequence.wants_import and self._computed_elsewhere(sequence, usable, pending):
-                index += 1
                 continue
             # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
             cached = self.blocks.allocate(sequence.key, len(sequence.tokens), usable, reserve=len(self._running))
             if cached is None:
                 break
-            del self._waiting[index]
             slots -= 1
             sequence.num_computed = cached
+            self._waiting.admit(sequence, 0 if sequence.wants_import else sequence.to_compute)
             sequence.published = cached // self.blocks.block_size
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
                 if sequence.report is not None:
-                    sequence.report.cached_tokens = cached
-                    sequence.report.cached_by_tier = {TierName.DEVICE: cached} if cached else {}
+                    of_prompt = min(cached, sequence.num_prompt)
+                    sequence.report.cached_tokens = of_prompt
+                    sequence.report.cached_by_tier = {TierName.DEVICE: of_prompt} if of_prompt else {}
             plan.admitted.append(sequence)
             if sequence.wants_import:
                 sequence.phase = Phase.IMPORTING
@@ -296,7 +303,7 @@ class Scheduler:
         self._running.remove(sequence)
         self.blocks.free(sequence.key)
         sequence.restart()
-        insort(self._waiting, (*sequence.order, sequence))
+        self._waiting.add(sequence)
         plan.preempted.append(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -304,7 +311,7 @@ class Scheduler:
             case Phase.LOOKUP:
                 del self._looking_up[sequence.key]
             case Phase.WAITING:
-                self._waiting.remove((*sequence.order, sequence))
+                self._waiting.remove(sequence)
             case Phase.RUNNING:
                 self._running.remove(sequence)
             case Phase.IMPORTING:
@@ -330,18 +337,23 @@ class Scheduler:
     @property
     def pending_prefill_tokens(self) -> int:
         """Prompt tokens that are to be computed here, as far as known: cache hits of waiting requests unknown."""
-        waiting = sum(entry[2].to_compute for entry in tuple(self._waiting) if not entry[2].wants_import)
+        waiting = sum(each.to_compute for each in self._waiting.sequences() if not each.wants_import)
         waiting += sum(sequence.to_compute for sequence in tuple(self._looking_up.values()))
         waiting += sum(sequence.to_compute for sequence in tuple(self._loading.values()))
         return waiting + sum(sequence.remaining for sequence in tuple(self._running) if _prefills(sequence))
 
+    def decode_load(self) -> tuple[int, int]:
+        """Decoding requests, and the tokens whose KV they read in a step."""
+        lengths = [sequence.num_computed for sequence in tuple(self._running) if not _prefills(sequence)]
+        return len(lengths), sum(lengths)
+
     def check_integrity(self) -> None:
         """Raises IntegrityError with what is wrong here or in the blocks."""
         self.blocks.check_integrity()
-        wrong: list[str] = []
+        wrong = self._waiting.problems()
         phases = (
             (Phase.LOOKUP, list(self._looking_up.values())),
-            (Phase.WAITING, [entry[2] for entry in self._waiting]),
+            (Phase.WAITING, self._waiting.sequences()),
             (Phase.RUNNING, self._running),
             (Phase.IMPORTING, list(self._importing.values())),
             (Phase.LOADING, list(self._loading.values())),

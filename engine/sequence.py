@@ -5,10 +5,13 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from tandem.engine.request import EngineRequest, PromptReport, RequestKey, TokenLogprobs
+from tandem.engine.pooling import Pooler
+from tandem.engine.request import EngineRequest, Pooling, PromptReport, RequestKey, TokenLogprobs
 from tandem.kvstore.identity import BlockHash
 
 if TYPE_CHECKING:
+    from tandem.common.fairness import Account
+    from tandem.engine.constraint import Guide
     from tandem.engine.reservation import Reservation
     from tandem.engine.sampler import Traits
     from tandem.engine.store.state import StoreState
@@ -16,7 +19,8 @@ if TYPE_CHECKING:
 
 class Phase(enum.Enum):
     LOOKUP = "lookup"
-    """Asking the KV store what it has of the prompt; not in the queue yet, without blocks."""
+    """Its constraint is being compiled, or the KV store asked what it has of the prompt; not in the queue yet, without
+    blocks."""
     WAITING = "waiting"
     """In the queue, without blocks."""
     IMPORTING = "importing"
@@ -35,10 +39,11 @@ class Sequence:
 
     A sequence with one token left beyond its prompt decodes; one with more, or with prompt tokens left, prefills.
     After a preemption the output so far is computed again like a prompt, and no token is emitted twice because only a
-    step that reaches the last token samples.
+    step that reaches the last token samples. A request whose output another worker began starts in that state.
     """
 
     __slots__ = (
+        "account",
         "announced",
         "arrival",
         "chain",
@@ -46,12 +51,15 @@ class Sequence:
         "deadline",
         "first_scheduled",
         "gated",
+        "guide",
         "key",
         "last_token",
         "max_total",
         "num_computed",
         "num_prompt",
+        "output_cost",
         "phase",
+        "pooler",
         "prefill_finished",
         "priority",
         "prompt_logprobs",
@@ -87,9 +95,9 @@ class Sequence:
         self.key: RequestKey = request.key
         self.priority = request.priority
         self.deadline = request.deadline
-        self.tokens = list(request.prompt_token_ids)
+        self.tokens = list(request.token_ids)
         self.last_token = self.tokens[-1]
-        self.num_prompt = len(self.tokens)
+        self.num_prompt = len(request.prompt_token_ids)
         self.max_total = min(self.num_prompt + request.sampling.max_tokens, max_model_len)
         """Tokens at which it ends with `length`."""
         self.num_computed = 0
@@ -102,16 +110,27 @@ class Sequence:
         self.seed = seed
         self.stop_ids = stop_ids
         self.traits = traits
+        self.guide: Guide | None = None
+        """Of a request with a constraint, once that is compiled."""
+        self.pooler: Pooler | None = None
+        """Gathers the embedding, where that is the answer."""
+        if request.pooling is not Pooling.NONE:
+            self.pooler = Pooler(request.pooling)
+            self.max_total = self.num_prompt
         self.phase = Phase.WAITING
         self.arrival = -1
         """Set by the scheduler: the order of arrival."""
+        self.account: Account | None = None
+        """The tenant's, set when it is queued."""
+        self.output_cost = 0.0
+        """Service per output token, per weight."""
         self.row = -1
         """Set by the runner: the place in its persistent buffers."""
         self.wants_import = request.kv_import is not None
         """Until the import has succeeded, failed or been preempted."""
         self.reservation: Reservation | None = None
         self.stored = (0, 0)
-        """Tokens [first, end) that the KV store fills once there are blocks; the prompt's last token is not among
+        """Tokens [first, end) that the KV store fills once there are blocks; the last known token is not among
         them."""
         self.gated = False
         """RUNNING, though its last layers are still being filled from the KV store."""
@@ -154,6 +173,11 @@ class Sequence:
         """Whether prompt log-probabilities are wanted and have not been sent yet."""
         return self.report is not None and self.request.sampling.prompt_logprobs is not None
 
+    @property
+    def computes_all(self) -> bool:
+        """Whether it needs what only computing every prompt token gives, whatever is cached."""
+        return self.scores_prompt or (self.pooler is not None and self.pooler.every_row)
+
     def append(self, token: int) -> None:
         self.tokens.append(token)
         self.last_token = token
@@ -165,3 +189,5 @@ class Sequence:
         self.published = 0
         self.stored = (0, 0)
         self.prompt_logprobs.clear()
+        if self.pooler is not None:
+            self.pooler.restart()

@@ -21,6 +21,10 @@ class EngineStatus:
     """Measured over recent steps; 0 before any."""
     decode_step_s: float
     """Seconds of a recent decode step; 0 before any."""
+    decoding: int
+    """Requests that take one token per step."""
+    running_tokens: int
+    """Tokens whose KV those read in every step."""
 
 
 class StepMeter:

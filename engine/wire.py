@@ -10,7 +10,15 @@ from google.protobuf.message import DecodeError
 
 from tandem.common.errors import ERROR_KINDS, TandemError
 from tandem.common.sampling import SamplingParams
-from tandem.engine.request import EngineRequest, FinishReason, PromptReport, RequestKey, RequestOutput, TokenLogprobs
+from tandem.engine.request import (
+    EngineRequest,
+    FinishReason,
+    Pooling,
+    PromptReport,
+    RequestKey,
+    RequestOutput,
+    TokenLogprobs,
+)
 from tandem.proto import worker_pb2
 
 _STAMP = struct.Struct("<Hd")
@@ -51,8 +59,11 @@ def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
                 computed_by=report.computed_by,
                 recompute_reason=report.recompute_reason,
                 cached_by_tier=report.cached_by_tier,
+                load_s=report.load_s,
             )
         )
+    if output.embedding:
+        message.embedding = output.embedding
     if output.prompt_logprobs:
         message.prompt_logprobs.extend(map(_logprobs_to_proto, output.prompt_logprobs))
     return message
@@ -69,6 +80,7 @@ def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
         computed_by=report.computed_by,
         recompute_reason=report.recompute_reason,
         cached_by_tier=dict(report.cached_by_tier),
+        load_s=report.load_s,
     )
     prompt_logprobs: list[TokenLogprobs | None] = [
         _logprobs_from_proto(entry) if entry.rank else None for entry in message.prompt_logprobs
@@ -84,6 +96,7 @@ def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         prompt=prompt if message.HasField("prompt") else None,
         prompt_logprobs=prompt_logprobs,
+        embedding=message.embedding,
     )
 
 
@@ -131,6 +144,8 @@ def request_from_proto(submit: worker_pb2.Submit) -> EngineRequest:
         ("frequency_penalty", math.isfinite(sampling.frequency_penalty)),
         ("logit_bias", not any(map(math.isnan, sampling.logit_bias.values()))),
         ("timeout_s", timeout_s is None or math.isfinite(timeout_s)),
+        ("weight", 0.0 <= submit.weight < math.inf),
+        ("pooling", int(submit.pooling) in tuple(map(int, Pooling))),
     )
     for name, fits in ranges:
         if not fits:
@@ -143,6 +158,9 @@ def request_from_proto(submit: worker_pb2.Submit) -> EngineRequest:
         deadline=None if timeout_s is None else time.monotonic() + timeout_s,
         cache_salt=submit.cache_salt,
         tenant=submit.tenant or "default",
+        weight=submit.weight or 1.0,
+        output_token_ids=list(submit.output_token_ids),
+        pooling=Pooling(submit.pooling),
     )
 
 

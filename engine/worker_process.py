@@ -6,12 +6,14 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
 import grpc.aio
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -21,6 +23,7 @@ from tandem.common.errors import ConfigError
 from tandem.common.telemetry import serve_metrics, set_up_logging, set_up_tracing
 from tandem.engine.block_manager import IntegrityError
 from tandem.engine.engine import Engine
+from tandem.engine.model import num_parameters, weight_bytes
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.warmup import warm_up
 from tandem.engine.worker_metrics import WorkerMetrics
@@ -104,7 +107,7 @@ class WorkerProcess:
 
     async def serve(self, handover: Handover, kv_endpoint: worker_pb2.KvEndpoint | None) -> None:
         """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once."""
-        service = WorkerServer(self.engine, handover, self._info(kv_endpoint))
+        service = WorkerServer(self.engine, handover, self._info(kv_endpoint), self._store_node)
         if self.config.metrics_port:
             service.metrics = WorkerMetrics(service.status, store=self._store.stats if self._store else None)
             host = "127.0.0.1" if self.config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
@@ -159,22 +162,38 @@ class WorkerProcess:
             log.exception("the engine's books do not balance: this is a bug, and its memory may leak")
 
     def _info(self, kv_endpoint: worker_pb2.KvEndpoint | None) -> worker_pb2.WorkerInfo:
-        engine = self.engine
+        engine, config = self.engine, self.config
+        loaded = engine.loaded
         return worker_pb2.WorkerInfo(
             worker_id=self.worker_id,
             worker_epoch=self.epoch,
             role=worker_pb2.Role.Value(f"ROLE_{self.role.upper()}"),
-            model=engine.loaded.config.name,
-            namespace=engine.loaded.namespace,
-            compatibility=engine.loaded.compatibility,
+            model=loaded.config.name,
+            namespace=loaded.namespace,
+            compatibility=loaded.compatibility,
             version=tandem.__version__,
-            block_size=self.config.block_size,
+            block_size=config.block_size,
             num_blocks=engine.status().total_blocks,
             max_model_len=engine.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
-            vocab_size=engine.loaded.config.vocab_size,
+            max_num_seqs=config.max_num_seqs,
+            vocab_size=loaded.config.vocab_size,
             kv_endpoint=kv_endpoint,
+            hardware_class=config.hardware_class or _hardware_class(loaded.device),
+            num_parameters=num_parameters(loaded.config),
+            weight_bytes=weight_bytes(loaded.config, loaded.dtype, config.quantization),
+            kv_bytes_per_token=engine.pool.row_bytes * engine.pool.num_layers,
+            chunk_tokens=self._store.chunk_tokens if self._store is not None else 0,
+            sends_cache_events=True,
         )
+
+    def _store_node(self) -> str:
+        return self._opened.node_id if self._opened is not None else ""
+
+
+def _hardware_class(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def _signals() -> asyncio.Event:

@@ -21,6 +21,7 @@ from opentelemetry import trace
 
 from tandem.common.errors import TandemError
 from tandem.common.telemetry import context_from_traceparent, tracer
+from tandem.engine.cache_events import CacheFollower, CacheLog
 from tandem.engine.request import EngineRequest, FinishReason, RequestKey, RequestOutput
 from tandem.engine.wire import error_output, key_from_proto, output_to_proto, request_from_proto
 from tandem.engine.worker_metrics import WorkerMetrics
@@ -32,6 +33,8 @@ STATUS_TICK_S = 0.1
 """A changed status is sent at most this often."""
 STATUS_SILENCE_S = 1.0
 """An unchanged one at least this often: routers take longer silence for a frozen worker."""
+CACHE_TICK_S = 0.05
+"""Changes of the prefix cache wait this long for company."""
 ABORT_S = 2.0
 """Time for aborted requests to end and for their last outputs to reach the router."""
 MAX_UNSENT_ENTRIES = 1_000_000
@@ -55,11 +58,17 @@ class EngineStatus(Protocol):
     def prefill_tokens_per_s(self) -> float: ...
     @property
     def decode_step_s(self) -> float: ...
+    @property
+    def decoding(self) -> int: ...
+    @property
+    def running_tokens(self) -> int: ...
 
 
 class WorkerEngine(Protocol):
     """What the server needs of engine.Engine; all safe from any thread."""
 
+    @property
+    def cache_log(self) -> CacheLog: ...
     def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, key: RequestKey) -> None: ...
     def status(self) -> EngineStatus: ...
@@ -107,7 +116,7 @@ def _discard(outputs: list[RequestOutput]) -> None:
 class _Session:
     """One router's connection: what it submitted, and what it has not been sent yet."""
 
-    def __init__(self, overflow: Callable[[_Session], None]) -> None:
+    def __init__(self, cache: CacheFollower, overflow: Callable[[_Session], None]) -> None:
         """`overflow(self)` is called when the router has left too much unread."""
         self.router_id = "unknown"
         self.keys: set[RequestKey] = set()
@@ -116,6 +125,8 @@ class _Session:
         self._outputs: list[worker_pb2.RequestOutput] = []
         self._entries = 0
         self._status: worker_pb2.WorkerStatus | None = None
+        self._cache = cache
+        self._cache_due = True
         self._filled = asyncio.Event()
         self._closed = False
 
@@ -135,6 +146,11 @@ class _Session:
         self._status = status
         self._filled.set()
 
+    def follow_cache(self) -> None:
+        if self._cache.behind:
+            self._cache_due = True
+            self._filled.set()
+
     def close(self) -> None:
         """The router has said all it will say."""
         self._closed = True
@@ -142,13 +158,14 @@ class _Session:
 
     async def next_response(self) -> worker_pb2.SessionResponse | None:
         """Everything since the last call, in one message; None when the session is over."""
-        while not (self._outputs or self._status is not None or self._closed):
+        while not (self._outputs or self._status is not None or self._cache_due or self._closed):
             self._filled.clear()
             await self._filled.wait()
         if self._closed and not self._outputs:
             return None
-        response = worker_pb2.SessionResponse(outputs=self._outputs, status=self._status)
-        self._outputs, self._entries, self._status = [], 0, None
+        cache = self._cache.take() if self._cache_due else None
+        response = worker_pb2.SessionResponse(outputs=self._outputs, status=self._status, cache=cache)
+        self._outputs, self._entries, self._status, self._cache_due = [], 0, None, False
         return response
 
 
@@ -161,10 +178,18 @@ class _Live:
 
 
 class WorkerServer(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, engine: WorkerEngine, handover: Handover, info: worker_pb2.WorkerInfo) -> None:
+    def __init__(
+        self,
+        engine: WorkerEngine,
+        handover: Handover,
+        info: worker_pb2.WorkerInfo,
+        store_node: Callable[[], str] = str,
+    ) -> None:
+        """`store_node` returns the id of the KV store's home node, which may become known late; empty: none."""
         self._engine = engine
         self._handover = handover
         self._info = info
+        self._store_node = store_node
         self.metrics: WorkerMetrics | None = None
         self._loop = asyncio.get_running_loop()
         self._sessions: set[_Session] = set()
@@ -173,7 +198,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._idle.set()
         self._draining = False
         self.num_started = 0
-        self._ticker = asyncio.create_task(self._send_status())
+        self._tickers = [asyncio.create_task(self._send_status()), asyncio.create_task(self._send_cache_events())]
 
     # The service
 
@@ -182,6 +207,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.GetInfoRequest,
         context: grpc.aio.ServicerContext[worker_pb2.GetInfoRequest, worker_pb2.WorkerInfo],
     ) -> worker_pb2.WorkerInfo:
+        self._info.store_node = self._store_node()
         return self._info
 
     async def Session(  # type: ignore[override]  # grpc.aio takes a coroutine that writes, too
@@ -189,7 +215,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionResponse],
     ) -> None:
-        session = _Session(self._end)
+        session = _Session(CacheFollower(self._engine.cache_log), self._end)
         session.set_status(self.status())
         self._sessions.add(session)
         reader = asyncio.create_task(self._read(session, request_iterator))
@@ -228,10 +254,11 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         return len(waiting_for) - len(aborted), len(aborted)
 
     async def close(self) -> None:
-        self._ticker.cancel()
+        for ticker in self._tickers:
+            ticker.cancel()
         for session in list(self._sessions):
             session.close()
-        await asyncio.gather(self._ticker, return_exceptions=True)
+        await asyncio.gather(*self._tickers, return_exceptions=True)
 
     @property
     def num_live(self) -> int:
@@ -248,6 +275,8 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             prefill_tokens_per_s=now.prefill_tokens_per_s,
             decode_step_s=now.decode_step_s,
             draining=self._draining,
+            decoding=now.decoding,
+            running_tokens=now.running_tokens,
         )
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
@@ -374,10 +403,16 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 for session in self._sessions:
                     session.set_status(status)
 
+    async def _send_cache_events(self) -> None:
+        while True:
+            await asyncio.sleep(CACHE_TICK_S)
+            for session in self._sessions:
+                session.follow_cache()
+
 
 def _entries(output: RequestOutput) -> int:
     """Roughly how much memory an unsent output takes, in tokens."""
-    count = 1 + len(output.token_ids)
+    count = 1 + len(output.token_ids) + len(output.embedding) // 16
     for entries in (output.logprobs, output.prompt_logprobs):
         if entries:
             first = entries[-1]

@@ -22,6 +22,9 @@ class WorkerConfig(EngineConfig, StoreSettings):
     """Name in logs, metrics and reports. Empty: made of role, host and process id."""
     drain_grace_s: float = 30.0
     """On SIGTERM: how long running requests may take before they are aborted."""
+    hardware_class: str = ""
+    """Workers of one class are equally fast: a router learns their speeds together. Empty: the GPU's name, such as
+    "nvidia-h100", or "cpu". Name it where equal names do not mean equal speeds."""
     metrics_port: int = 0
     """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

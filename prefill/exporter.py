@@ -62,7 +62,7 @@ class Exporter:
             self._exports[key] = export
         try:
             export.stream = self._transport.open(
-                endpoint, *key, len(request.prompt_token_ids), pool.row_bytes, pool.num_layers, export
+                endpoint, *key, len(request.token_ids), pool.row_bytes, pool.num_layers, export
             )
         except (ValueError, RuntimeError) as error:
             self.forget(key)

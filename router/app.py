@@ -12,16 +12,21 @@ from collections.abc import Iterator
 import uvicorn
 
 from tandem.common.errors import ConfigError
-from tandem.router.api_keys import ApiKeys
+from tandem.common.fairness import ServiceCounters
+from tandem.router.accounts import Accounts
+from tandem.router.batch.lane import BatchLane
+from tandem.router.caller import ANYBODY, Caller
 from tandem.router.grpc_api import GrpcServer
-from tandem.router.http_app import HttpApp
+from tandem.router.http_app import ROUTES, HttpApp
 from tandem.router.metrics import RouterMetrics
 from tandem.router.replicas import ALONE, Replica, listen
 from tandem.router.served_model import ServedModel
 from tandem.router.service import Service
 from tandem.router.session import SILENCE_S
 from tandem.router.settings import RouterConfig
+from tandem.router.shared_service import SharedService
 from tandem.router.siblings import Siblings
+from tandem.router.tenants import Tenants
 from tandem.router.workers import Fleet
 
 log = logging.getLogger(__name__)
@@ -43,12 +48,20 @@ class Router:
         self.replica = replica
         self.metrics = RouterMetrics()
         self.model = ServedModel.load(config)
-        self._api_keys = ApiKeys.load(config.api_keys_file) if config.api_keys_file else None
+        self.tenants = Tenants.open(config.tenants_file, config.api_keys_file, self.metrics.registry)
+        counters = ServiceCounters()
+        self._shared = (
+            SharedService(config.redis, counters, prefix=f"tandem:{self.model.name}") if config.redis else None
+        )
+        self.accounts = Accounts(self.metrics.registry, self._shared.buckets if self._shared is not None else None)
         self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s)
         self.metrics.watch(self.fleet)
         self.siblings = Siblings(replica.folder, replica.index, replica.count)
-        self.service = Service(config, self.model, self.fleet, self.metrics, self.siblings)
-        self.app = HttpApp(self.service, self._api_keys)
+        self.service = Service(config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings)
+        if config.storage is not None:
+            handlers = {path: methods["POST"] for path, methods in ROUTES.items() if "POST" in methods}
+            self.service.batches = BatchLane(config.storage, self.service, handlers, caller_of=self._caller_of)
+        self.app = HttpApp(self.service, self.tenants, self.accounts)
         self.port = config.port
         self.grpc: GrpcServer | None = None
         self._server: _Server | None = None
@@ -78,29 +91,49 @@ class Router:
             )
         )
         await self.siblings.start()
+        if self._shared is not None:
+            self._shared.start()
         self.fleet.start()
+        if self.service.batches is not None:
+            self.service.batches.start()
         self._tasks.append(asyncio.create_task(self._server.serve(sockets=[sock]), name="http"))
         if self.config.grpc_port is not None:
-            self.grpc = GrpcServer(self.service, self._api_keys, self.config.host, self.config.grpc_port)
+            self.grpc = GrpcServer(
+                self.service,
+                self.tenants,
+                self.accounts,
+                self.config.host,
+                self.config.grpc_port,
+                shared=self.replica.count > 1,
+            )
             await self.grpc.start()
         self._tasks.append(asyncio.create_task(self._announce(), name="announce"))
+        self._tasks.append(asyncio.create_task(self.service.pump_regularly(), name="admission"))
+        if self.tenants is not None:
+            self._tasks.append(asyncio.create_task(self.tenants.watch(), name="tenants"))
         await self._server.listening.wait()
 
     async def stop(self) -> None:
         """Accepts nothing more, lets running requests finish within the grace period, then closes."""
         self.service.draining = True
+        if self.service.batches is not None:
+            await self.service.batches.stop()
         if self._server is not None:
             self._server.should_exit = True
-            http, announcer = self._tasks
-            announcer.cancel()
+            http, *others = self._tasks
+            for task in others:
+                task.cancel()
             stopping = [http]
             if self.grpc is not None:
                 stopping.append(asyncio.create_task(self.grpc.stop(self.config.drain_grace_s)))
-            await asyncio.gather(*stopping, announcer, return_exceptions=True)
+            await asyncio.gather(*stopping, *others, return_exceptions=True)
         if self.service.contexts is not None:
             await self.service.contexts.close()
+        if self._shared is not None:
+            await self._shared.close()
         await self.siblings.close()
         await self.fleet.stop()
+        self.service.close()
         self.model.text.close()
 
     async def serve_until(self, stopped: asyncio.Event) -> None:
@@ -108,6 +141,12 @@ class Router:
         await stopped.wait()
         log.info("draining: running requests have %g s to finish", self.config.drain_grace_s)
         await self.stop()
+
+    def _caller_of(self, tenant: str) -> Caller | None:
+        """Who a tenant is now; None: nobody any more."""
+        if self.tenants is None:
+            return ANYBODY if tenant == ANYBODY.tenant else None
+        return self.tenants.find(tenant)
 
     async def _announce(self) -> None:
         """Prints the ready line once, and keeps the gRPC health service honest."""

@@ -16,15 +16,19 @@ import jinja2.sandbox
 
 from tandem.common.errors import ConfigError, TandemError
 from tandem.router.tokenizer import read_json
+from tandem.router.tools.formats import ToolFormat, detect
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT_NAME = "default"
+TOOLS_NAME = "tool_use"
+"""Of the template that some models have for requests with tools."""
 
 
 class ChatTemplate:
     """The template of one model; `load` finds it in the model folder."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], tools_source: str | None = None) -> None:
+        """`tools_source`: for requests with tools, where the model has another template for them."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
@@ -33,16 +37,19 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self._tools_template = self._template if tools_source is None else environment.from_string(tools_source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
         self._special_tokens = special_tokens
+        self.tool_format: ToolFormat | None = detect(tools_source or source)
+        """How the model writes calls of functions; None: it makes none, or in a form that is not known."""
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
         """`chat_template.jinja`, else `tokenizer_config.json`'s. None where the model has no template."""
         config = read_json(folder / "tokenizer_config.json")
-        source = _template_source(folder, config)
-        return None if source is None else cls(source, _special_tokens(config))
+        source, tools_source = _template_sources(folder, config)
+        return None if source is None else cls(source, _special_tokens(config), tools_source)
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -50,9 +57,8 @@ class ChatTemplate:
         """Raises TandemError `invalid_request` where the template rejects the messages."""
         context = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            return self._template.render(
-                **context, messages=list(messages), add_generation_prompt=add_generation_prompt
-            )
+            template = self._tools_template if context["tools"] else self._template
+            return template.render(**context, messages=list(messages), add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TandemError(
                 "invalid_request",
@@ -61,16 +67,17 @@ class ChatTemplate:
             ) from error
 
 
-def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
+def _template_sources(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The template, and that for requests with tools where there is one of its own."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8"), None
     source = config.get("chat_template")
     if isinstance(source, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-        source = named.get(DEFAULT_NAME)
+        return named.get(DEFAULT_NAME), named.get(TOOLS_NAME)
     if source is None or isinstance(source, str):
-        return source
+        return source, None
     raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of templates")
 
 

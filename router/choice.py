@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -11,18 +13,17 @@ from typing import Protocol
 from tandem.common.errors import TandemError
 from tandem.proto import worker_pb2
 from tandem.proto.worker_pb2 import TokenLogprobs
+from tandem.router.admission import Admission
 from tandem.router.attempt import Attempt
 from tandem.router.choice_text import ChoiceText, Piece
 from tandem.router.detokenizer import Detokenizer
 from tandem.router.dispatch import Dispatcher, SequenceSpec
+from tandem.router.explain import Record
 from tandem.router.metrics import RouterMetrics
+from tandem.router.retry import RetryBudget, Setbacks
 from tandem.router.tokenizer import ModelText
 
 log = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 3
-RETRIED_CODES = frozenset({"worker_lost", "unavailable"})
-"""Worker errors after which another start may succeed; `overloaded` is retried on other workers only."""
 
 _FINISH_REASONS = {worker_pb2.FINISH_REASON_STOP: "stop", worker_pb2.FINISH_REASON_LENGTH: "length"}
 
@@ -61,6 +62,8 @@ class CallContext:
     timeout_s: float
     worker_wait_s: float
     keepalive_s: float
+    admission: Admission
+    retries: RetryBudget = field(default_factory=RetryBudget)
 
 
 @dataclass(slots=True)
@@ -68,6 +71,7 @@ class CallSpec:
     request_id: str
     """Unique among all calls of all routers; the workers' keys derive from it."""
     choices: Sequence[ChoiceSpec]
+    record: Record
     arrived: float = field(default_factory=time.monotonic)
     traceparent: str = ""
     streaming: bool = False
@@ -83,32 +87,50 @@ class Owner(Protocol):
     def choice_ready(self, choice: Choice) -> None:
         """There is something to read, or it has just finished."""
 
-    def retry(self, choice: Choice, reason: str) -> None:
-        """Its attempt is over; `choice.submit` again once a worker is there."""
+    def retry(self, choice: Choice, reason: str, *, fault: bool) -> None:
+        """Its attempt is over; `choice.submit` again once a worker is there. `fault`: not by a regular refusal."""
+
+    def prompt_computed(self, choice: Choice) -> None:
+        """The first worker has reported on its prompt; once per choice."""
+
+    def produced(self, tokens: int) -> None:
+        """New output tokens have come."""
 
     def fail(self, error: TandemError) -> None: ...
 
 
 class Choice:
-    """One sequence. Starts again on another worker as long as nothing of it was read by the client."""
+    """One sequence. When its worker is lost another one goes on after the tokens that have come: the reader of the text
+    sees a pause. Tokens are a function of prompt, seed and position, so nothing tells where the worker changed."""
 
     def __init__(self, call: Owner, index: int, spec: ChoiceSpec) -> None:
         self.index = index
-        self.spec = spec
+        self.spec = spec = _seeded(spec)
         self.finished = False
         self.cached_by_tier: dict[str, int] = {}
         """Prompt tokens that were not computed, by where their KV came from."""
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.embedding = b""
+        """Little-endian float32, where pooling was asked for."""
+        self.setbacks = Setbacks()
         self._call = call
         self._attempt: Attempt | None = None
         self._epoch = 0
-        self.avoid: set[tuple[str, int]] = set()
-        """Starts of workers that would not take it."""
-        self._read = False
+        self._output = array("I")
+        """Every token that has come: a worker that goes on is told them."""
+        self._prompt_noted = False
         self._finish_reason: str | None = None
         self._stop_reason: int | str | None = None
         self._last_output = 0.0
-        self._reset()
+        self._text = ChoiceText(
+            Detokenizer(
+                call.context.text, spec.sequence.prompt.token_ids, skip_special_tokens=spec.skip_special_tokens
+            ),
+            spec.stop,
+            min_tokens=spec.sequence.sampling.min_tokens,
+            keep_tokens=spec.keep_tokens,
+            include_stop=spec.include_stop,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -122,20 +144,23 @@ class Choice:
         return self._text.buffered * per_token
 
     def submit(self) -> None:
-        """Raises TandemError `unavailable`."""
+        """Starts, or goes on after the tokens that have come. Raises TandemError `unavailable`."""
         call, self._epoch = self._call, self._epoch + 1
-        self._reset()
+        sequence = self.spec.sequence
+        if self._output and sequence.sampling.prompt_logprobs is not None:  # they came with the first token
+            sequence = replace(sequence, sampling=replace(sequence.sampling, prompt_logprobs=None))
         self._attempt = call.context.dispatcher.start(
             worker_pb2.RequestKey(request_id=f"{call.spec.request_id}.{self.index}", epoch=self._epoch),
-            self.spec.sequence,
+            sequence,
             self,
             timeout_s=max(0.001, call.deadline - time.monotonic()),
             traceparent=call.spec.traceparent,
-            avoid=self.avoid,
+            avoid=self.setbacks.avoid,
+            output_token_ids=self._output,
         )
+        call.spec.record.placed(self.index, self._epoch, self._attempt, len(self._output))
 
     def take(self) -> Delta:
-        self._read = True
         return Delta(self.index, self._text.take(), self._finish_reason, self._stop_reason)
 
     def cancel(self) -> None:
@@ -158,25 +183,29 @@ class Choice:
 
     def on_worker_lost(self, reason: str) -> None:
         if not self.finished:
-            self._again("worker_lost", reason)
+            self._on_fault("worker_lost", reason)
 
     def _take_output(self, output: worker_pb2.RequestOutput) -> None:
         if output.finish_reason in (worker_pb2.FINISH_REASON_ERROR, worker_pb2.FINISH_REASON_CANCELLED):
             self._on_error(output)
             return
-        if output.start_index > self._received:
+        received = len(self._output)
+        if output.start_index > received:
             self._call.fail(TandemError("internal", "tokens of this request were lost on the way"))
             return
         if output.HasField("prompt"):
             self._note_prompt(output)
-        seen = self._received - output.start_index
+        if output.embedding:
+            self.embedding = output.embedding
+        seen = received - output.start_index
         token_ids: Sequence[int] = output.token_ids
         logprobs: Sequence[TokenLogprobs] = output.logprobs
         if seen:
             token_ids, logprobs = token_ids[seen:], logprobs[seen:]
         if token_ids:
             self._note_time(len(token_ids))
-            self._received += len(token_ids)
+            self._call.produced(len(token_ids))
+            self._output.extend(token_ids)
             self._feed(token_ids, logprobs, output)
         if output.finish_reason:
             self._text.finish()
@@ -205,6 +234,7 @@ class Choice:
         self._text.finish()
         self.finished = True
         self._finish_reason, self._stop_reason = finish_reason, stop_reason
+        self._call.spec.record.ended(self.index, finish_reason)
         if self._attempt is not None:
             self._attempt.cancel()
             self._attempt = None
@@ -212,44 +242,74 @@ class Choice:
         self._call.choice_ready(self)
 
     def _on_error(self, output: worker_pb2.RequestOutput) -> None:
-        code = output.error.code or "unavailable"
-        decode = self._attempt.decode if self._attempt is not None else None
-        if code == "overloaded" and decode is not None:
-            self.avoid.add(decode.identity)
-            fleet = self._call.context.dispatcher.fleet
-            if not self._read and any(session.identity not in self.avoid for session in fleet.decode):
-                self._again("worker_lost", output.error.message)
-                return
-        if code in RETRIED_CODES:
-            if decode is not None:
-                self.avoid.add(decode.identity)
-            self._again(code, output.error.message)
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
             return
-        retry_after_s = 1.0 if output.error.retriable else None
-        self._call.fail(TandemError(code, output.error.message or code, retry_after_s=retry_after_s))
+        code, message, worker = output.error.code or "unavailable", output.error.message, attempt.decode.identity
+        match code:
+            case "unavailable":  # the worker is leaving, as it should be able to at any time
+                self.setbacks.left(worker)
+                self._again(message, fault=False)
+            case "overloaded":
+                self.setbacks.full(worker)
+                if self._others_left():
+                    self._again(message, fault=False)
+                elif self._output:  # it has been let in once
+                    self.setbacks.ask_all_again()
+                    self._again(message, fault=True)
+                else:
+                    self._call.fail(TandemError(code, message or code, retry_after_s=1.0))
+            case "worker_lost" | "internal":
+                self.setbacks.left(worker)
+                if code == "internal" and not self._others_left():
+                    self._call.fail(TandemError(code, message or code))
+                else:
+                    self._on_fault(code, message)
+            case _:
+                retry_after_s = 1.0 if output.error.retriable else None
+                self._call.fail(TandemError(code, message or code, retry_after_s=retry_after_s))
 
-    def _again(self, code: str, reason: str) -> None:
-        self._attempt = None
-        if not self._read and self._epoch < MAX_ATTEMPTS:
-            self._call.context.metrics.retries.inc()
-            self._call.retry(self, reason)
+    def _others_left(self) -> bool:
+        fleet, avoid = self._call.context.dispatcher.fleet, self.setbacks.avoid
+        return any(session.identity not in avoid for session in fleet.decode)
+
+    def _on_fault(self, code: str, reason: str) -> None:
+        if self.setbacks.lost():
+            self._again(reason, fault=True)
             return
         self._call.fail(
             TandemError(
-                code,
-                f"the decode worker was lost after {self._received} tokens ({reason}); the request can be sent again",
-                retry_after_s=1.0,
+                "internal",
+                f"{self.setbacks.losses} workers failed one after the other at token {len(self._output)} of this "
+                f"request, the last one with {code} ({reason}); it is not tried again",
             )
+        )
+
+    def _again(self, reason: str, *, fault: bool) -> None:
+        self._attempt = None
+        self._call.spec.record.ended(self.index, reason)
+        self.setbacks.begin(time.monotonic())
+        self._call.retry(self, reason, fault=fault)
+
+    def lost(self, reason: str) -> TandemError:
+        """What the client hears when nobody has gone on with it in time."""
+        return TandemError(
+            "worker_lost",
+            f"the decode worker was lost after {len(self._output)} tokens ({reason}) and no other could take over "
+            "in time; the request can be sent again",
+            retry_after_s=1.0,
         )
 
     def _note_prompt(self, output: worker_pb2.RequestOutput) -> None:
         metrics, report = self._call.context.metrics, output.prompt
-        self.cached_by_tier = dict(report.cached_by_tier)
-        self.prompt_logprobs = list(output.prompt_logprobs)
-        for tier, tokens in self.cached_by_tier.items():
-            metrics.cached_tokens.labels(tier).inc(tokens)
-        if self._attempt is not None:
-            self._call.context.dispatcher.prompt_computed(self.spec.sequence, self._attempt.decode)
+        self._call.spec.record.first_token(self.index, report)
+        if not self._prompt_noted:  # a worker that goes on reports, too; what the client pays for is settled
+            self._prompt_noted = True
+            self.cached_by_tier = dict(report.cached_by_tier)
+            self.prompt_logprobs = list(output.prompt_logprobs)
+            self._call.prompt_computed(self)
+            for tier, tokens in self.cached_by_tier.items():
+                metrics.cached_tokens.labels(tier).inc(tokens)
         if report.recompute_reason:
             metrics.handover_recomputes.inc()
             log.info(
@@ -260,26 +320,13 @@ class Choice:
 
     def _note_time(self, new_tokens: int) -> None:
         now = time.monotonic()
-        if self._received == 0:
+        if not self._output:
             self._call.context.metrics.ttft.observe(now - self._call.spec.arrived)
         else:
             self._call.context.metrics.itl.observe((now - self._last_output) / new_tokens)
         self._last_output = now
-
-    def _reset(self) -> None:
-        spec = self.spec
-        self._received = 0
-        self._text = ChoiceText(
-            Detokenizer(
-                self._call.context.text,
-                spec.sequence.prompt.token_ids,
-                skip_special_tokens=spec.skip_special_tokens,
-            ),
-            spec.stop,
-            min_tokens=spec.sequence.sampling.min_tokens,
-            keep_tokens=spec.keep_tokens,
-            include_stop=spec.include_stop,
-        )
+        if self.setbacks.since is not None:
+            self.setbacks.over()
 
 
 def with_seeds(spec: ChoiceSpec, n: int) -> list[ChoiceSpec]:
@@ -292,3 +339,12 @@ def with_seeds(spec: ChoiceSpec, n: int) -> list[ChoiceSpec]:
         replace(spec, sequence=replace(spec.sequence, sampling=replace(spec.sequence.sampling, seed=value)))
         for value in seeds
     ]
+
+
+def _seeded(spec: ChoiceSpec) -> ChoiceSpec:
+    """With a seed of its own where tokens are drawn: another worker has to draw the same ones."""
+    sampling = spec.sequence.sampling
+    if sampling.seed is not None or sampling.temperature == 0.0:
+        return spec
+    sampling = replace(sampling, seed=random.getrandbits(64))
+    return replace(spec, sequence=replace(spec.sequence, sampling=sampling))

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import BlockHash, Namespace, salted
+from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain, salted
+from tandem.kvstore.interfaces import ObjectKey
 from tandem.proto import worker_pb2
-from tandem.router.api_keys import Caller
 from tandem.router.attempt import Attempt, Listener
+from tandem.router.caller import Caller
+from tandem.router.load import Work
 from tandem.router.metrics import RouterMetrics
-from tandem.router.placement import DecodeCandidate, PrefillCandidate, PrefixAffinity, RequestFacts, place
+from tandem.router.placement import Hits, Placement, Request, Stored, place
+from tandem.router.pool import Placed, Pool, WorkerState
 from tandem.router.served_model import Prompt
 from tandem.router.session import WorkerSession
 from tandem.router.settings import Disaggregate
+from tandem.router.store_view import StoreView
 from tandem.router.workers import Fleet, no_worker
+
+READY_S = 0.25
+"""Requests are given to workers while some worker's prompts take no longer than this: enough that none runs dry between
+two decisions, and little enough that the order of the rest is still the router's."""
+SLACK_REQUESTS = 2
+"""Beyond a full batch, so that a place does not stay empty for a round trip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,8 @@ class SequenceSpec:
     wanted_salt: str = ""
     """The request's own `cache_salt`."""
     priority: int = 0
+    pooling: worker_pb2.Pooling.ValueType = worker_pb2.POOLING_NONE
+    """Other than NONE: an embedding of the prompt is wanted, no output."""
 
     @property
     def cache_salt(self) -> bytes:
@@ -35,11 +48,16 @@ class SequenceSpec:
 
 
 class Dispatcher:
-    def __init__(self, fleet: Fleet, metrics: RouterMetrics, disaggregate: Disaggregate) -> None:
+    def __init__(
+        self, fleet: Fleet, metrics: RouterMetrics, disaggregate: Disaggregate, store: StoreView | None = None
+    ) -> None:
+        """`store`: what the KV store holds; without it only the workers' own caches count."""
         self.fleet = fleet
+        self.pool = Pool()
         self._metrics = metrics
         self._disaggregate = disaggregate
-        self._affinity = PrefixAffinity()
+        self._store = store
+        self._turn = 0
 
     def start(
         self,
@@ -50,34 +68,34 @@ class Dispatcher:
         timeout_s: float,
         traceparent: str = "",
         avoid: Collection[tuple[str, int]] = (),
+        output_token_ids: Sequence[int] = (),
     ) -> Attempt:
-        """Raises TandemError `unavailable` where no decode worker outside `avoid` is connected."""
+        """`output_token_ids`: what another worker has produced already; this attempt goes on after it.
+
+        Raises TandemError `unavailable` where no decode worker outside `avoid` is connected.
+        """
         decodes = [session for session in self.fleet.decode if session.identity not in avoid]
         if not decodes:
             raise no_worker()
-        chain = self._chain(sequence, decodes[0])
-        block_size = decodes[0].info.block_size
-        match = self._affinity.match(chain)
         prefills = self.fleet.prefill
+        chain, block_size = self._chain(sequence, decodes[0]), decodes[0].info.block_size
+        hits = self._hits(chain, block_size)
+        decoding, prefilling = [self.pool.state(s) for s in decodes], [self.pool.state(s) for s in prefills]
+        self._turn += 1
+        request = self._request(sequence, len(output_token_ids), decoding + prefilling)
         placement = place(
-            [
-                DecodeCandidate(
-                    requests=session.requests,
-                    prefix_tokens=match.sent_blocks * block_size if session.identity == match.worker else 0,
-                    cached_tokens=match.computed_blocks * block_size if session.identity == match.worker else 0,
-                    prefill_tokens_per_s=session.status.prefill_tokens_per_s,
-                    picks=session.picks,
-                )
-                for session in decodes
-            ],
-            [PrefillCandidate(session.prompt_tokens, session.picks) for session in prefills],
-            RequestFacts(len(sequence.prompt.token_ids), sequence.sampling.prompt_logprobs is not None),
-            self._disaggregate,
+            [state.load for state in decoding],
+            [state.load for state in prefilling],
+            request,
+            hits,
+            time.monotonic(),
+            disaggregate=self._disaggregate,
+            turn=self._turn,
         )
-        decode = decodes[placement.decode]
-        prefill = None if placement.prefill is None else prefills[placement.prefill]
-        self._affinity.sent(chain, decode.identity)
         self._metrics.placements.labels(placement.reason).inc()
+        decode = decoding[placement.decode]
+        prefill = None if placement.prefill is None else prefilling[placement.prefill]
+        self._account(key, request, placement, decode, prefill, chain, hits, block_size, bool(output_token_ids))
         submit = worker_pb2.Submit(
             key=key,
             prompt_token_ids=sequence.prompt.token_ids,
@@ -87,13 +105,97 @@ class Dispatcher:
             cache_salt=sequence.cache_salt,
             tenant=sequence.caller.tenant,
             traceparent=traceparent,
+            weight=sequence.caller.weight,
+            output_token_ids=output_token_ids,
+            pooling=sequence.pooling,
         )
-        return Attempt(submit, decode, prefill, listener)
+        return Attempt(submit, decode.session, None if prefill is None else prefill.session, listener, placement)
 
-    def prompt_computed(self, sequence: SequenceSpec, decode: WorkerSession) -> None:
-        """The first token is here, so `decode` has the KV of the prompt."""
-        self._affinity.computed(self._chain(sequence, decode), decode.identity)
+    def room(self, waiting_tokens: int) -> bool:
+        """Whether a worker can begin with a prompt of `waiting_tokens` soon, rather than keep it in its queue. True
+        where nobody is connected: `start` says so."""
+        decodes = self.fleet.decode
+        if not decodes:
+            return True
+        if not any(self.pool.state(session).load.has_room(waiting_tokens, SLACK_REQUESTS) for session in decodes):
+            return False
+        return self._prompt_wait_s(decodes) <= READY_S
 
-    def _chain(self, sequence: SequenceSpec, decode: WorkerSession) -> list[BlockHash]:
-        root = salted(Namespace(decode.info.namespace), sequence.cache_salt)
-        return sequence.prompt.chain(root, decode.info.block_size)
+    def wait_s(self) -> float:
+        """The least time until a new prompt has its turn; 0 where nobody is connected."""
+        decodes = self.fleet.decode
+        return self._prompt_wait_s(decodes) if decodes else 0.0
+
+    def cached_tokens(self, sequence: SequenceSpec) -> int:
+        """The longest prefix of the prompt that any one worker holds or will hold soon."""
+        decodes = self.fleet.decode
+        if not decodes:
+            return 0
+        matches = self.pool.index.match(self._chain(sequence, decodes[0]))
+        return max((present + promised for _, present, promised in matches), default=0) * decodes[0].info.block_size
+
+    def _prompt_wait_s(self, decodes: Sequence[WorkerSession]) -> float:
+        computing = [*decodes, *self.fleet.prefill] if self._disaggregate != "always" else self.fleet.prefill or decodes
+        now = time.monotonic()
+        return min(self.pool.state(session).load.wait_s(now) for session in computing)
+
+    def _hits(self, chain: Sequence[BlockHash], block_size: int) -> Hits:
+        return {
+            slot: (present * block_size, promised * block_size)
+            for slot, present, promised in self.pool.index.match(chain)
+        }
+
+    def _request(self, sequence: SequenceSpec, resumed_tokens: int, states: Sequence[WorkerState]) -> Request:
+        one_place, output_tokens = "", min(round(self.pool.output_tokens), sequence.sampling.max_tokens)
+        if sequence.pooling:
+            one_place, output_tokens = "pooling", 0
+        elif sequence.sampling.prompt_logprobs is not None:
+            one_place = "prompt_logprobs"
+        return Request(
+            prompt_tokens=len(sequence.prompt.token_ids) + resumed_tokens,
+            output_tokens=output_tokens,
+            one_place=one_place,
+            stored=self._stored(sequence, states),
+        )
+
+    def _stored(self, sequence: SequenceSpec, states: Sequence[WorkerState]) -> Stored:
+        nodes = {state.load.store_node for state in states if state.load.store_node}
+        chunk_tokens = max(state.session.info.chunk_tokens for state in states)
+        if self._store is None or not nodes or not chunk_tokens or not len(self._store):
+            return {}
+        root = salted(Namespace(states[0].session.info.namespace), sequence.cache_salt)
+        keys = [ObjectKey(key) for key in prefix_chain(root, sequence.prompt.token_ids, chunk_tokens)]
+        return self._store.reach(keys, chunk_tokens, nodes)
+
+    def _account(
+        self,
+        key: worker_pb2.RequestKey,
+        request: Request,
+        placement: Placement,
+        decode: WorkerState,
+        prefill: WorkerState | None,
+        chain: Sequence[BlockHash],
+        hits: Hits,
+        block_size: int,
+        resumed: bool,
+    ) -> None:
+        """Counts the request on its workers, before it is sent to them."""
+        for state, output_tokens in ((decode, request.output_tokens), (prefill, 0)):
+            if state is None:
+                continue
+            cached = min(sum(hits.get(state.load.slot, (0, 0))), request.prompt_tokens)
+            computes = state is prefill or prefill is None
+            work = Work(
+                state.load,
+                request.prompt_tokens,
+                output_tokens,
+                prefill_s=placement.prefill_s if computes else 0.0,
+                cached_tokens=cached,
+            )
+            source = prefill if state is decode else None
+            placed = Placed(self.pool, state, work, chain, cached // block_size, source=source, resumed=resumed)
+            state.session.watch(key, placed)
+
+    def _chain(self, sequence: SequenceSpec, worker: WorkerSession) -> list[BlockHash]:
+        root = salted(Namespace(worker.info.namespace), sequence.cache_salt)
+        return sequence.prompt.chain(root, worker.info.block_size)

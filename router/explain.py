@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.proto import worker_pb2
 
 if TYPE_CHECKING:
+    from tandem.router.attempt import Attempt
     from tandem.router.placement import Placement
 
 MAX_RECORDS = 2000
@@ -93,12 +94,11 @@ class Record:
     def granted(self) -> None:
         self.granted_s = self._now()
 
-    def placed(
-        self, choice: int, epoch: int, decode: str, prefill: str | None, placement: Placement, resumed: int
-    ) -> None:
+    def placed(self, choice: int, epoch: int, attempt: Attempt, resumed: int) -> None:
         if len(self.attempts) >= MAX_ATTEMPTS:
             return
-        self.attempts.append(AttemptNote(choice, epoch, self._now(), decode, prefill, placement, resumed))
+        decode, prefill = attempt.decode.name, attempt.prefill.name if attempt.prefill is not None else None
+        self.attempts.append(AttemptNote(choice, epoch, self._now(), decode, prefill, attempt.placement, resumed))
 
     def first_token(self, choice: int, report: worker_pb2.PromptReport) -> None:
         if (note := self._latest(choice)) is not None:

@@ -8,12 +8,17 @@ per choice, so a slow client costs fewer, larger writes and bounded memory.
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
+from tandem.router.admission import Waiting
 from tandem.router.choice import CallContext, CallSpec, Choice, Delta
+
+log = logging.getLogger(__name__)
 
 MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 """A client that leaves this much unread is cut off. An upper estimate, see `Choice.buffered_bytes`."""
@@ -47,6 +52,8 @@ class Call:
         self._silent = False
         self._closed = False
         self._timers: list[asyncio.TimerHandle] = []
+        self._ticket = self._make_ticket()
+        self._uncached_tokens = 0
         self._retries: set[asyncio.Task[None]] = set()
 
     @property
@@ -55,12 +62,13 @@ class Call:
         return self._unfinished == 0 and not self._ready
 
     def start(self) -> None:
-        """Submits every choice. Raises TandemError `unavailable` without a decode worker."""
+        """Joins the queue before the workers; where there is room every choice is submitted at once.
+
+        Raises TandemError `overloaded`, or `unavailable` without a decode worker."""
         self._timers.append(self._loop.call_later(max(0.0, self.deadline - time.monotonic()), self._expire))
         if self.spec.streaming:
             self._timers.append(self._loop.call_later(self.context.keepalive_s, self._tick))
-        for choice in self.choices:
-            choice.submit()
+        self.context.admission.submit(self._ticket)
 
     async def next(self) -> list[Delta]:
         """New deltas in order of arrival; [] after a silence (send a keep-alive) or at the end (see `finished`).
@@ -121,19 +129,62 @@ class Call:
         if self.spec.streaming or self._unfinished == 0:
             self._wake()
 
-    def retry(self, choice: Choice, reason: str) -> None:
-        self._ready.pop(choice.index, None)
-        task = self._loop.create_task(self._retry(choice, reason))
+    def prompt_computed(self, choice: Choice) -> None:
+        self._uncached_tokens += len(choice.spec.sequence.prompt.token_ids) - sum(choice.cached_by_tier.values())
+        self.context.admission.computed(self._ticket, self._uncached_tokens)
+
+    def produced(self, tokens: int) -> None:
+        self.context.admission.produced(self._ticket, tokens)
+
+    def retry(self, choice: Choice, reason: str, *, fault: bool) -> None:
+        task = self._loop.create_task(self._retry(choice, reason, fault))
         self._retries.add(task)
         task.add_done_callback(self._retries.discard)
 
-    async def _retry(self, choice: Choice, reason: str) -> None:
-        wait_s = min(self.context.worker_wait_s, self.deadline - time.monotonic())
-        try:
-            await self.context.dispatcher.fleet.wait_for_decode(wait_s, choice.avoid)
+    async def _retry(self, choice: Choice, reason: str, fault: bool) -> None:
+        """Submits `choice` again. After a fault that takes a pause and a place in the budget; a worker that left in
+        good order costs neither."""
+        context, setbacks = self.context, choice.setbacks
+        give_up_at = min((setbacks.since or time.monotonic()) + context.worker_wait_s, self.deadline)
+        while True:
+            if fault:
+                await asyncio.sleep(setbacks.next_pause_s(random.random()))
+            try:
+                await context.dispatcher.fleet.wait_for_decode(give_up_at - time.monotonic(), setbacks.avoid)
+                if not fault or context.retries.take(time.monotonic()):
+                    choice.submit()
+                    context.metrics.retries.inc()
+                    return
+            except TandemError as error:
+                log.debug("request %s has no worker yet: %s", self.spec.request_id, error)
+            except Exception:
+                log.exception("request %s could not be started again", self.spec.request_id)
+                self.fail(TandemError("internal", "an internal error; the router's log has more"))
+                return
+            if time.monotonic() >= give_up_at:
+                self.fail(choice.lost(reason))
+                return
+            fault = True
+
+    def _make_ticket(self) -> Waiting:
+        sequence = self.spec.choices[0].sequence
+        prompts = {id(choice.sequence.prompt): choice.sequence.prompt for choice in self.spec.choices}
+        return Waiting(
+            tenant=sequence.caller.tenant,
+            weight=sequence.caller.weight,
+            priority=sequence.priority,
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts.values()),
+            deadline=self.deadline,
+            cached_tokens=lambda: self.context.dispatcher.cached_tokens(sequence),
+            granted=self._granted,
+            refused=self.fail,
+        )
+
+    def _granted(self) -> None:
+        self.spec.record.granted()
+        for choice in self.choices:
+            self.context.retries.request()
             choice.submit()
-        except TandemError:
-            self.fail(TandemError("worker_lost", f"the decode worker was lost ({reason})", retry_after_s=1.0))
 
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()
@@ -159,6 +210,7 @@ class Call:
         self.fail(TandemError("deadline_exceeded", f"not finished within {self.context.timeout_s:g} s"))
 
     def _release(self) -> None:
+        self.context.admission.cancel(self._ticket)
         for timer in self._timers:
             timer.cancel()
         for task in self._retries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,8 @@ from grpc_reflection.v1alpha import reflection
 
 from tandem.common.errors import ConfigError, TandemError
 from tandem.proto import inference_pb2, inference_pb2_grpc
-from tandem.router.api_keys import ANYBODY, ApiKeys, Caller
+from tandem.router.accounts import Accounts
+from tandem.router.caller import ANYBODY, Caller
 from tandem.router.choice import ChoiceSpec, Delta, with_seeds
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import MAX_N
@@ -30,6 +32,7 @@ from tandem.router.sampling_fields import (
 )
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
+from tandem.router.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +56,20 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    def __init__(self, service: Service, api_keys: ApiKeys | None) -> None:
+    def __init__(self, service: Service, tenants: Tenants | None, accounts: Accounts) -> None:
         self._service = service
-        self._api_keys = api_keys
+        self._tenants = tenants
+        self._accounts = accounts
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         arrived = time.monotonic()
         request_id = uuid.uuid4().hex
+        caller = ANYBODY
         try:
             caller = self._authenticate(context)
+            self._accounts.limits.check(caller)
             self._service.check_load()
             choices = await self._choices(request, caller)
             with self._service.call(
@@ -83,6 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 ),
             )
         except TandemError as error:
+            self._accounts.refused(caller, error)
             await _abort(context, error)
 
     async def Tokenize(
@@ -113,7 +120,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort(context, error)
 
     def _authenticate(self, context: Context) -> Caller:
-        return ANYBODY if self._api_keys is None else self._api_keys.check(_metadata(context, "authorization"))
+        if self._tenants is None:
+            return ANYBODY
+        return self._tenants.authenticate(_metadata(context, "authorization"))
 
     async def _choices(self, request: inference_pb2.GenerateRequest, caller: Caller) -> list[ChoiceSpec]:
         model = self._service.model
@@ -141,7 +150,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         sampling = sampling_params(
             fields, defaults=model.defaults, vocab_size=model.vocab_size, max_tokens=max_tokens, logprobs=logprobs
         )
-        spec = ChoiceSpec(SequenceSpec(prompt, sampling, caller), stop=stop_strings(fields), keep_tokens=True)
+        sequence = SequenceSpec(prompt, sampling, caller, priority=caller.priority(None))
+        spec = ChoiceSpec(sequence, stop=stop_strings(fields), keep_tokens=True)
         return with_seeds(spec, fields.n or 1)
 
     async def _prompt(self, request: inference_pb2.GenerateRequest) -> Prompt:
@@ -162,11 +172,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 class GrpcServer:
     """The public service on a port of its own."""
 
-    def __init__(self, service: Service, api_keys: ApiKeys | None, host: str, port: int) -> None:
-        self._server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", service.config.max_body_bytes), ("grpc.so_reuseport", 0)]
-        )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(service, api_keys), self._server)
+    def __init__(
+        self,
+        service: Service,
+        tenants: Tenants | None,
+        accounts: Accounts,
+        host: str,
+        port: int,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """`shared`: other processes may listen on the same port."""
+        options = [
+            ("grpc.max_receive_message_length", service.config.max_body_bytes),
+            ("grpc.so_reuseport", int(shared)),
+        ]
+        self._server = grpc.aio.server(options=options)
+        servicer = InferenceService(service, tenants, accounts)
+        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -208,9 +231,11 @@ def _metadata(context: Context, name: str) -> str:
 
 
 async def _abort(context: Context, error: TandemError) -> NoReturn:
-    """Code and field travel as trailing metadata, as HTTP's body has them."""
+    """Code, field and Retry-After travel as trailing metadata, as HTTP has them in body and header."""
     trailing = [("tandem-error", error.code)]
     if error.param:
         trailing.append(("tandem-param", error.param))
+    if error.retry_after_s is not None:
+        trailing.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
     await context.abort(grpc.StatusCode[error.kind.grpc_code], error.message[:500], tuple(trailing))
     raise error  # abort has raised already

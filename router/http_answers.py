@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -11,17 +13,15 @@ import msgspec
 from tandem.common.errors import TandemError
 from tandem.router.choice import Choice, Delta
 from tandem.router.generate import Call, Usage
-from tandem.router.http_errors import error_body
 from tandem.router.http_exchange import ClientGone, Exchange
 
 KEEPALIVE = b": keep-alive\n\n"
-DONE = b"data: [DONE]\n\n"
 STALLED_S = 30.0
 """After its deadline a call may take this long to reach a client that reads slowly."""
 
 
 class Format(Protocol):
-    """Writes the OpenAI shapes of one request."""
+    """Writes the shapes of one request in the API that it came by."""
 
     def opening(self) -> bytes:
         """Events before any token."""
@@ -30,7 +30,10 @@ class Format(Protocol):
         """Events for what is new of one choice."""
 
     def ending(self, usage: Usage) -> bytes:
-        """Events after the last choice has ended, without [DONE]."""
+        """Events after the last choice has ended."""
+
+    def failure(self, error: TandemError) -> bytes:
+        """The event that ends a stream which has begun."""
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
         """The whole answer of a request that does not stream."""
@@ -38,20 +41,42 @@ class Format(Protocol):
 
 async def answer(exchange: Exchange, call: Call, shapes: Format) -> None:
     """Streams if the call does. A client that goes away ends the call. Raises TandemError before the first byte."""
+    if call.spec.streaming:
+        async with _watched(exchange, call):
+            await _stream(exchange, call, shapes)
+    else:
+        content = shapes.answer(await whole(exchange, call), call.usage())
+        if _wants_account(exchange):
+            content["explain"] = _account(call)
+        await exchange.reply_json(content)
+
+
+async def whole(exchange: Exchange, call: Call) -> list[tuple[Choice, Delta]]:
+    """All of a call that does not stream. A client that goes away ends it. Raises TandemError, ClientGone."""
+    async with _watched(exchange, call):
+        return list(zip(call.choices, await call.result(), strict=True))
+
+
+@asynccontextmanager
+async def _watched(exchange: Exchange, call: Call) -> AsyncIterator[None]:
     watcher = asyncio.create_task(_watch(exchange, call))
     try:
-        if call.spec.streaming:
-            await _stream(exchange, call, shapes)
-        else:
-            deltas = await call.result()
-            pairs = list(zip(call.choices, deltas, strict=True))
-            await exchange.reply_json(shapes.answer(pairs, call.usage()))
+        yield
     except TandemError as error:
         if isinstance(error, _Disconnected):
             raise ClientGone from error
         raise
     finally:
         watcher.cancel()
+
+
+def _wants_account(exchange: Exchange) -> bool:
+    return exchange.header(b"x-tandem-explain") == "1"
+
+
+def _account(call: Call) -> dict[str, Any]:
+    call.spec.record.finished("ok")
+    return call.spec.record.describe()
 
 
 class _Disconnected(TandemError):
@@ -72,17 +97,20 @@ async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
         async with asyncio.timeout(max(0.0, call.deadline - time.monotonic()) + STALLED_S):
             while not call.finished:
                 deltas = await call.next()
-                events = b"".join([shapes.chunks(delta) for delta in deltas]) if deltas else KEEPALIVE
+                events = b"" if started else shapes.opening()
+                events += b"".join([shapes.chunks(delta) for delta in deltas]) if deltas else KEEPALIVE
                 if not started:
                     started = True
                     await exchange.start_events()
-                    events = shapes.opening() + events
                 if call.finished:
-                    events += shapes.ending(call.usage()) + DONE
+                    if _wants_account(exchange):
+                        account = {"object": "tandem.explain", "choices": [], "explain": _account(call)}
+                        events += b"data: " + msgspec.json.encode(account) + b"\n\n"
+                    events += shapes.ending(call.usage())
                 await exchange.send_events(events, last=call.finished)
     except TandemError as error:
         if isinstance(error, _Disconnected) or not started:
             raise
-        await exchange.send_events(b"data: " + msgspec.json.encode(error_body(error)) + b"\n\n", last=True)
+        await exchange.send_events(shapes.failure(error), last=True)
     except TimeoutError as error:
         raise ClientGone from error

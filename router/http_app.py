@@ -7,12 +7,17 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from tandem.common.errors import TandemError
-from tandem.router import http_contexts, http_explain, http_info
-from tandem.router.api_keys import ApiKeys
+from tandem.router import http_contexts, http_explain, http_info, http_usage
+from tandem.router.accounts import Accounts
+from tandem.router.batch import http_batches, http_files
 from tandem.router.http_chat import chat_completions
 from tandem.router.http_completions import completions
+from tandem.router.http_embeddings import embeddings
 from tandem.router.http_exchange import ClientGone, Exchange, Headers
+from tandem.router.http_messages import messages
+from tandem.router.http_responses import responses
 from tandem.router.service import Service
+from tandem.router.tenants import Tenants
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
@@ -24,8 +29,14 @@ Handler = Callable[[Exchange, Service], Awaitable[None]]
 ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/completions": {"POST": completions},
     "/v1/chat/completions": {"POST": chat_completions},
+    "/v1/embeddings": {"POST": embeddings},
+    "/v1/responses": {"POST": responses},
+    "/v1/messages": {"POST": messages},
     "/v1/contexts": {"GET": http_contexts.list_contexts, "POST": http_contexts.create},
+    "/v1/files": {"GET": http_files.list_files, "POST": http_files.upload},
+    "/v1/batches": {"GET": http_batches.list_batches, "POST": http_batches.create},
     "/v1/models": {"GET": http_info.models},
+    "/v1/usage": {"GET": http_usage.usage},
     "/tokenize": {"POST": http_info.tokenize},
     "/detokenize": {"POST": http_info.detokenize},
     "/healthz": {"GET": http_info.healthz},
@@ -36,15 +47,21 @@ ROUTES: dict[str, dict[str, Handler]] = {
 }
 OPEN_PATHS = frozenset({"/healthz", "/health", "/readyz"})
 """Need no API key: probes have none."""
-GENERATING = frozenset({"/v1/completions", "/v1/chat/completions"})
+ADMIN_PATHS = frozenset({"/metrics"})
+"""Tell of all tenants: where some tenant is `admin`, only those may read them."""
+GENERATING = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+)
 
 
 class HttpApp:
     """An ASGI application."""
 
-    def __init__(self, service: Service, api_keys: ApiKeys | None) -> None:
+    def __init__(self, service: Service, tenants: Tenants | None, accounts: Accounts) -> None:
+        """`tenants` None: everybody may come in."""
         self._service = service
-        self._api_keys = api_keys
+        self._tenants = tenants
+        self._accounts = accounts
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         if scope["type"] != "http":
@@ -64,17 +81,19 @@ class HttpApp:
         headers: Headers = []
         try:
             handlers = _route(exchange.path)
-            if self._api_keys is not None and exchange.path not in OPEN_PATHS:
-                exchange.caller = self._api_keys.check(exchange.header(b"authorization"))
+            if exchange.path not in OPEN_PATHS:
+                self._authenticate(exchange)
             handler = handlers.get("GET" if exchange.method == "HEAD" else exchange.method)
             if handler is None:
                 headers.append((b"allow", ", ".join(handlers).encode()))
                 takes = " or ".join(handlers)
                 raise TandemError("method_not_allowed", f"{exchange.path} takes {takes}, not {exchange.method[:16]}")
             if exchange.path in GENERATING:
+                self._accounts.limits.check(exchange.caller)
                 self._service.check_load()
             await handler(exchange, self._service)
         except TandemError as error:
+            self._accounts.refused(exchange.caller, error)
             if exchange.status:
                 raise
             await exchange.reply_error(error, headers)
@@ -85,6 +104,16 @@ class HttpApp:
             if exchange.status:
                 raise
             await exchange.reply_error(TandemError("internal", "an internal error; the router's log has more"))
+
+    def _authenticate(self, exchange: Exchange) -> None:
+        """Raises TandemError `invalid_api_key` or `permission_denied`."""
+        if self._tenants is not None:
+            given = exchange.header(b"authorization")
+            key = exchange.header(b"x-api-key")  # as Anthropic's clients send it
+            exchange.caller = self._tenants.authenticate(given or (f"Bearer {key}" if key else ""))
+            if exchange.path in ADMIN_PATHS and self._tenants.has_admin and not exchange.caller.admin:
+                raise TandemError("permission_denied", f"{exchange.path} needs a tenant with `admin: true`.")
+        exchange.accounts = self._accounts
 
 
 def _route(path: str) -> dict[str, Handler]:
@@ -98,4 +127,8 @@ def _route(path: str) -> dict[str, Handler]:
         return {"GET": http_explain.request_account}
     if path.startswith("/v1/contexts/"):
         return {"GET": http_contexts.get, "DELETE": http_contexts.drop}
+    if path.startswith("/v1/files/"):
+        return http_files.by_id(path)
+    if path.startswith("/v1/batches/"):
+        return http_batches.by_id(path)
     raise TandemError("not_found", f"there is no {path[:64]!r} here")

@@ -6,93 +6,47 @@ from typing import Any
 
 import msgspec
 
-from tandem.common.errors import TandemError
-from tandem.router.choice import Choice, ChoiceSpec, Delta, with_seeds
-from tandem.router.dispatch import SequenceSpec
+from tandem.router.chat_request import ChatPlan, plan_chat
+from tandem.router.choice import Choice, Delta, with_seeds
 from tandem.router.generate import Usage
 from tandem.router.http_answers import answer
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_logprobs import chat_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import ChatBody
-from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
 from tandem.router.service import Service
+from tandem.router.tools.events import CallArguments, CallStart, Event, Text, collect
 
 _DECODER = msgspec.json.Decoder(ChatBody)
 
 
 async def chat_completions(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_DECODER)
-    service.model.check_name(body.model)
-    body.check()
-    text = service.model.render_chat(
-        body.template_messages(),
-        add_generation_prompt=body.add_generation_prompt,
-        **_template_variables(body.chat_template_kwargs),
-    )
-    prompt = await service.model.text_prompt(text, param="messages", add_special_tokens=False)
-    completion_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    max_tokens = output_tokens(
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-        default=None,
-        prompt_tokens=len(prompt.token_ids),
-        max_model_len=service.max_model_len,
-        param=completion_param,
-        prompt_param="messages",
-    )
-    sampling = sampling_params(
-        body,
-        defaults=service.model.defaults,
-        vocab_size=service.model.vocab_size,
-        max_tokens=max_tokens,
-        logprobs=_logprobs(body),
-    )
-    spec = ChoiceSpec(
-        SequenceSpec(prompt, sampling, exchange.caller, body.cache_salt or "", body.priority or 0),
-        stop=stop_strings(body),
-        include_stop=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
-        keep_tokens=bool(body.return_token_ids) or sampling.logprobs is not None,
-    )
-    choices = with_seeds(spec, body.n or 1)
+    plan = await plan_chat(body, service, exchange.caller)
     with service.call(
         exchange.request_id,
-        choices,
+        with_seeds(plan.spec, body.n or 1),
         arrived=exchange.arrived,
         traceparent=exchange.traceparent,
         streaming=bool(body.stream),
     ) as call:
-        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, spec))
-
-
-def _logprobs(body: ChatBody) -> int | None:
-    in_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
-    if not body.logprobs:
-        if body.top_logprobs:
-            raise invalid("top_logprobs", "needs logprobs: true")
-        return None
-    return body.top_logprobs or 0
-
-
-def _template_variables(variables: dict[str, Any] | None) -> dict[str, Any]:
-    for name in ("messages", "add_generation_prompt", "self"):
-        if variables and name in variables:
-            raise TandemError(
-                "invalid_request", f"chat_template_kwargs must not set {name}", param="chat_template_kwargs"
-            )
-    return variables or {}
+        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, plan))
 
 
 class ChatShapes(Shapes):
     """Events and answers of one chat request."""
 
-    def __init__(self, request_id: str, service: Service, body: ChatBody, spec: ChoiceSpec) -> None:
+    def __init__(self, request_id: str, service: Service, body: ChatBody, plan: ChatPlan) -> None:
         super().__init__(f"chatcmpl-{request_id}", "chat.completion", service, include_usage=body.include_usage)
         self._num_choices = body.n or 1
         self._top = body.top_logprobs or 0
         self._logprobs = bool(body.logprobs)
         self._token_ids = bool(body.return_token_ids)
-        self._prompt_ids = spec.sequence.prompt.token_ids
+        self._prompt_ids = plan.spec.sequence.prompt.token_ids
+        self._tools = plan.tools
+        self._parsers = [plan.tools.parser() for _ in range(self._num_choices)] if plan.tools else []
+        self._called: set[int] = set()
+        """Choices that have called a function."""
 
     def opening(self) -> bytes:
         events: list[bytes] = []
@@ -108,6 +62,8 @@ class ChatShapes(Shapes):
         return b"".join(events)
 
     def chunks(self, delta: Delta) -> bytes:
+        if self._tools is not None:
+            return self._chunks_with_tools(delta)
         events = b""
         detailed = bool(delta.piece.token_ids)
         if delta.piece.text and not detailed:
@@ -124,14 +80,27 @@ class ChatShapes(Shapes):
             events += self.event([choice])
         return events
 
+    def _chunks_with_tools(self, delta: Delta) -> bytes:
+        """At most one event for what is new, then one for the end."""
+        parts = self._parsed(delta)
+        content = self._delta_of(parts)
+        events = b""
+        if content or delta.piece.token_ids:
+            events = self.event([self._detailed(delta, content, None)])
+        if delta.finish_reason is not None:
+            choice = {"index": delta.index, "delta": {}, "logprobs": None, "finish_reason": self._finish(delta)}
+            choice["stop_reason"] = delta.stop_reason
+            events += self.event([choice])
+        return events
+
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for _, delta in deltas:
             choice: dict[str, Any] = {
                 "index": delta.index,
-                "message": {"role": "assistant", "content": delta.piece.text, "refusal": None},
+                "message": self._message(delta),
                 "logprobs": self._logprobs_of(delta),
-                "finish_reason": delta.finish_reason,
+                "finish_reason": self._finish(delta),
                 "stop_reason": delta.stop_reason,
             }
             if self._token_ids:
@@ -140,7 +109,57 @@ class ChatShapes(Shapes):
         extra = {"prompt_token_ids": self._prompt_ids} if self._token_ids else {}
         return {**self.head, "choices": choices, "usage": usage_object(usage), **extra}
 
-    def _detailed(self, delta: Delta, content: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
+    def _message(self, delta: Delta) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": delta.piece.text, "refusal": None}
+        if self._tools is not None:
+            text, calls = collect(self._parsed(delta))
+            if calls:
+                message["content"] = text or None
+                message["tool_calls"] = [
+                    {
+                        "id": self._tools.format.new_id(),
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for call in calls
+                ]
+        return message
+
+    def _parsed(self, delta: Delta) -> list[Event]:
+        parser = self._parsers[delta.index]
+        events = parser.feed(delta.piece.text)
+        if delta.finish_reason is not None:
+            events += parser.finish()
+        if any(isinstance(event, CallStart) for event in events):
+            self._called.add(delta.index)
+        return events
+
+    def _delta_of(self, events: list[Event]) -> dict[str, Any]:
+        """One delta: its text, and of each call what is new."""
+        assert self._tools is not None
+        texts: list[str] = []
+        calls: dict[int, dict[str, Any]] = {}
+        for event in events:
+            match event:
+                case Text(text):
+                    texts.append(text)
+                case CallStart(index, name):
+                    function = {"name": name, "arguments": ""}
+                    call_id = self._tools.format.new_id()
+                    calls[index] = {"index": index, "id": call_id, "type": "function", "function": function}
+                case CallArguments(index, text):
+                    call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += text
+        delta: dict[str, Any] = {"content": "".join(texts)} if texts else {}
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return delta
+
+    def _finish(self, delta: Delta) -> str | None:
+        called = delta.finish_reason == "stop" and delta.index in self._called
+        return "tool_calls" if called else delta.finish_reason
+
+    def _detailed(self, delta: Delta, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index,
             "delta": content,

@@ -6,9 +6,11 @@ from typing import Any
 
 import msgspec
 
+from tandem.common.sampling import Constraint
 from tandem.proto.worker_pb2 import TokenLogprobs
-from tandem.router.api_keys import Caller
+from tandem.router.caller import Caller
 from tandem.router.choice import Choice, ChoiceSpec, Delta, with_seeds
+from tandem.router.constraints import constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.generate import Usage
 from tandem.router.http_answers import answer
@@ -36,9 +38,10 @@ async def completions(exchange: Exchange, service: Service) -> None:
     prompts = await _prompts_after_context(body, service, exchange.caller)
     if len(prompts) * n > MAX_CHOICES:
         raise invalid("prompt", f"x n may make at most {MAX_CHOICES} choices, got {len(prompts) * n}")
+    constraint = await constraint_of(body)
     choices: list[ChoiceSpec] = []
     for prompt in prompts:
-        choices += with_seeds(_spec(body, prompt, service, exchange.caller), n)
+        choices += with_seeds(_spec(body, prompt, service, exchange.caller, constraint), n)
     with service.call(
         exchange.request_id,
         choices,
@@ -83,7 +86,9 @@ async def _prompts(
     raise invalid("prompt", "must be a string, strings, token ids, or lists of token ids, not a mixture")
 
 
-def _spec(body: CompletionBody, prompt: Prompt, service: Service, caller: Caller) -> ChoiceSpec:
+def _spec(
+    body: CompletionBody, prompt: Prompt, service: Service, caller: Caller, constraint: Constraint | None
+) -> ChoiceSpec:
     score_only = bool(body.echo) and body.max_tokens == 0
     max_tokens = output_tokens(
         1 if score_only else body.max_tokens,
@@ -100,9 +105,10 @@ def _spec(body: CompletionBody, prompt: Prompt, service: Service, caller: Caller
         max_tokens=max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        constraint=constraint,
     )
     return ChoiceSpec(
-        SequenceSpec(prompt, sampling, caller, body.cache_salt or "", body.priority or 0),
+        SequenceSpec(prompt, sampling, caller, body.cache_salt or "", caller.priority(body.priority)),
         stop=stop_strings(body),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,

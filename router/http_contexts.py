@@ -12,7 +12,7 @@ from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.kvstore.identity import Namespace, salted
 from tandem.proto import kvnode_pb2
-from tandem.router.api_keys import Caller
+from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
 from tandem.router.contexts import ContextClient, unknown
 from tandem.router.dispatch import SequenceSpec

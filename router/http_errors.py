@@ -1,20 +1,37 @@
-"""Errors as OpenAI writes them."""
+"""Errors as OpenAI writes them, and as Anthropic does."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from tandem.common.errors import TandemError
 
 MAX_MESSAGE_CHARACTERS = 500
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""By HTTP status."""
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.{0,200}?)`$")
 _MISSING = re.compile(r"required field `(\w{1,64})`")
 
 
-def error_body(error: TandemError) -> dict[str, dict[str, str | None]]:
+def error_body(error: TandemError, path: str = "") -> dict[str, Any]:
+    """`path`: of the request; Anthropic's clients get errors in their own shape."""
+    if path == ANTHROPIC_PATH:
+        return anthropic_error(error)
     return {
         "error": {
             "message": error.message[:MAX_MESSAGE_CHARACTERS],
@@ -23,6 +40,24 @@ def error_body(error: TandemError) -> dict[str, dict[str, str | None]]:
             "code": error.code,
         }
     }
+
+
+def anthropic_error(error: TandemError) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(error.kind.http_status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message[:MAX_MESSAGE_CHARACTERS]}}
+
+
+def renamed(error: TandemError, names: Sequence[tuple[str, str]]) -> TandemError:
+    """The same error for a client of another API. `names`: prefixes of our field names, as patterns, and theirs."""
+    old = error.param
+    if old is None:
+        return error
+    for pattern, replacement in names:
+        new, found = re.subn(rf"^{pattern}(?![a-z_])", replacement, old)
+        if found:
+            message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
+            return TandemError(error.code, message, param=new, retry_after_s=error.retry_after_s)
+    return error
 
 
 def error_headers(error: TandemError) -> list[tuple[bytes, bytes]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.router.api_keys import ANYBODY
+from tandem.router.accounts import Accounts
+from tandem.router.caller import ANYBODY
 from tandem.router.http_errors import error_body, error_headers, from_decode_error
 
 if TYPE_CHECKING:  # uvicorn keeps them private
@@ -36,9 +40,12 @@ class Exchange:
         self.arrived = time.monotonic()
         self.caller = ANYBODY
         """Set once the API key is checked."""
+        self.accounts: Accounts | None = None
+        """Whose limits the answer tells the caller; None: of none."""
         self.status = 0
         """Of the answer; 0 until it has begun."""
         self._headers = dict(scope["headers"])
+        self._query_string = scope["query_string"]
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
@@ -74,6 +81,26 @@ class Exchange:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
+    def query(self) -> dict[str, str]:
+        """Parameters of the URL; the last one of a name counts."""
+        return dict(parse_qsl(self._query_string.decode("latin-1"), keep_blank_values=True))
+
+    async def parts(self, *, stalled_s: float) -> AsyncIterator[bytes]:
+        """The body as it comes, for readers that bound it themselves.
+
+        Raises ClientGone, also where nothing comes for `stalled_s`.
+        """
+        more = True
+        while more:
+            try:
+                message = await asyncio.wait_for(self._receive(), stalled_s)
+            except TimeoutError as error:
+                raise ClientGone from error
+            if message["type"] != "http.request":
+                raise ClientGone
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
+
     async def decode(self, decoder: msgspec.json.Decoder[T]) -> T:
         """Raises TandemError `invalid_request` naming the field."""
         body = await self.body()
@@ -101,13 +128,26 @@ class Exchange:
         )
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
+    async def reply_parts(
+        self, parts: AsyncIterator[bytes], *, length: int, content_type: bytes, stalled_s: float
+    ) -> None:
+        """A long answer. Raises ClientGone where the client takes nothing for `stalled_s`."""
+        await self._start(200, [(b"content-type", content_type), (b"content-length", str(length).encode())])
+        try:
+            async for part in parts:
+                sending = self._send({"type": "http.response.body", "body": part, "more_body": True})
+                await asyncio.wait_for(sending, stalled_s)
+        except TimeoutError as error:
+            raise ClientGone from error
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def reply_json(self, value: Any, *, status: int = 200, headers: Headers | None = None) -> None:
         await self.reply(msgspec.json.encode(value), status=status, headers=headers)
 
     async def reply_error(self, error: TandemError, headers: Headers | None = None) -> None:
         """The rest of an unread body is discarded by the server: closing at once could destroy the answer."""
         all_headers = error_headers(error) + (headers or [])
-        await self.reply_json(error_body(error), status=error.kind.http_status, headers=all_headers)
+        await self.reply_json(error_body(error, self.path), status=error.kind.http_status, headers=all_headers)
 
     async def start_events(self) -> None:
         await self._start(
@@ -125,6 +165,8 @@ class Exchange:
     async def _start(self, status: int, headers: Headers) -> None:
         self.status = status
         headers.append((b"x-request-id", self.request_id.encode()))
+        if self.accounts is not None and not self.caller.rates.unlimited:
+            headers += self.accounts.limits.headers(self.caller)
         await self._send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
 
     def _too_large(self) -> TandemError:

@@ -8,7 +8,7 @@ import msgspec
 
 import tandem
 from tandem.router.http_exchange import Exchange
-from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages
+from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages, template_variables
 from tandem.router.metrics import CONTENT_TYPE
 from tandem.router.sampling_fields import invalid
 from tandem.router.service import Service
@@ -37,7 +37,7 @@ async def tokenize(exchange: Exchange, service: Service) -> None:
         text = model.render_chat(
             template_messages(body.messages),
             add_generation_prompt=body.add_generation_prompt,
-            **(body.chat_template_kwargs or {}),
+            **template_variables(body.chat_template_kwargs),
         )
         add_special_tokens = bool(body.add_special_tokens)
     else:

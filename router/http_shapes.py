@@ -7,8 +7,12 @@ from typing import Any
 
 import msgspec
 
+from tandem.common.errors import TandemError
 from tandem.router.generate import Usage
+from tandem.router.http_errors import error_body
 from tandem.router.service import Service
+
+DONE = b"data: [DONE]\n\n"
 
 _encode = msgspec.json.encode
 
@@ -44,8 +48,11 @@ class Shapes:
 
     def ending(self, usage: Usage) -> bytes:
         if not self._include_usage:
-            return b""
-        return self.event([], usage=usage_object(usage))
+            return DONE
+        return self.event([], usage=usage_object(usage)) + DONE
+
+    def failure(self, error: TandemError) -> bytes:
+        return b"data: " + _encode(error_body(error)) + b"\n\n"
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from tandem.common.errors import TandemError
-from tandem.router.sampling_fields import SamplingFields, in_range, invalid
+from tandem.router.constraints import ConstraintFields
+from tandem.router.sampling_fields import in_range, invalid
+from tandem.router.tools.choice import Tool, ToolChoice
 
 MAX_CHOICES = 64
 """Prompts x n of one request."""
@@ -22,7 +23,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class GenerationBody(SamplingFields, kw_only=True):
+class GenerationBody(ConstraintFields, kw_only=True):
     """What completions and chat share."""
 
     model: str | None = None
@@ -32,12 +33,6 @@ class GenerationBody(SamplingFields, kw_only=True):
     user: str | None = None
 
     best_of: int | None = None
-    response_format: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    structured_outputs: Any = None
     use_beam_search: bool | None = None
 
     @property
@@ -51,18 +46,7 @@ class GenerationBody(SamplingFields, kw_only=True):
             raise invalid("stream_options", "is only allowed with stream: true")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise invalid("best_of", "is not supported; leave it out or make it equal to n")
-        kind = self.response_format.get("type") if isinstance(self.response_format, dict) else self.response_format
-        if kind not in (None, "text"):
-            raise invalid("response_format", "is not supported other than text")
-        refuse(
-            self,
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "structured_outputs",
-            "use_beam_search",
-        )
+        refuse(self, "use_beam_search")
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -86,11 +70,25 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(msgspec.Struct):
+    function: CalledFunction
+    id: str = ""
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    """Of a message with role tool: the call that it answers."""
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -101,8 +99,9 @@ class ChatBody(GenerationBody, kw_only=True):
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
 
-    tools: Any = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None
@@ -116,15 +115,14 @@ class ChatBody(GenerationBody, kw_only=True):
         GenerationBody.check(self)
         if not self.messages:
             raise invalid("messages", "must not be empty")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise invalid("tool_choice", "is not supported")
         if self.modalities not in (None, [], ["text"]):
             raise invalid("modalities", "is not supported other than text")
         if self.context is not None:
             raise invalid("context", "is not supported here; use /v1/completions")
-        refuse(
-            self, "tools", "functions", "function_call", "audio", "continue_final_message", "chat_template", "documents"
-        )
+        for name in ("functions", "function_call"):
+            if getattr(self, name):
+                raise invalid(name, "is not supported; use tools and tool_choice")
+        refuse(self, "audio", "continue_final_message", "chat_template", "documents")
 
     def template_messages(self) -> list[dict[str, Any]]:
         return template_messages(self.messages)
@@ -165,21 +163,45 @@ def refuse(body: Any, *names: str) -> None:
             raise invalid(name, "is not supported")
 
 
+def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:
+    """A request's own variables for the template. Raises TandemError where it sets one of ours."""
+    for name in ("messages", "add_generation_prompt", "self", "tools"):
+        if given and name in given:
+            raise invalid("chat_template_kwargs", f"must not set {name}")
+    return given or {}
+
+
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """What a chat template takes. Text parts are joined by line breaks, as vLLM does."""
+    """What a chat template takes. Text parts are joined by line breaks, as vLLM does; arguments become objects."""
     result: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
-        refuse_tool_calls = f"messages[{index}].tool_calls"
-        if message.tool_calls:
-            raise TandemError("invalid_request", f"{refuse_tool_calls} is not supported", param=refuse_tool_calls)
-        if message.content is None:
+        if message.tool_calls and message.role != "assistant":
+            raise invalid(f"messages[{index}].tool_calls", f"cannot belong to role {message.role}")
+        if message.content is None and not message.tool_calls:
             raise invalid(f"messages[{index}].content", "is required")
         role = "system" if message.role == "developer" else message.role
-        entry: dict[str, Any] = {"role": role, "content": _text_of(message.content, index)}
+        entry: dict[str, Any] = {"role": role, "content": _text_of(message.content or "", index)}
         if message.name is not None:
             entry["name"] = message.name
+        if message.tool_call_id is not None:
+            entry["tool_call_id"] = message.tool_call_id
+        if message.tool_calls:
+            entry["tool_calls"] = [
+                _template_call(call, f"messages[{index}].tool_calls[{position}]")
+                for position, call in enumerate(message.tool_calls)
+            ]
         result.append(entry)
     return result
+
+
+def _template_call(call: ToolCall, param: str) -> dict[str, Any]:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}")
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise invalid(f"{param}.function.arguments", "must be a JSON object, as text")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 def _text_of(content: str | list[ContentPart], index: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.common.sampling import SamplingParams
+from tandem.common.sampling import Constraint, SamplingParams
 from tandem.router.served_model import SamplingDefaults
 
 MAX_LOGPROBS = 20
@@ -109,6 +109,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
     """Raises TandemError `invalid_request` naming the first field that is out of range."""
     in_range("temperature", fields.temperature, 0, 2)
@@ -144,6 +145,7 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=tuple(fields.stop_token_ids or ()),
         ignore_eos=bool(fields.ignore_eos),
+        constraint=constraint,
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
+from tandem.common.fairness import ServiceCounters
 from tandem.kvstore.dataplane.auth import read_secret
+from tandem.router.accounts import Accounts, Charge
+from tandem.router.admission import Admission
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
 from tandem.router.contexts import ContextClient
 from tandem.router.dispatch import Dispatcher
@@ -23,36 +27,72 @@ from tandem.router.metrics import RouterMetrics
 from tandem.router.served_model import ServedModel
 from tandem.router.settings import RouterConfig
 from tandem.router.siblings import Siblings
+from tandem.router.store_view import StoreView
 from tandem.router.workers import Fleet
+
+if TYPE_CHECKING:
+    from tandem.router.batch.lane import BatchLane
+
+PUMP_S = 0.02
+"""Between two looks at whether those who wait can go on."""
 
 
 class Service:
     def __init__(
-        self, config: RouterConfig, model: ServedModel, fleet: Fleet, metrics: RouterMetrics, siblings: Siblings
+        self,
+        config: RouterConfig,
+        model: ServedModel,
+        fleet: Fleet,
+        metrics: RouterMetrics,
+        accounts: Accounts,
+        counters: ServiceCounters,
+        siblings: Siblings,
     ) -> None:
         self.config = config
         self.model = model
         self.fleet = fleet
         self.metrics = metrics
-        self.contexts = ContextClient(config.kv_store, read_secret(config.kv_secret_file)) if config.kv_store else None
+        secret = read_secret(config.kv_secret_file)
+        self.contexts = ContextClient(config.kv_store, secret) if config.kv_store else None
         """None: this router keeps no named contexts."""
+        self.accounts = accounts
         self.siblings = siblings
         self.explain = Explain()
+        self.batches: BatchLane | None = None
+        """None: this router keeps no files."""
+        directory = config.kv_directory or config.kv_store
+        self.store = StoreView.open(directory, secret) if directory else None
+        """None: where the KV store holds what is not known here."""
         self.draining = False
         self._router_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._in_flight = 0
         siblings.on("metrics", lambda _: metrics.text().decode())
+        siblings.on("usage", lambda question: accounts.usage.report(question["tenant"]))
         siblings.on("request", lambda question: _account(self.explain, question))
+        dispatcher = Dispatcher(fleet, metrics, config.disaggregate, self.store)
+        self.admission = Admission(
+            counters,
+            max_requests=config.max_queued_requests,
+            max_tokens=config.max_queued_tokens,
+            room=dispatcher.room,
+            wait_s=dispatcher.wait_s,
+            ttft_slo_s=config.ttft_slo_s,
+        )
         self._tracing = telemetry.tracing_enabled()
         self._context = CallContext(
-            dispatcher=Dispatcher(fleet, metrics, config.disaggregate),
+            dispatcher=dispatcher,
             metrics=metrics,
             text=model.text,
             timeout_s=config.request_timeout_s,
             worker_wait_s=config.worker_wait_s,
             keepalive_s=config.keepalive_s,
+            admission=self.admission,
         )
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
 
     @property
     def ready(self) -> bool:
@@ -91,29 +131,57 @@ class Service:
             kind=SpanKind.SERVER,
             attributes={"tandem.request_id": request_id, "tandem.choices": len(choices)} if self._tracing else None,
         )
+        sequence = choices[0].sequence
+        record = self.explain.begin(
+            request_id, sequence.caller.tenant, arrived, len(sequence.prompt.token_ids), len(choices)
+        )
         spec = CallSpec(
             request_id=f"{request_id}.{self._router_id}{next(self._numbers):x}",
             choices=choices,
+            record=record,
             arrived=arrived,
             traceparent=telemetry.traceparent_of(span) if self._tracing else traceparent,
             streaming=streaming,
         )
         call = Call(spec, self._context)
+        charge: Charge | None = None
         self._in_flight += len(choices)
         self.metrics.in_flight.set(self._in_flight)
         try:
+            charge = self.accounts.open(self.model.name, choices)
             call.start()
             yield call
         except TandemError as error:
+            record.finished(error.code)
+            if charge is not None:
+                charge.fail(error)
             span.set_status(Status(StatusCode.ERROR, error.code))
             raise
         finally:
             call.close()
+            usage = call.usage()
+            if record.finished_s is None:
+                record.finished(call.error.code if call.error is not None else "ok" if call.finished else "cancelled")
+            if charge is not None:
+                charge.close(usage, call.error)
             span.end()
             self._in_flight -= len(choices)
             self.metrics.in_flight.set(self._in_flight)
-            self.metrics.prompt_tokens.inc(call.usage().prompt_tokens)
+            self.metrics.prompt_tokens.inc(usage.prompt_tokens)
             self.metrics.request_seconds.observe(time.monotonic() - arrived)
+            if self.admission.waiting_requests:
+                asyncio.get_running_loop().call_soon(self.pump)
+
+    def pump(self) -> None:
+        """Lets those who wait go on, as far as the workers have room."""
+        if self.admission.pump():
+            asyncio.get_running_loop().call_soon(self.pump)
+
+    async def pump_regularly(self) -> None:
+        """Room also comes from what other routers' requests leave behind, and with new workers."""
+        while True:
+            await asyncio.sleep(PUMP_S)
+            self.pump()
 
 
 def _account(explain: Explain, question: dict[str, Any]) -> dict[str, Any] | None:

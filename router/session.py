@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from tandem.proto import worker_pb2
+from tandem.router.health import WorkerHealth
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,26 @@ class Handler(Protocol):
         """The session broke before the request's last output."""
 
 
+class Watcher(Protocol):
+    """Keeps the books of one submitted request. Called before its handler."""
+
+    def on_output(self, output: worker_pb2.RequestOutput) -> None: ...
+
+    def on_end(self) -> None:
+        """Finished, cancelled or lost; the last call."""
+
+
+class Feed(Protocol):
+    """Hears what a worker says about itself."""
+
+    def on_status(self, status: worker_pb2.WorkerStatus) -> None: ...
+
+    def on_cache(self, events: worker_pb2.CacheEvents) -> None: ...
+
+    def on_closed(self) -> None:
+        """The session is over; the last call."""
+
+
 Call = grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]
 Key = tuple[str, int]
 
@@ -44,20 +65,23 @@ class WorkerSession:
         call: Call,
         *,
         silence_s: float = SILENCE_S,
+        health: WorkerHealth | None = None,
     ) -> None:
+        """`health` outlives the session, where the same worker had one before."""
         self.info = info
+        self.health = health or WorkerHealth()
         self.status = worker_pb2.WorkerStatus()
         self.alive = True
-        self.picks = 0
-        """Requests ever submitted; breaks ties between equally loaded workers."""
         self.stale_outputs = 0
         """Outputs of requests that had already ended here."""
         self._call = call
         self._silence_s = silence_s
-        self._handlers: dict[Key, tuple[Handler, int]] = {}
-        self._tokens = 0
-        self._foreign_requests = 0
-        self._foreign_tokens = 0
+        self._handlers: dict[Key, tuple[Handler, Watcher | None]] = {}
+        self._watchers: dict[Key, Watcher] = {}
+        """Of requests about to be submitted."""
+        self._feed: Feed | None = None
+        self._cached: set[bytes] = set()
+        """What it holds, until somebody wants to know: as much as its cache has blocks."""
         self._outbox: deque[worker_pb2.SessionRequest] = deque()
         self._outbox_filled = asyncio.Event()
 
@@ -75,20 +99,24 @@ class WorkerSession:
 
     @property
     def requests(self) -> int:
-        """Requests on the worker: ours counted at once, other routers' as of its last status."""
-        return len(self._handlers) + self._foreign_requests
+        """Submitted here and not over."""
+        return len(self._handlers)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Prompt tokens of unfinished requests, counted in the same way. Meaningful for prefill workers."""
-        return self._tokens + self._foreign_tokens
+    def attach(self, feed: Feed) -> None:
+        """Tells `feed` what is known, and from then on everything as it comes. Once per session."""
+        feed.on_cache(worker_pb2.CacheEvents(reset=True, stored=b"".join(self._cached)))
+        self._cached = set()
+        feed.on_status(self.status)
+        self._feed = feed
+
+    def watch(self, key: worker_pb2.RequestKey, watcher: Watcher) -> None:
+        """`watcher` follows the request that will be submitted as `key`."""
+        self._watchers[key.request_id, key.epoch] = watcher
 
     def submit(self, submit: worker_pb2.Submit, handler: Handler) -> None:
         """Registers `handler` until the request's last output, `forget`, or the loss of the session."""
-        tokens = len(submit.prompt_token_ids)
-        self._handlers[submit.key.request_id, submit.key.epoch] = (handler, tokens)
-        self._tokens += tokens
-        self.picks += 1
+        key = submit.key.request_id, submit.key.epoch
+        self._handlers[key] = (handler, self._watchers.pop(key, None))
         self._send(worker_pb2.SessionRequest(submit=submit))
 
     def cancel(self, key: worker_pb2.RequestKey) -> None:
@@ -100,7 +128,8 @@ class WorkerSession:
         entry = self._handlers.pop((key.request_id, key.epoch), None)
         if entry is None:
             return False
-        self._tokens -= entry[1]
+        if entry[1] is not None:
+            entry[1].on_end()
         return True
 
     def handover_lost(self, key: worker_pb2.RequestKey, reason: str) -> None:
@@ -119,7 +148,12 @@ class WorkerSession:
             self.alive = False
             writer.cancel()
             self._call.cancel()
-            handlers, self._handlers, self._tokens = self._handlers, {}, 0
+            handlers, self._handlers = self._handlers, {}
+            for _, watcher in handlers.values():
+                if watcher is not None:
+                    watcher.on_end()
+            if self._feed is not None:
+                self._feed.on_closed()
             for handler, _ in handlers.values():
                 handler.on_lost(f"{self.name}: {reason}")
         return reason
@@ -164,13 +198,32 @@ class WorkerSession:
             if entry is None:
                 self.stale_outputs += 1
                 continue
+            handler, watcher = entry
+            if watcher is not None:
+                watcher.on_output(output)
             if output.finish_reason:
                 self.forget(key)
-            entry[0].on_output(output)
+            handler.on_output(output)
+        if response.HasField("cache"):
+            self._take_cache(response.cache)
         if response.HasField("status"):
-            self.status = status = response.status
-            self._foreign_requests = max(0, status.running + status.waiting - len(self._handlers))
-            self._foreign_tokens = max(0, status.pending_prefill_tokens - self._tokens)
+            self.status = response.status
+            if self._feed is not None:
+                self._feed.on_status(response.status)
+
+    def _take_cache(self, events: worker_pb2.CacheEvents) -> None:
+        if self._feed is not None:
+            self._feed.on_cache(events)
+            return
+        if events.reset:
+            self._cached.clear()
+        self._cached.difference_update(hashes(events.removed))
+        self._cached.update(hashes(events.stored))
+
+
+def hashes(joined: bytes) -> list[bytes]:
+    """The block hashes of a cache event."""
+    return [joined[start : start + 32] for start in range(0, len(joined), 32)]
 
 
 def _being_cancelled() -> bool:

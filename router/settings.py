@@ -55,14 +55,15 @@ class RouterConfig:
     kv_store: str = ""
     """gRPC address of the store node that keeps named contexts, such as `unix:/run/kvstore.sock` or `10.0.0.4:9300`.
     Empty: no named contexts."""
-    max_requests: int = 1024
-    """Sequences in flight (a request with n=4 counts four); more are answered 503. Bounds the router's memory."""
+    max_requests: int = 4096
+    """Sequences in flight, waiting ones included (a request with n=4 counts four); more are answered 503. Bounds the
+    router's memory."""
     max_body_bytes: int = 8 * 1024 * 1024
     """Size of a request body, bytes; larger ones are answered 413."""
     request_timeout_s: float = 600.0
     """Seconds from arrival to the last token."""
-    worker_wait_s: float = 15.0
-    """Seconds a request that lost its decode worker, before anything was sent, waits for another one."""
+    worker_wait_s: float = 60.0
+    """Seconds a request that lost its decode worker waits for another one."""
     keepalive_s: float = 15.0
     """Seconds of silence after which a stream gets a comment, so that proxies do not close it."""
     drain_grace_s: float = 30.0

@@ -52,6 +52,14 @@ class ModelText:
         """The token by itself; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def token_id(self, token: str) -> int | None:
+        """Of one token by its name, such as `<tool_call>`; None where the vocabulary has none."""
+        return self._tokenizer.token_to_id(token)
+
+    def is_special(self, token: str) -> bool:
+        """Whether decoding leaves it out unless special tokens are asked for."""
+        return self._tokenizer.token_to_id(token) in self._special_ids
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 

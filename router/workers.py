@@ -14,6 +14,7 @@ import grpc.aio
 import tandem
 from tandem.common.errors import TandemError
 from tandem.proto import worker_pb2, worker_pb2_grpc
+from tandem.router.health import WorkerHealth, eject_outliers
 from tandem.router.session import SILENCE_S, WorkerSession
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
 REFUSED_RETRY_S = 5.0
 """A refused worker can only be mended by a restart of it."""
+COMPARE_S = 1.0
+"""How often workers are compared with each other, to find outliers."""
 
 _CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
@@ -56,6 +59,7 @@ class WorkerClient:
         self.target = target
         self.role = role
         self.session: WorkerSession | None = None
+        self.health = WorkerHealth()
         self._router_id = router_id
         self._check = check
         self._changed = changed
@@ -116,10 +120,12 @@ class WorkerClient:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await call.write(worker_pb2.SessionRequest(hello=hello))
             self._check_worker(info)  # another worker may have connected meanwhile
-            self.session = session = WorkerSession(info, call, silence_s=self._silence_s)
+            self.session = session = WorkerSession(info, call, silence_s=self._silence_s, health=self.health)
             log.info("worker %s is %s, epoch %d", self.target, info.worker_id, info.worker_epoch)
             self._changed()
             reason = await session.run()
+            if not session.status.draining and self.health.failed(time.monotonic()):
+                log.warning("worker %s gets no requests for a while: %s", info.worker_id, self.health.problem)
         finally:
             call.cancel()
             self.session = None
@@ -144,6 +150,7 @@ class Fleet:
             for target, role in targets
         ]
         self._changed = asyncio.Event()
+        self._compared_at = 0.0
 
     def start(self) -> None:
         for client in self.clients:
@@ -153,12 +160,17 @@ class Fleet:
         await asyncio.gather(*(client.stop() for client in self.clients))
 
     def sessions(self, role: worker_pb2.Role.ValueType) -> list[WorkerSession]:
-        """Connected workers of `role` that take new requests."""
-        return [
+        """Connected workers of `role` that take new requests: the healthy ones, or all where none is."""
+        now = time.monotonic()
+        if now - self._compared_at >= COMPARE_S:
+            self._compared_at = now
+            self._eject_outliers(now)
+        usable = [
             client.session
             for client in self.clients
             if client.role == role and client.session is not None and client.session.usable
         ]
+        return [session for session in usable if session.health.available(now)] or usable
 
     @property
     def decode(self) -> list[WorkerSession]:
@@ -185,6 +197,17 @@ class Fleet:
                     await self._changed.wait()
             except TimeoutError:
                 continue
+
+    def _eject_outliers(self, now: float) -> None:
+        kinds: dict[tuple[int, str], list[WorkerSession]] = {}
+        for client in self.clients:
+            if (session := client.session) is not None:
+                kinds.setdefault((client.role, session.info.hardware_class), []).append(session)
+        for sessions in kinds.values():
+            ejected = eject_outliers([session.health for session in sessions], now)
+            for session in sessions:
+                if session.health in ejected:
+                    log.warning("worker %s gets no requests for a while: %s", session.name, session.health.problem)
 
     def _wake(self) -> None:
         self._changed.set()

@@ -3,6 +3,7 @@ two engines of one process."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from tandem.common.sampling import SamplingParams
 from tandem.engine.engine import Engine
-from tandem.engine.request import EngineRequest, KvReservation, RequestKey, RequestOutput
+from tandem.engine.request import EngineRequest, FinishReason, KvReservation, RequestKey, RequestOutput
 from tandem.engine.sampler import Traits
 from tandem.engine.sequence import Sequence
 from tandem.engine.settings import EngineConfig
@@ -23,6 +24,7 @@ from tests.models import tiny_model
 
 ROOT = Namespace(b"n" * 32)
 TIMEOUT_S = 30.0
+_NO_TOKENS = (FinishReason.CANCELLED, FinishReason.HANDED_OVER)
 
 
 def make_sequence(
@@ -48,7 +50,7 @@ def make_sequence(
     return Sequence(
         request,
         root=root,
-        chain=prefix_chain(root, request.prompt_token_ids, block_size),
+        chain=prefix_chain(root, request.token_ids, block_size),
         seed=params.seed or 0,
         stop_ids=stop_ids,
         traits=Traits.of(params, stop_ids),
@@ -71,6 +73,7 @@ class EngineUnderTest:
         defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 4 << 20}
         self.outputs: dict[RequestKey, list[RequestOutput]] = {}
         self.steps: list[list[RequestOutput]] = []
+        self._resumed_at: dict[RequestKey, int] = {}
         self._changed = threading.Condition()
         self.engine = Engine(EngineConfig(model=str(folder), **(defaults | settings)), self._collect, store)
 
@@ -93,16 +96,18 @@ class EngineUnderTest:
             for output in outputs:
                 previous = self.outputs.setdefault(output.key, [])
                 assert not previous or previous[-1].finish_reason is None, "an output after the last one"
-                assert output.start_index == sum(len(o.token_ids) for o in previous) or output.finish_reason
+                start = self._resumed_at.get(output.key, 0) + sum(len(o.token_ids) for o in previous)
+                assert output.start_index == start or output.error_code or output.finish_reason in _NO_TOKENS
                 previous.append(output)
             self._changed.notify_all()
 
     def submit(self, name: str, prompt: Seq[int], **options: Any) -> RequestKey:
         """`options`: fields of EngineRequest; the others are sampling parameters (greedy, endless unless said)."""
-        fields = {"priority", "deadline", "cache_salt", "kv_export", "kv_import", "tenant"}
+        fields = {field.name for field in dataclasses.fields(EngineRequest)}
         request = {field: options.pop(field) for field in fields & options.keys()}
         sampling = SamplingParams(**({"temperature": 0.0, "ignore_eos": True, "max_tokens": 8} | options))
         key = RequestKey(name, 0)
+        self._resumed_at[key] = len(request.get("output_token_ids", ()))
         self.engine.submit(EngineRequest(key, list(prompt), sampling, **request))
         return key
 

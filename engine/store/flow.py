@@ -93,10 +93,10 @@ class StoreFlow:
     def accept(self, sequence: Sequence) -> bool:
         """Whether the store is to be asked (`look_up`) before `sequence` queues."""
         sequence.store = StoreState()
-        if sequence.wants_import or sequence.scores_prompt:
+        if sequence.wants_import or sequence.computes_all:
             return False
-        chunks = sequence.num_prompt // self._chunk_tokens
-        gain = min(chunks * self._chunk_tokens, sequence.num_prompt - 1) - self._on_device(sequence)
+        known = len(sequence.tokens)
+        gain = min(known // self._chunk_tokens * self._chunk_tokens, known - 1) - self._on_device(sequence)
         return gain >= self._blocks.block_size
 
     def look_up(self, sequence: Sequence) -> None:
@@ -104,7 +104,7 @@ class StoreFlow:
         state.lookup = LookUp(
             self._store,
             sequence.root,
-            sequence.request.prompt_token_ids,
+            sequence.request.token_ids,
             cached_tokens=self._on_device(sequence),
             tokens_per_s=self._meter.prefill_tokens_per_s,
             answered=partial(self._hand_back, sequence),
@@ -125,7 +125,7 @@ class StoreFlow:
             state.lookup = None
 
     def load(self, sequence: Sequence, slots: npt.NDArray[np.int64]) -> None:
-        """`sequence` has its blocks and is LOADING. `slots` int64 [prompt tokens]."""
+        """`sequence` has its blocks and is LOADING. `slots` int64 [known tokens]."""
         state = _state(sequence)
         if state.lookup is None:
             raise ValueError(f"{sequence.key} has nothing to load")
@@ -148,7 +148,8 @@ class StoreFlow:
             joinable=lambda load: self._post(partial(self._joinable, sequence, load)),
             ended=lambda load: self._post(partial(self._ended, sequence, load)),
         )
-        state.given_up_at = time.monotonic() + limit_s + STUCK_S
+        state.load_began = time.monotonic()
+        state.given_up_at = state.load_began + limit_s + STUCK_S
         self._pending[sequence.key] = sequence
         if not self._loaders.put(state.load):
             state.load.drop()
@@ -221,6 +222,7 @@ class StoreFlow:
 
     def _joinable(self, sequence: Sequence, load: Load) -> None:
         if _state(sequence).load is load and sequence.phase is Phase.LOADING:
+            _report_wait(sequence)
             self._scheduler.join(sequence, load.stop, gated=True)
             self._resume(sequence)
 
@@ -238,14 +240,15 @@ class StoreFlow:
         tokens = load.tokens_by_tier()
         self._store.counters.load(load.outcome, load.seconds, tokens)
         if sequence.report is not None and tokens:
-            sequence.report.cached_tokens = load.tokens
-            for tier, count in tokens.items():
+            sequence.report.cached_tokens = min(load.tokens, sequence.num_prompt)
+            for tier, count in load.tokens_by_tier(sequence.num_prompt).items():
                 sequence.report.cached_by_tier[tier] = sequence.report.cached_by_tier.get(tier, 0) + count
 
     def _go_on(self, sequence: Sequence, num_computed: int) -> None:
         """`num_computed` tokens are there; the rest is computed."""
         sequence.stored = (0, 0)
         if sequence.phase is Phase.LOADING:
+            _report_wait(sequence)
             self._scheduler.join(sequence, num_computed)
             self._scheduler.publish(sequence)
             self._resume(sequence)
@@ -273,11 +276,14 @@ class StoreFlow:
         for sequence in gate.passing:
             if (load := _state(sequence).load) is not None:
                 self._settle(sequence, load)
+            if sequence.report is not None:
+                sequence.report.load_s += gate.waited_s
             sequence.gated = False
             sequence.stored = (0, 0)
         for sequence in gate.broken:
             self._store.counters.gate_missed()
             load = _state(sequence).load
+            _state(sequence).load_began = time.monotonic()
             self._scheduler.suspend(sequence, load.start if load is not None else 0)
 
     # Saving
@@ -341,8 +347,8 @@ class StoreFlow:
     # Helpers
 
     def _on_device(self, sequence: Sequence) -> int:
-        """Prompt tokens that the device's prefix cache has now."""
-        return self._blocks.cached_prefix(sequence.chain, sequence.num_prompt) * self._blocks.block_size
+        """Known tokens that the device's prefix cache has now."""
+        return self._blocks.cached_prefix(sequence.chain, len(sequence.tokens)) * self._blocks.block_size
 
     def _discard(self, lookup: LookUp) -> None:
         if lookup.fetch is not None and not self._loaders.put(_Discard(lookup)):
@@ -384,6 +390,12 @@ class _Discard:
 
     def drop(self) -> None:
         self._lookup.discard()
+
+
+def _report_wait(sequence: Sequence) -> None:
+    """`sequence` is about to leave LOADING."""
+    if sequence.report is not None:
+        sequence.report.load_s += time.monotonic() - _state(sequence).load_began
 
 
 def _state(sequence: Sequence) -> StoreState:

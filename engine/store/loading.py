@@ -63,8 +63,8 @@ class Load:
         joinable: Callable[[Load], None],
         ended: Callable[[Load], None],
     ) -> None:
-        """`slots` int64 [prompt tokens]; rows below `start` are there already and may be shared: they are not written.
-        `spec_of(i)` says what chunk i of the prompt has to be. `limit_s`: from now until the load has to be complete.
+        """`slots` int64 [known tokens]; rows below `start` are there already and may be shared: they are not written.
+        `spec_of(i)` says what chunk i has to be. `limit_s`: from now until the load has to be complete.
         `step_s`: length of the step that computes the rest; 0: do not offer to join early. `joinable` and `ended` post
         to the engine thread; `ended` is called once, `joinable` at most once and before it."""
         self._store = store
@@ -114,13 +114,15 @@ class Load:
         end = (self.first_chunk + self._objects) * self._store.chunk_tokens
         return max(self.start, min(end, self.stop))
 
-    def tokens_by_tier(self) -> dict[str, int]:
-        """Once it has ended: what it brought."""
+    def tokens_by_tier(self, below: int | None = None) -> dict[str, int]:
+        """Once it has ended: what it brought; with `below`, of the tokens before that one."""
         tokens: dict[str, int] = {}
         for index in range(self._skipped, self._objects):
             first, end = self._rows(index)
-            tier: TierName = self.located[index].tier
-            tokens[tier] = tokens.get(tier, 0) + end - first
+            end = end if below is None else min(end, below)
+            if first < end:
+                tier: TierName = self.located[index].tier
+                tokens[tier] = tokens.get(tier, 0) + end - first
         return tokens
 
     def wait_layer(self, layer: int, timeout_s: float) -> bool:

@@ -28,7 +28,7 @@ class LookUp:
         tokens_per_s: float,
         answered: Callable[[LookUp], None],
     ) -> None:
-        """`tokens` is the prompt and does not change; `cached_tokens` of it are on the device; `tokens_per_s` is the
+        """`tokens` are the known ones and do not change; `cached_tokens` of it are on the device; `tokens_per_s` is the
         measured prefill rate, 0: unknown."""
         self._store = store
         self._root = root
@@ -53,7 +53,7 @@ class LookUp:
 
     @property
     def stored(self) -> tuple[int, int]:
-        """Tokens [first, end) that `located` fills. The prompt's last token has to be computed for its logits."""
+        """Tokens [first, end) that `located` fills. The last known token has to be computed for its logits."""
         chunk_tokens = self._store.chunk_tokens
         end = (self.first_chunk + len(self.located)) * chunk_tokens
         return self.first_chunk * chunk_tokens, min(end, len(self._tokens) - 1)

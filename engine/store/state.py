@@ -24,5 +24,7 @@ class StoreState:
     """In progress, or with what waits for blocks."""
     load: Load | None = None
     """In progress."""
+    load_began: float = 0.0
+    """time.monotonic() since when it waits in LOADING."""
     given_up_at: float = 0.0
     """time.monotonic() at which the look-up or load in progress is done without."""

@@ -278,11 +278,17 @@ class RemoteHomeNode:
         self._path = unix_path
         self._name = name
         self._secret = secret
+        self._node_id = ""
         self._channel: _Channel | None = None
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv-home", daemon=True)
         self._thread.start()
+
+    @property
+    def node_id(self) -> str:
+        """Of the node that was there last; empty before any."""
+        return self._node_id
 
     @property
     def connected(self) -> bool:
@@ -366,6 +372,7 @@ class RemoteHomeNode:
         greeting = greet(link, self._name, self._secret)
         if greeting.descriptor is None:
             raise ProtocolError("the node has no shared memory, so it cannot be a home node")
+        self._node_id = greeting.server.node_id
         return _Channel(link, map_arena(greeting.descriptor, greeting.arena_bytes))
 
 

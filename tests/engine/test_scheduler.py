@@ -185,10 +185,9 @@ def test_a_recompute_ends_its_chunks_where_the_first_computation_did() -> None:
     for sequence in others:
         play.scheduler.finish(sequence)
     play.scheduler._preempt(StepPlan(), victim)
-    play.blocks._by_hash.clear()  # as if its blocks had been evicted
-    play.blocks._hash_of = [None] * play.blocks.num_blocks
-    play.blocks._free += list(play.blocks._idle)
-    play.blocks._idle.clear()
+    evictor = RequestKey("evictor", 1)
+    assert play.blocks.allocate(evictor, play.blocks.available_blocks * play.blocks.block_size, []) == 0
+    play.blocks.free(evictor)
     seen: list[int] = []
     while victim.num_output < 4:
         play.step()

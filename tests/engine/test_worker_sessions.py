@@ -15,6 +15,7 @@ import pytest
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.engine import worker_server
+from tandem.engine.cache_events import CacheLog
 from tandem.engine.request import EngineRequest, FinishReason, PromptReport, RequestKey, RequestOutput
 from tandem.engine.status import EngineStatus
 from tandem.engine.worker_server import OutputBridge, WorkerServer
@@ -29,6 +30,7 @@ class FakeEngine:
         self.requests: dict[RequestKey, EngineRequest] = {}
         self.cancelled: list[RequestKey] = []
         self.refusal: TandemError | None = None
+        self.cache_log = CacheLog()
 
     def submit(self, request: EngineRequest) -> None:
         if self.refusal is not None:
@@ -46,7 +48,7 @@ class FakeEngine:
         thread.join()
 
     def status(self) -> EngineStatus:
-        return EngineStatus(len(self.requests), 0, 10, 10, 0, 0.0, 0.0)
+        return EngineStatus(len(self.requests), 0, 10, 10, 0, 0.0, 0.0, decoding=0, running_tokens=0)
 
 
 class NoHandover:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from tandem.proto import worker_pb2, worker_pb2_grpc
 
@@ -37,6 +38,8 @@ class Script:
     """Ends the output as this token when it is reached."""
     error: tuple[str, str] | None = None
     """Answers every request with this code and message."""
+    error_after: int = 0
+    """Tokens that come before the error."""
     mute: bool = False
     """Accepts requests and never answers."""
     handover: str = "ok"
@@ -46,6 +49,8 @@ class Script:
     cached_tokens: int = 0
     wait_for_kv: bool = True
     """Decode worker: wait for the fake prefill worker's KV or `HandoverLost`."""
+    embedding: Callable[[worker_pb2.Submit], list[float]] = lambda submit: [3.0, 4.0 * submit.pooling]
+    """The answer where pooling is asked for."""
 
 
 @dataclass
@@ -65,6 +70,8 @@ class FakeWorker:
     peers: dict[str, FakeWorker] = field(default_factory=dict)
     """Decode workers by id: where a prefill worker's KV goes."""
     resume: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: int = 0
+    """Outputs written to routers, of all requests."""
 
     def __post_init__(self) -> None:
         self.worker_id = self.worker_id or self.socket.stem
@@ -130,9 +137,14 @@ class FakeWorker:
         script, key = self.script, submit.key
         if script.mute:
             return
-        if script.error is not None:
-            error = worker_pb2.WorkerError(code=script.error[0], message=script.error[1], retriable=True)
-            yield worker_pb2.RequestOutput(key=key, finish_reason=worker_pb2.FINISH_REASON_ERROR, error=error)
+        if script.error is not None and not script.error_after:
+            yield failure(key, *script.error)
+            return
+        if submit.pooling:
+            output = worker_pb2.RequestOutput(key=key, finish_reason=worker_pb2.FINISH_REASON_STOP)
+            output.embedding = np.asarray(script.embedding(submit), "<f4").tobytes()
+            output.prompt.SetInParent()
+            yield output
             return
         if submit.HasField("send_kv_to"):
             async for output in self._prefill(submit):
@@ -158,15 +170,19 @@ class FakeWorker:
         script, sampling = self.script, submit.sampling
         tokens = script.tokens(submit)
         limit = min(len(tokens), sampling.max_tokens)
-        position = 0
+        position = first = len(submit.output_token_ids)
+        assert list(submit.output_token_ids) == tokens[:first], "what another worker has said would be said here, too"
         while position < limit:
+            if script.error is not None and position >= script.error_after:
+                yield failure(submit.key, *script.error)
+                return
             if script.hold_after is not None and position >= script.hold_after:
                 await self.resume.wait()
             if script.delay_s:
                 await asyncio.sleep(script.delay_s)
             new = tokens[position : min(position + script.per_output, limit)]
             output = worker_pb2.RequestOutput(key=submit.key, start_index=position, token_ids=new)
-            if position == 0:
+            if position == first:
                 output.prompt.cached_tokens = script.cached_tokens
                 if script.cached_tokens:
                     output.prompt.cached_by_tier["device"] = script.cached_tokens
@@ -186,6 +202,11 @@ class FakeWorker:
             if position >= limit:
                 output.finish_reason = worker_pb2.FINISH_REASON_LENGTH
             yield output
+
+
+def failure(key: worker_pb2.RequestKey, code: str, message: str) -> worker_pb2.RequestOutput:
+    error = worker_pb2.WorkerError(code=code, message=message, retriable=True)
+    return worker_pb2.RequestOutput(key=key, finish_reason=worker_pb2.FINISH_REASON_ERROR, error=error)
 
 
 def fake_logprobs(token: int, alternatives: int) -> worker_pb2.TokenLogprobs:
@@ -239,6 +260,7 @@ class _Servicer(worker_pb2_grpc.WorkerServicer):
                 while not outbox.empty():
                     response.MergeFrom(outbox.get_nowait())
                 await context.write(response)
+                worker.sent += len(response.outputs)
         finally:
             for task in [*helpers, *tasks.values()]:
                 task.cancel()

@@ -12,7 +12,7 @@ import pytest
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.proto import worker_pb2
-from tandem.router.api_keys import ANYBODY
+from tandem.router.caller import ANYBODY
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.generate import MAX_BUFFERED_BYTES, Call
@@ -20,6 +20,7 @@ from tandem.router.metrics import RouterMetrics
 from tandem.router.served_model import Prompt
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import until
+from tests.router.doors import a_record, open_door
 
 
 class FakeDispatcher:
@@ -27,15 +28,19 @@ class FakeDispatcher:
 
     def __init__(self) -> None:
         self.listeners: list[Any] = []
+        self.resumed: list[list[int]] = []
+        """What each start was told of the output."""
         self.cancelled = 0
         self.fleet = SimpleNamespace(decode=[])
 
-    def start(self, key: Any, sequence: Any, listener: Any, **_: Any) -> Any:
+    def start(self, key: Any, sequence: Any, listener: Any, *, output_token_ids: Any, **_: Any) -> Any:
         self.listeners.append(listener)
-        return SimpleNamespace(cancel=self._cancel, decode=SimpleNamespace(identity=("d", 1)))
+        self.resumed.append(list(output_token_ids))
+        worker = SimpleNamespace(identity=("d", 1), name="d")
+        return SimpleNamespace(cancel=self._cancel, decode=worker, prefill=None, placement=None)
 
-    def prompt_computed(self, sequence: Any, decode: Any) -> None:
-        pass
+    def cached_tokens(self, sequence: Any) -> int:
+        return 0
 
     def _cancel(self) -> None:
         self.cancelled += 1
@@ -49,13 +54,21 @@ def dispatcher() -> FakeDispatcher:
 @pytest.fixture
 def context(dispatcher: FakeDispatcher, model_folder: Path) -> CallContext:
     text = ModelText(model_folder)
-    return CallContext(dispatcher, RouterMetrics(), text, timeout_s=60, worker_wait_s=1, keepalive_s=60)  # type: ignore[arg-type]
+    return CallContext(
+        dispatcher,  # type: ignore[arg-type]
+        RouterMetrics(),
+        text,
+        timeout_s=60,
+        worker_wait_s=1,
+        keepalive_s=60,
+        admission=open_door(),
+    )
 
 
 def streaming_call(context: CallContext, *, logprobs: int | None = None) -> Call:
     sampling = SamplingParams(max_tokens=10**6, logprobs=logprobs)
     spec = ChoiceSpec(SequenceSpec(Prompt([5, 6]), sampling, ANYBODY), keep_tokens=logprobs is not None)
-    call = Call(CallSpec("r", [spec], streaming=True), context)
+    call = Call(CallSpec("r", [spec], a_record(), streaming=True), context)
     call.start()
     return call
 
@@ -109,22 +122,21 @@ async def test_a_reader_that_never_reads_is_cut_off(context: CallContext, dispat
     assert dispatcher.cancelled == 1
 
 
-async def test_nothing_read_is_started_again_and_something_read_is_not(
-    context: CallContext, dispatcher: FakeDispatcher
-) -> None:
+async def test_another_worker_goes_on_after_what_was_read(context: CallContext, dispatcher: FakeDispatcher) -> None:
     async def there_is_one(timeout_s: float, avoid: object) -> None:
         return None
 
     dispatcher.fleet.wait_for_decode = there_is_one
     call = streaming_call(context)
     dispatcher.listeners[0].on_output(output(0, [40, 41]))
+    (delta,) = await call.next()
+    assert delta.piece.text == context.text.decode([40, 41])
     dispatcher.listeners[0].on_worker_lost("gone")
     task = asyncio.create_task(call.next())
     await until(lambda: len(dispatcher.listeners) == 2)
-    dispatcher.listeners[1].on_output(output(0, [50]))
+    assert dispatcher.resumed == [[], [40, 41]]
+    dispatcher.listeners[1].on_output(output(2, [50]))
     (delta,) = await task
-    assert delta.piece.text == context.text.decode([50]), "what the lost worker said is forgotten"
-    dispatcher.listeners[1].on_worker_lost("gone again")
-    with pytest.raises(TandemError) as caught:
-        await call.next()
-    assert caught.value.code == "worker_lost"
+    assert delta.piece.text == context.text.decode([50])
+    assert call.usage().completion_tokens == 3
+    call.close()

@@ -217,22 +217,10 @@ async def test_running_requests_finish_while_the_router_drains(house: House) -> 
     await stopping
 
 
-async def test_choices_of_one_prompt_all_use_the_prefill_worker(house: House) -> None:
-    """The second choice must not take the prompt's KV for cached while the first one's is still on its way."""
-    decode = await house.decode()
-    prefill = await house.prefill(to=(decode,))
-    client = await house.client(await house.router(decode, prefill, disaggregate="auto"))
-    body = {"prompt": [10 + i % 300 for i in range(200)], "max_tokens": 2, "n": 2}
-    assert (await client.post("/v1/completions", json=body)).status_code == 200
-    assert len(prefill.submits) == 2
-    assert (await client.post("/v1/completions", json=body)).status_code == 200
-    assert len(prefill.submits) == 2, "now it is cached"
-
-
 async def test_request_that_a_draining_worker_gives_up_waits_for_its_successor(house: House) -> None:
     worker, client = await house.pair(Script(error=("unavailable", "the worker is shutting down")))
     request = asyncio.create_task(client.post("/v1/completions", json=BODY))
-    await until(lambda: worker.submits)
+    await until(lambda: worker.sent)
     worker.script = Script()
     await worker.restart()
     assert (await request).status_code == 200

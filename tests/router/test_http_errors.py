@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tandem.common.errors import ConfigError
-from tandem.router.api_keys import ApiKeys
+from tandem.router.tenants import Tenants
 from tests.router.conftest import House
 
 CHAT = "/v1/chat/completions"
@@ -124,7 +124,7 @@ def test_key_files_that_cannot_be_used(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys"
     path.write_text(content)
     with pytest.raises(ConfigError, match="api_keys_file"):
-        ApiKeys.load(path)
+        Tenants.open(None, path)
 
 
 async def test_request_id_is_honoured_if_sane(house: House) -> None:

@@ -79,7 +79,7 @@ async def test_comments_come_before_the_first_token_too(house: House) -> None:
 
 
 async def test_error_in_mid_stream_is_an_event_and_the_end(house: House) -> None:
-    worker, client = await house.pair(Script(hold_after=2))
+    worker, client = await house.pair(Script(hold_after=2), worker_wait_s=0.2)
     async with client.stream("POST", "/v1/completions", json=PROMPT) as response:
         parts = response.aiter_text()
         seen = await anext(parts)

@@ -1,0 +1,283 @@
+"""Placement decisions per second on one core, beside Dynamo's router core, with the same prompts in the same run.
+
+    python bench/decisions.py --dynamo PATH/TO/PYTHON
+
+A decision is a whole life cycle: hash the prompt, match it, choose, account, first token, end. Both sides have 8
+workers, an index of a million blocks of 16 tokens and learn what is cached from their own decisions. `PYTHON` has
+`ai-dynamo-runtime`; each side runs in a child process, which is this same file, and their rounds alternate.
+
+CPU time of the deciding thread is given beside wall time, because a shared machine takes the core away now and then.
+Dynamo works on threads of its own: its CPU time is that of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+WORKERS = 8
+BLOCK = 16
+GROUPS = 64
+SHARED = 0.75
+"""Of each prompt, the same in all of its group."""
+LENGTHS = (512, 2048, 16_384)
+IN_FLIGHT = 64
+
+
+class Side(Protocol):
+    def decide(self, number: int, tokens: list[int]) -> None: ...
+
+    def finish(self, number: int) -> None: ...
+
+
+def prompts(length: int, seed: int) -> Iterator[list[int]]:
+    rng = random.Random(seed)
+    shared = round(length * SHARED)
+    groups = [[group * 7 + length, *rng.choices(range(50_000), k=shared - 1)] for group in range(GROUPS)]
+    while True:
+        yield rng.choice(groups) + rng.choices(range(50_000), k=length - shared)
+
+
+class Ours:
+    def __init__(self, blocks: int) -> None:
+        from tandem.kvstore.identity import Namespace
+        from tandem.planner.perf_model import ModelShape, PerfModel
+        from tandem.router.load import WorkerLoad
+        from tandem.router.prefix_index import PrefixIndex
+
+        self.index = PrefixIndex(blocks)
+        self.root = Namespace(bytes(32))
+        model = PerfModel("nvidia-h100", ModelShape(8 * 10**9, 16 * 10**9, 131_072))
+        capacity = blocks // WORKERS
+        self.loads = [
+            WorkerLoad(model, self.index.add(capacity), capacity * BLOCK, 256, name=f"w{i}") for i in range(WORKERS)
+        ]
+        self.open: dict[int, tuple[object, int, list[bytes], int]] = {}
+
+    def decide(self, number: int, tokens: list[int]) -> None:
+        from tandem.kvstore.identity import prefix_chain
+        from tandem.router.load import Work
+        from tandem.router.placement import Request, place
+
+        chain = prefix_chain(self.root, tokens, BLOCK)
+        hits = {slot: (here * BLOCK, soon * BLOCK) for slot, here, soon in self.index.match(chain)}
+        now = time.monotonic()
+        placement = place(self.loads, [], Request(len(tokens)), hits, now, turn=number)
+        load = self.loads[placement.decode]
+        cached = sum(hits.get(load.slot, (0, 0)))
+        work = Work(load, len(tokens), 256, placement.prefill_s, cached)
+        work.start(now)
+        self.index.promise(load.slot, chain, cached // BLOCK)
+        self.open[number] = work, load.slot, chain, cached // BLOCK
+
+    def finish(self, number: int) -> None:
+        work, slot, chain, start = self.open.pop(number)
+        now = time.monotonic()
+        self.index.computed(slot, chain)
+        work.computed(now)
+        work.produced(1)
+        work.end(now)
+        self.index.ended(slot, chain, start)
+
+
+class Dynamo:
+    """In the child process only."""
+
+    def __init__(self, blocks: int) -> None:
+        os.environ.update(DYN_ROUTER_USE_KV_EVENTS="false", DYN_LOG="error", DYN_ROUTER_TTL_SECS="1000000")
+        from dynamo.llm import SelectionService  # type: ignore[import-not-found]
+
+        self.loop = asyncio.new_event_loop()
+        self.service = self.loop.run_until_complete(self._make(SelectionService, blocks))
+
+    async def _make(self, kind, blocks):  # type: ignore[no-untyped-def]
+        service = kind(indexer_threads=1)
+        for index in range(WORKERS):
+            worker = {"worker_id": index, "model_name": "m", "endpoint": f"http://w-{index}", "data_parallel_size": 1}
+            sizes = {"block_size": BLOCK, "total_kv_blocks": blocks // WORKERS, "max_num_batched_tokens": 8192}
+            await service.upsert_worker({**worker, **sizes})
+        return service
+
+    def decide(self, number: int, tokens: list[int]) -> None:
+        request = {"model_name": "m", "selection_id": str(number), "token_ids": tokens}
+        self.loop.run_until_complete(self._reserve(request))
+
+    def finish(self, number: int) -> None:
+        self.loop.run_until_complete(self._finish(str(number)))
+
+    async def _reserve(self, request: dict[str, object]) -> None:
+        await self.service.select_and_reserve(request)
+
+    async def _finish(self, number: str) -> None:
+        await self.service.prefill_complete(number)
+        await self.service.free_reservation(number)
+
+
+def fill(side: Side, blocks: int, numbers: Iterator[int]) -> None:
+    """The index takes in as many blocks as it holds, through the decisions themselves."""
+    rng = random.Random(1)
+    for _ in range(blocks // 1024):
+        number = next(numbers)
+        side.decide(number, rng.choices(range(50_000), k=1024 * BLOCK))
+        side.finish(number)
+
+
+def round_of(side: Side, length: int, seconds: float, seed: int, numbers: Iterator[int]) -> dict[str, float]:
+    """Life cycles for so long, with `IN_FLIGHT` requests open at any time."""
+    source = prompts(length, seed)
+    ready = [next(source) for _ in range(200)]
+    open_numbers: list[int] = []
+    wall: list[float] = []
+    cpu: list[float] = []
+    process = 0.0
+    until = time.perf_counter() + seconds
+    for tokens in itertools.cycle(ready):
+        if time.perf_counter() > until:
+            break
+        number = next(numbers)
+        tokens = [*tokens[:-BLOCK], *(number * 31 % 50_000 + i for i in range(BLOCK))]  # no two prompts are equal
+        at_process, at_cpu, at = time.process_time(), time.thread_time(), time.perf_counter()
+        side.decide(number, tokens)
+        open_numbers.append(number)
+        if len(open_numbers) > IN_FLIGHT:
+            side.finish(open_numbers.pop(0))
+        wall.append(time.perf_counter() - at)
+        cpu.append(time.thread_time() - at_cpu)
+        process += time.process_time() - at_process
+    for number in open_numbers:
+        side.finish(number)
+    wall_cuts, cpu_cuts = statistics.quantiles(wall, n=100), statistics.quantiles(cpu, n=100)
+    return {
+        "per_s": len(wall) / sum(wall),
+        "per_cpu_s": len(wall) / max(process, 1e-9),
+        "p50_ms": wall_cuts[49] * 1e3,
+        "p99_ms": wall_cuts[98] * 1e3,
+        "thread_p99_ms": cpu_cuts[98] * 1e3,
+    }
+
+
+def radix(blocks: int, lookups: int = 2000) -> float:
+    """Look-ups per second of 128 blocks in Dynamo's RadixTree."""
+    from dynamo._core import RadixTree
+
+    tree, length = RadixTree(), 1024
+    for chain in range(blocks // length):
+        ids = [{"block_hash": chain * length + i, "tokens_hash": chain * length + i} for i in range(length)]
+        event = {"event_id": chain, "data": {"stored": {"parent_hash": None, "blocks": ids}}}
+        tree.apply_event(chain % WORKERS, json.dumps(event).encode())
+    chains = [list(range(c * length, c * length + 128)) for c in range(blocks // length)]
+    at = time.perf_counter()
+    for i in range(lookups):
+        tree.find_matches(chains[i % len(chains)])
+    return lookups / (time.perf_counter() - at)
+
+
+def our_lookups(blocks: int, lookups: int = 2000) -> float:
+    from tandem.kvstore.identity import BlockHash
+    from tandem.router.prefix_index import PrefixIndex
+
+    index, length = PrefixIndex(blocks), 1024
+    slots = [index.add(None) for _ in range(WORKERS)]
+    chains = []
+    for chain in range(blocks // length):
+        hashes = [BlockHash(os.urandom(32)) for _ in range(length)]
+        index.stored(slots[chain % WORKERS], hashes)
+        chains.append(hashes[:128])
+    at = time.perf_counter()
+    for i in range(lookups):
+        index.match(chains[i % len(chains)])
+    return lookups / (time.perf_counter() - at)
+
+
+def serve(make: Callable[[int], Side], look_up: Callable[[int], float]) -> None:
+    """Child: a JSON line in, a JSON line out."""
+    numbers = itertools.count(1)
+    setup = json.loads(sys.stdin.readline())
+    side = make(setup["blocks"])
+    fill(side, setup["blocks"], numbers)
+    print(json.dumps({"lookups_per_s": look_up(setup["blocks"])}), flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        print(json.dumps(round_of(side, ask["length"], ask["seconds"], ask["seed"], numbers)), flush=True)
+
+
+class Child:
+    def __init__(self, python: str, name: str, blocks: int) -> None:
+        command = [python, __file__, "--side", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = self.ask({"blocks": blocks})
+
+    def ask(self, message: dict[str, object]) -> dict[str, float]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a child ended with {self.process.wait()}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dynamo", metavar="PYTHON", help="interpreter with ai-dynamo-runtime; without it only ours")
+    parser.add_argument("--blocks", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a round of one side at one length")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    parser.add_argument("--side", choices=("ours", "dynamo"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        serve(*((Ours, our_lookups) if args.side == "ours" else (Dynamo, radix)))
+        return
+    children = {"ours": Child(sys.executable, "ours", args.blocks)}
+    if args.dynamo:
+        children["dynamo"] = Child(args.dynamo, "dynamo", args.blocks)
+    rows: list[dict[str, object]] = []
+    for length in LENGTHS:
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in children}
+        for seed in range(args.rounds):
+            for name, child in children.items():
+                rounds[name].append(child.ask({"length": length, "seconds": args.seconds, "seed": seed}))
+        for name, results in rounds.items():
+            medians = {key: round(statistics.median(r[key] for r in results), 3) for key in results[0]}
+            best = round(max(r["per_s"] for r in results))
+            rows.append({"tokens": length, "side": name, **medians, "best_per_s": best})
+    for child in children.values():
+        child.close()
+    print(f"{'tokens':>7} {'side':<8} {'per s':>8} {'per CPU s':>10} {'p50 ms':>8} {'p99 ms':>8}", file=sys.stderr)
+    for row in rows:
+        print(
+            f"{row['tokens']:>7} {row['side']:<8} {row['per_s']:>8} {row['per_cpu_s']:>10} {row['p50_ms']:>8} "
+            f"{row['p99_ms']:>8}",
+            file=sys.stderr,
+        )
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    lookups = {name: round(child.ready["lookups_per_s"]) for name, child in children.items()}
+    result = {"machine": machine, "blocks": args.blocks, "lookups_of_128_blocks_per_s": lookups, "rows": rows}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Whose turn it is: weighted service counters of tenants (VTC) and a queue that follows them. Router and engine use it.
+
+Pure: no clock, no I/O, no randomness. After VTC (Sheng et al., "Fairness in Serving Large Language Models") and DLPM
+(Cao et al., "Locality-aware Fair Scheduling in LLM Serving").
+
+Service is counted in tokens: uncached input x INPUT_COST + output x OUTPUT_COST + what an adapter costs, divided by the
+tenant's weight. Every priority band has its own counters, because bands are strict: what a tenant got in one band does
+not help or hurt those who wait in another.
+
+The bound. Take two tenants with waiting requests in one band. Let Q be the quantum, U the most that requests of one
+tenant can still be charged from the moment when they are chosen (their input, and the output to come), and R the most
+that estimates of one tenant can still be corrected downwards. Then at any time their counters differ by at most
+
+    Q + U + R
+
+and over any time in which both have waiting requests, their service per weight differs by at most twice that. It holds
+whatever the tenants did before: one that comes back after a rest starts at the band's floor (the least counter of those
+who waited when somebody was last chosen), so that idle time earns nothing, and the use of an idle system costs nothing.
+The tests prove it. Replicas that share counters also see who waits at others, and leave them the room while they are
+more than a quantum ahead (`ServiceCounters.ahead`); there, add what can be charged within the staleness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+INPUT_COST = 1.0
+OUTPUT_COST = 2.0
+"""An output token keeps a slot of the batch for a whole step; a prompt token shares its step with hundreds."""
+QUANTUM = 4096.0
+"""Service per weight by which a tenant may run ahead where its next prompt is cached better than that of the others."""
+LOOK_AHEAD = 4
+"""Requests of a tenant that are compared by what is cached of them."""
+MAX_OVERTAKEN = 16
+"""A request that was passed over so often goes next among those of its tenant."""
+MAX_ACCOUNTS = 4096
+"""Counters kept. An idle one that is forgotten comes back at the floor: its tenant gains what it was ahead, at most the
+bound."""
+
+AccountKey = tuple[int, str]
+"""Band and tenant."""
+T = TypeVar("T")
+
+
+class Account:
+    """The service that one tenant got in one band, per weight.
+
+    What happened since the last exchange with other replicas is the map x -> max(x + added, at_least): charges add,
+    lifts set a least value. Such maps compose, so replicas can apply each other's in any order and miss nothing.
+    """
+
+    __slots__ = ("added", "at_least", "counter", "key", "waiting")
+
+    def __init__(self, key: AccountKey, floor: float) -> None:
+        self.key = key
+        self.counter = floor
+        self.added = 0.0
+        self.at_least = floor
+        self.waiting = 0
+        """Queued requests."""
+
+    def charge(self, service: float) -> None:
+        self.counter += service
+        self.added += service
+        self.at_least += service
+
+    def lift(self, floor: float) -> None:
+        if self.counter < floor:
+            self.counter = floor
+            self.at_least = max(self.at_least, floor)
+
+    @property
+    def changed(self) -> bool:
+        return self.added != 0.0 or self.at_least > -math.inf
+
+    def take(self) -> tuple[float, float]:
+        """(added, at_least) since the last exchange, once."""
+        taken = self.added, self.at_least
+        self.added = 0.0
+        self.at_least = -math.inf
+        return taken
+
+    def put_back(self, added: float, at_least: float) -> None:
+        self.at_least = max(at_least + self.added, self.at_least, self.counter)
+        self.added += added
+
+    def merge(self, total: float) -> None:
+        """`total`: what all replicas made of it; everything that was taken here is in it."""
+        self.counter = max(total + self.added, self.at_least)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What one replica did since its last exchange."""
+
+    accounts: dict[AccountKey, tuple[float, float]]
+    """(added, at_least) of every account that changed or has waiting requests."""
+    least: dict[int, float]
+    """By band: the least counter of those who wait, or who were granted last. Absent: nothing happens there."""
+    waiting: frozenset[int] = frozenset()
+    """The bands in which somebody waits."""
+
+
+class ServiceCounters:
+    """The accounts of all tenants. One per process; every queue of that process uses it."""
+
+    def __init__(self, max_accounts: int = MAX_ACCOUNTS) -> None:
+        self.alone = True
+        """False while other replicas take part: then the floors come from `merge`."""
+        self._max_accounts = max_accounts
+        self._accounts: dict[AccountKey, Account] = {}
+        self._floors: dict[int, float] = {}
+        self._least: dict[int, float] = {}
+        self._elsewhere: dict[int, float] = {}
+        """By band: the least counter of those who wait at other replicas."""
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def account(self, tenant: str, band: int) -> Account:
+        """A tenant without one gets it at the floor."""
+        key = band, tenant
+        account = self._accounts.get(key)
+        if account is None:
+            if len(self._accounts) >= self._max_accounts:
+                self._forget()
+            account = self._accounts[key] = Account(key, self._floors.get(band, 0.0))
+        return account
+
+    def enter(self, tenant: str, band: int) -> Account:
+        """`tenant` sends a request. If it had none waiting, it starts no lower than the floor."""
+        account = self.account(tenant, band)
+        if not account.waiting:
+            account.lift(self._floors.get(band, 0.0))
+        return account
+
+    def granted(self, band: int, least: float) -> None:
+        """Somebody was chosen, and `least` was the lowest counter of those who waited, the chosen one among them."""
+        self._least[band] = least
+        if self.alone and least > self._floors.get(band, 0.0):
+            self._floors[band] = least
+
+    def charge(self, tenant: str, band: int, cost: float, weight: float) -> None:
+        """`cost` is negative where an estimate was too high. A change of weight counts from here on."""
+        self.account(tenant, band).charge(cost / weight)
+
+    def floor(self, band: int) -> float:
+        return self._floors.get(band, 0.0)
+
+    def ahead(self, tenant: str, band: int) -> float:
+        """How far it is ahead of those who wait at other replicas. Negative: it is its turn; infinite: somebody waits
+        there in a lower (earlier) band."""
+        if not self._elsewhere:
+            return -math.inf
+        if min(self._elsewhere) < band:
+            return math.inf
+        return self.account(tenant, band).counter - self._elsewhere.get(band, math.inf)
+
+    def values(self) -> dict[AccountKey, float]:
+        return {key: account.counter for key, account in self._accounts.items()}
+
+    # Sharing between replicas
+
+    def take_changes(self) -> Changes:
+        """What has not been taken yet. It counts here all the same; `merge` must follow with totals that hold it."""
+        accounts: dict[AccountKey, tuple[float, float]] = {}
+        waiting: dict[int, float] = {}
+        for key, account in self._accounts.items():
+            if account.waiting:
+                waiting[key[0]] = min(waiting.get(key[0], math.inf), account.counter)
+            if account.waiting or account.changed:
+                accounts[key] = account.take()
+        changes = Changes(accounts, self._least | waiting, frozenset(waiting))
+        self._least = {}
+        return changes
+
+    def put_back(self, changes: Changes) -> None:
+        """The shared totals were lost and what was taken went with them: the next exchange says it again, and says of
+        every account how far it had come."""
+        for account in self._accounts.values():
+            account.put_back(*changes.accounts.get(account.key, (0.0, -math.inf)))
+
+    def merge(
+        self, totals: Mapping[AccountKey, float], floors: Mapping[int, float], elsewhere: Mapping[int, float]
+    ) -> None:
+        """Totals of all replicas, in which everything taken so far is contained; the floors among them; and by band
+        the least counter of those who wait at others."""
+        self._elsewhere = dict(elsewhere)
+        for key, total in totals.items():
+            account = self._accounts.get(key)
+            if account is not None:
+                account.merge(total)
+        for band, floor in floors.items():
+            self._floors[band] = max(floor, self._floors.get(band, 0.0))
+
+    def ignore_elsewhere(self) -> None:
+        """They do not take their turn: until the next `merge` they are not waited for."""
+        self._elsewhere = {}
+
+    def _forget(self) -> None:
+        """Drops an eighth of the accounts: idle ones that are least ahead of their floor."""
+        idle = [account for account in self._accounts.values() if not account.waiting]
+        idle.sort(key=lambda account: account.counter - self.floor(account.key[0]))
+        for account in idle[: max(1, self._max_accounts // 8)]:
+            del self._accounts[account.key]
+        bands = {band for band, _ in self._accounts}
+        self._floors = {band: floor for band, floor in self._floors.items() if band in bands}
+        self._least = {band: least for band, least in self._least.items() if band in bands}
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    item: T
+    overtaken: int = 0
+
+
+@dataclass(slots=True)
+class _Line(Generic[T]):
+    """The waiting requests of one tenant in one band, in order of arrival."""
+
+    account: Account
+    entries: deque[_Entry[T]] = field(default_factory=deque)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn(Generic[T]):
+    line: _Line[T]
+    index: int
+    saved: int
+    """Cached tokens of the entry, where somebody looked."""
+
+
+class FairQueue(Generic[T]):
+    """Requests that wait: the lowest band first; in it the tenant with the least counter; of a tenant the oldest.
+
+    Two exceptions keep locality: of a tenant's first `LOOK_AHEAD` requests the one goes that has most cached, and the
+    tenant that was chosen last goes on, up to a quantum ahead, while its best request has more cached than that of the
+    tenant with the least counter. It always has somebody to choose while anything waits. The owner bounds its length.
+    """
+
+    def __init__(
+        self, counters: ServiceCounters, cached_tokens: Callable[[T], int] | None = None, quantum: float = QUANTUM
+    ) -> None:
+        """`cached_tokens`: prompt tokens of a request that need not be computed. None: locality does not matter."""
+        self._counters = counters
+        self._cached_tokens = cached_tokens
+        self._quantum = quantum
+        self._bands: dict[int, dict[str, _Line[T]]] = {}
+        self._last: AccountKey | None = None
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def push(self, item: T, tenant: str, band: int) -> None:
+        account = self._counters.enter(tenant, band)
+        account.waiting += 1
+        lines = self._bands.setdefault(band, {})
+        line = lines.get(tenant)
+        if line is None:
+            line = lines[tenant] = _Line(account)
+        line.entries.append(_Entry(item))
+        self._length += 1
+
+    def remove(self, item: T, tenant: str, band: int) -> bool:
+        """Takes out a request that no longer waits for its turn. False: it is not here."""
+        line = self._bands.get(band, {}).get(tenant)
+        for index, entry in enumerate(line.entries if line is not None else ()):
+            if entry.item is item:
+                assert line is not None
+                self._take(line, index)
+                return True
+        return False
+
+    def pop(self, fits: Callable[[T], bool] | None = None) -> T | None:
+        """Takes out the one whose turn it is; the caller charges its input now. None: nobody waits, or that one does
+        not fit and everybody waits with it (nobody is passed over for being large)."""
+        if not self._bands:
+            return None
+        turn, least = self._choose()
+        item = turn.line.entries[turn.index].item
+        if fits is not None and not fits(item):
+            return None
+        key = turn.line.account.key
+        self._counters.granted(key[0], least)
+        self._last = key
+        if turn.index:
+            turn.line.entries[0].overtaken += 1
+        self._take(turn.line, turn.index)
+        return item
+
+    def line(self, tenant: str, band: int) -> list[T]:
+        """The waiting requests of a tenant in a band, oldest first."""
+        line = self._bands.get(band, {}).get(tenant)
+        return [entry.item for entry in line.entries] if line is not None else []
+
+    def _choose(self) -> tuple[_Turn[T], float]:
+        """The next one, and the least counter of its band."""
+        band = min(self._bands)
+        lines = self._bands[band]
+        first = min(lines.values(), key=_counter)
+        least = first.account.counter
+        best = self._best(first)
+        if self._cached_tokens is not None and self._last is not None and self._last[0] == band:
+            last = lines.get(self._last[1])
+            if last is not None and last is not first and last.account.counter <= least + self._quantum:
+                rival = self._best(last)
+                if self._saved(rival) > self._saved(best):
+                    return rival, least
+        return best, least
+
+    def _best(self, line: _Line[T]) -> _Turn[T]:
+        entries = line.entries
+        if self._cached_tokens is None or len(entries) == 1 or entries[0].overtaken >= MAX_OVERTAKEN:
+            return _Turn(line, 0, -1)
+        saved = [self._cached_tokens(entries[index].item) for index in range(min(LOOK_AHEAD, len(entries)))]
+        index = saved.index(max(saved))
+        return _Turn(line, index, saved[index])
+
+    def _saved(self, turn: _Turn[T]) -> int:
+        if turn.saved < 0 and self._cached_tokens is not None:
+            return self._cached_tokens(turn.line.entries[turn.index].item)
+        return turn.saved
+
+    def _take(self, line: _Line[T], index: int) -> None:
+        del line.entries[index]
+        line.account.waiting -= 1
+        self._length -= 1
+        if not line.entries:
+            band, tenant = line.account.key
+            lines = self._bands[band]
+            del lines[tenant]
+            if not lines:
+                del self._bands[band]
+
+
+def _counter(line: _Line[T]) -> float:
+    return line.account.counter

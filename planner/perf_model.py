@@ -1,0 +1,188 @@
+"""How long a worker takes: a roofline as a first guess, fitted to what is measured, within bounds.
+
+One model per hardware class and model shape. Three linear laws, each of a few terms with a known first guess:
+
+    prefill   = step + a * tokens + b * (query, key) pairs
+    decode    = step + c * requests + d * tokens of KV read
+    transfer  = latency + e * tokens                         (hand-over, and a fetch from each tier of the store)
+
+No clock, no I/O: measured times are passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tandem.planner.hardware import Hardware, hardware
+
+MAX_FACTOR = 100.0
+"""A term is never believed to cost more than this many times its first guess, nor less than one part in as many."""
+
+_TRANSFERS: Mapping[str, tuple[float, float]] = {
+    "handover": (5e-3, 10e9),
+    "host": (1e-3, 5e9),
+    "disk": (2e-3, 1e9),
+    "peer": (3e-3, 1e9),
+    "remote": (5e-3, 0.3e9),
+}
+"""First guesses: latency in seconds, bytes per second. Most of a hand-over hides behind the prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the first guess needs to know of a model. Zeros mean unknown: a model of a billion parameters is assumed."""
+
+    num_parameters: int = 0
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+
+
+class PerfModel:
+    """First guesses from `hardware_class` and `shape`; every `observe_*` moves them. Impossible figures are ignored."""
+
+    __slots__ = ("_decode", "_prefill", "_transfers")
+
+    def __init__(self, hardware_class: str = "", shape: ModelShape | None = None) -> None:
+        chip, shape = hardware(hardware_class), _filled(shape or ModelShape())
+        self._prefill = _Fit(_prefill_guess(chip, shape))
+        self._decode = _Fit(_decode_guess(chip, shape))
+        self._transfers = {
+            name: _Fit((latency_s, shape.kv_bytes_per_token / rate)) for name, (latency_s, rate) in _TRANSFERS.items()
+        }
+
+    def prefill_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
+        """To compute `uncached_tokens` that follow `context_tokens` whose KV is there; 0 where there are none."""
+        if uncached_tokens <= 0:
+            return 0.0
+        step, per_token, per_pair = self._prefill.terms
+        return step + uncached_tokens * (per_token + per_pair * (context_tokens + 0.5 * uncached_tokens))
+
+    def stall_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
+        """By which the same prefill holds up requests that decode on that worker: the step itself they take anyway."""
+        return max(self.prefill_s(uncached_tokens, context_tokens) - self._prefill.terms[0], 0.0)
+
+    def decode_step_s(self, batch: float, kv_tokens: float) -> float:
+        """One token for each of `batch` requests, which read `kv_tokens` of KV together; 0 for an empty batch."""
+        if batch <= 0:
+            return 0.0
+        step, per_request, per_token = self._decode.terms
+        return step + per_request * batch + per_token * kv_tokens
+
+    def handover_s(self, tokens: float) -> float:
+        """From the first token until the KV of `tokens` is complete on the decode worker: what compute did not hide."""
+        latency, per_token = self._transfers["handover"].terms
+        return latency + per_token * tokens
+
+    def fetch_s(self, tier: str, tokens: float) -> float:
+        """KV of `tokens` from a tier of the store; infinite from a tier nobody has heard of."""
+        fit = self._transfers.get(tier)
+        if fit is None:
+            return math.inf
+        return fit.terms[0] + fit.terms[1] * tokens if tokens > 0 else 0.0
+
+    def observe_prefill(self, uncached_tokens: int, context_tokens: int, seconds: float) -> None:
+        if uncached_tokens > 0 and context_tokens >= 0:
+            pairs = uncached_tokens * (context_tokens + 0.5 * uncached_tokens)
+            self._prefill.observe((1.0, float(uncached_tokens), pairs), seconds)
+
+    def observe_decode(self, batch: int, kv_tokens: int, step_s: float) -> None:
+        if batch > 0 and kv_tokens >= 0:
+            self._decode.observe((1.0, float(batch), float(kv_tokens)), step_s)
+
+    def observe_handover(self, tokens: int, seconds: float) -> None:
+        if tokens > 0:
+            self._transfers["handover"].observe((1.0, float(tokens)), seconds)
+
+    def observe_fetch(self, tokens_by_tier: Mapping[str, int], seconds: float) -> None:
+        """One load may come from several tiers: each is taken to have been as slow as all of it, for what it is."""
+        tiers = {tier: n for tier, n in tokens_by_tier.items() if n > 0 and tier != "handover" and tier in _TRANSFERS}
+        expected = sum(self.fetch_s(tier, n) for tier, n in tiers.items())
+        for tier, tokens in tiers.items():
+            share = self.fetch_s(tier, tokens) / expected
+            self._transfers[tier].observe((1.0, float(tokens)), seconds * share)
+
+
+def _filled(shape: ModelShape) -> ModelShape:
+    parameters = shape.num_parameters or (shape.weight_bytes // 2) or 10**9
+    return ModelShape(parameters, shape.weight_bytes or 2 * parameters, shape.kv_bytes_per_token or 64 * 1024)
+
+
+_QUERIES_PER_KV_HEAD = 4
+"""Taken for granted: the worker does not say."""
+
+
+def _prefill_guess(chip: Hardware, shape: ModelShape) -> tuple[float, ...]:
+    rate = chip.flops * chip.compute_share
+    bytes_per_value = max(1.0, shape.weight_bytes / shape.num_parameters)
+    flops_per_pair = 2.0 * _QUERIES_PER_KV_HEAD * shape.kv_bytes_per_token / bytes_per_value
+    step_s = chip.step_overhead_s + shape.weight_bytes / (chip.bytes_per_s * chip.memory_share)
+    return step_s, 2.0 * shape.num_parameters / rate, flops_per_pair / rate
+
+
+def _decode_guess(chip: Hardware, shape: ModelShape) -> tuple[float, ...]:
+    bytes_per_s = chip.bytes_per_s * chip.memory_share
+    per_request = 2.0 * shape.num_parameters / (chip.flops * chip.compute_share)
+    return chip.step_overhead_s + shape.weight_bytes / bytes_per_s, per_request, shape.kv_bytes_per_token / bytes_per_s
+
+
+class _Fit:
+    """Recency-weighted least squares of `seconds = sum(term * amount)`, in units of the first guess.
+
+    With f_i the share of term i in the guessed time, measured over guessed time is the ratio `sum(x_i * f_i)`:
+    x_i says how many times slower than guessed term i is. Where all observations look alike the x_i cannot be told
+    apart; a small ridge then gives all of them the mean ratio. Coordinate descent keeps every x_i within its bounds.
+    """
+
+    DECAY = 0.97
+    """Of old data per observation: some 33 are remembered."""
+    RIDGE = 0.01
+    GUESS_WEIGHT = 0.1
+    """Of the first guess, in observations."""
+    CLIP = 3.0
+    """One outlier moves a settled estimate no more than a time 3 times as long (or as short) as expected."""
+    SETTLED_WEIGHT = 4.0
+    SWEEPS = 8
+
+    __slots__ = ("_guess", "_moment", "_ratio_sum", "_square", "_weight", "_x", "terms")
+
+    def __init__(self, guess: tuple[float, ...]) -> None:
+        size = len(guess)
+        self.terms = guess
+        """Seconds per unit of each term, as believed now."""
+        self._guess = guess
+        self._x = [1.0] * size
+        self._square = [[0.0] * size for _ in guess]
+        self._moment = [0.0] * size
+        self._weight = self._ratio_sum = 0.0
+
+    def observe(self, amounts: tuple[float, ...], seconds: float) -> None:
+        if not 0.0 < seconds < math.inf:
+            return
+        parts = [term * amount for term, amount in zip(self._guess, amounts, strict=True)]
+        guessed = sum(parts)
+        ratio = min(max(seconds / guessed, 1.0 / MAX_FACTOR), MAX_FACTOR)
+        shares = [part / guessed for part in parts]
+        if self._weight >= self.SETTLED_WEIGHT:
+            believed = sum(x * share for x, share in zip(self._x, shares, strict=True))
+            ratio = min(max(ratio, believed / self.CLIP), believed * self.CLIP)
+        self._weight = self._weight * self.DECAY + 1.0
+        self._ratio_sum = self._ratio_sum * self.DECAY + ratio
+        for i, share in enumerate(shares):
+            row = self._square[i]
+            for j, other in enumerate(shares):
+                row[j] = row[j] * self.DECAY + share * other
+            self._moment[i] = self._moment[i] * self.DECAY + share * ratio
+        self._solve()
+
+    def _solve(self) -> None:
+        mean = (self._ratio_sum + self.GUESS_WEIGHT) / (self._weight + self.GUESS_WEIGHT)
+        least, most = max(0.02 * mean, 1.0 / MAX_FACTOR), MAX_FACTOR
+        x = self._x
+        for _ in range(self.SWEEPS):
+            for i, row in enumerate(self._square):
+                rest = sum(row[j] * x[j] for j in range(len(x)) if j != i)
+                best = (self._moment[i] + self.RIDGE * mean - rest) / (row[i] + self.RIDGE)
+                x[i] = min(max(best, least), most)
+        self.terms = tuple(guess * factor for guess, factor in zip(self._guess, x, strict=True))

@@ -1,0 +1,77 @@
+"""One request on its tenant's account: may it, is there room for it under the limits, and what did it use.
+
+`Service.call` opens a charge and closes it, so that every front door is counted alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry
+
+from tandem.common.errors import TandemError
+from tandem.router.caller import Caller
+from tandem.router.choice import ChoiceSpec
+from tandem.router.generate import Usage
+from tandem.router.limits import Buckets, Limits, LocalBuckets, Reservation
+from tandem.router.usage import UsageCollector, UsageLog
+
+REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded"})
+
+
+class Accounts:
+    def __init__(self, registry: CollectorRegistry | None = None, buckets: Buckets | None = None) -> None:
+        """`buckets`: shared ones where routers share limits."""
+        self.limits = Limits(buckets or LocalBuckets(time.monotonic))
+        self.usage = UsageLog(time.time)
+        if registry is not None:
+            registry.register(UsageCollector(self.usage))
+
+    def open(self, model: str, choices: Sequence[ChoiceSpec]) -> Charge:
+        """Raises TandemError `permission_denied` or `rate_limit_exceeded`."""
+        caller = choices[0].sequence.caller
+        caller.check_model(model)
+        prompts = {id(choice.sequence.prompt): choice.sequence.prompt for choice in choices}
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts.values())
+        max_output_tokens = sum(choice.sequence.sampling.max_tokens for choice in choices)
+        return Charge(caller, self.limits.reserve(caller, prompt_tokens, max_output_tokens), self.usage)
+
+    def refused(self, caller: Caller, error: TandemError) -> None:
+        """The front doors tell every error here; only rejections are counted."""
+        if error.code in REJECTIONS:
+            self.usage.rejected(caller.tenant)
+
+
+class Charge:
+    """Close it whatever happens."""
+
+    __slots__ = ("_caller", "_log", "_raised", "_reservation")
+
+    def __init__(self, caller: Caller, reservation: Reservation, log: UsageLog) -> None:
+        self._caller = caller
+        self._reservation = reservation
+        self._log = log
+        self._raised: TandemError | None = None
+
+    def fail(self, error: TandemError) -> None:
+        """The request ends with this error, which goes on to the front door."""
+        self._raised = error
+
+    def close(self, usage: Usage, error: TandemError | None = None) -> None:
+        """`error`: what ended the call, where it was told inside a stream. What failed before any output is free, but
+        not for a client that went away: it may just want the prompt computed."""
+        error = self._raised or error
+        free = error is not None and error.code != "cancelled" and usage.completion_tokens == 0
+        if not free:
+            self._reservation.settle(usage.prompt_tokens, usage.completion_tokens)
+        self._reservation.close()
+        if free and self._raised is not None and self._raised.code in REJECTIONS:
+            return  # the front door has it counted as a rejection
+        self._log.ended(
+            self._caller.tenant,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_by_tier=usage.cached_by_tier,
+            failed=free,
+        )

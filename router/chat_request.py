@@ -1,0 +1,83 @@
+"""From a chat body to what workers get: template, tools, limits, sampling. Shared by the three chat APIs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.router.caller import Caller
+from tandem.router.choice import ChoiceSpec
+from tandem.router.constraints import constraint_of
+from tandem.router.dispatch import SequenceSpec
+from tandem.router.http_types import ChatBody, template_variables
+from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
+from tandem.router.service import Service
+from tandem.router.tools.choice import ToolUse, tool_use
+from tandem.router.tools.events import PlainText, ToolParser
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPlan:
+    spec: ChoiceSpec
+    tools: ToolUse | None
+    """None: the answer is text, whatever it looks like."""
+
+    def parser(self) -> ToolParser:
+        return PlainText() if self.tools is None else self.tools.parser()
+
+
+async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPlan:
+    """Raises TandemError naming the field."""
+    model = service.model
+    model.check_name(body.model)
+    body.check()
+    answer = await constraint_of(body)
+    tools = await tool_use(
+        body.tools,
+        body.tool_choice,
+        parallel=body.parallel_tool_calls is not False,
+        format=model.template.tool_format if model.template else None,
+        token_id=model.text.token_id,
+        answer=answer,
+    )
+    text = model.render_chat(
+        body.template_messages(),
+        add_generation_prompt=body.add_generation_prompt,
+        **template_variables(body.chat_template_kwargs),
+        tools=None if tools is None else tools.for_template,
+    )
+    prompt = await model.text_prompt(text, param="messages", add_special_tokens=False)
+    completion_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = output_tokens(
+        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        default=None,
+        prompt_tokens=len(prompt.token_ids),
+        max_model_len=service.max_model_len,
+        param=completion_param,
+        prompt_param="messages",
+    )
+    sampling = sampling_params(
+        body,
+        defaults=model.defaults,
+        vocab_size=model.vocab_size,
+        max_tokens=max_tokens,
+        logprobs=_logprobs(body),
+        constraint=answer if tools is None else tools.constraint,
+    )
+    marked = tools is not None and any(map(model.text.is_special, tools.format.marks))
+    spec = ChoiceSpec(
+        SequenceSpec(prompt, sampling, caller, body.cache_salt or "", caller.priority(body.priority)),
+        stop=stop_strings(body),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False and not marked,
+        keep_tokens=bool(body.return_token_ids) or sampling.logprobs is not None,
+    )
+    return ChatPlan(spec, tools)
+
+
+def _logprobs(body: ChatBody) -> int | None:
+    in_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise invalid("top_logprobs", "needs logprobs: true")
+        return None
+    return body.top_logprobs or 0

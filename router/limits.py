@@ -1,0 +1,230 @@
+"""Rate limits of tenants: requests and tokens a minute as token buckets, and requests in flight. Pure.
+
+How many tokens a request will take is not known when it comes, so an estimate is taken and corrected when it ends. A
+bucket may therefore go below zero; it then has to fill up again before the next request is let in. T seconds after its
+first request a tenant has had at most `rate * T + burst`, plus what requests took beyond their estimates, which comes
+off what it gets next. A burst is one minute's worth, or a single request that is larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from tandem.common.errors import TandemError
+from tandem.router.caller import Caller
+
+MINUTE_S = 60.0
+FIRST_OUTPUT_GUESS = 256
+"""Output tokens assumed of a tenant's first requests. `max_tokens` alone would not do: left out, it means the rest of
+the context, and one such request would empty a bucket."""
+GUESS_WEIGHT = 0.1
+"""Of the latest request in the running mean of output tokens."""
+CONCURRENCY_RETRY_S = 1.0
+MAX_STATES = 20_000
+"""Tenants with a state; beyond it those at rest are forgotten. Only names that have left the file can be so many."""
+_ROUNDING = 1e-9
+
+
+class Buckets(Protocol):
+    """Token buckets by name. Rate and burst come with each call, so that new limits hold at once."""
+
+    def take(self, key: str, amount: float, rate: float, burst: float) -> float:
+        """Takes it and returns 0, or takes nothing and returns the seconds until it could.
+
+        A bucket that is full gives any amount, and goes below zero for what is larger than itself."""
+
+    def add(self, key: str, amount: float, rate: float, burst: float) -> None:
+        """Gives back; a negative amount takes without asking."""
+
+    def level(self, key: str, rate: float, burst: float) -> float: ...
+
+
+class LocalBuckets:
+    """Of this process alone. A bucket is one number: when it will be full."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._full_at: dict[str, float] = {}
+
+    def take(self, key: str, amount: float, rate: float, burst: float) -> float:
+        now = self._clock()
+        full_at = max(now, self._full_at.get(key, now))
+        missing = min(amount, burst) - (burst - (full_at - now) * rate)
+        if missing > _ROUNDING * burst:
+            return missing / rate
+        if len(self._full_at) >= MAX_STATES:
+            self._full_at = {each: at for each, at in self._full_at.items() if at > now}
+        self._full_at[key] = full_at + amount / rate
+        return 0.0
+
+    def add(self, key: str, amount: float, rate: float, burst: float) -> None:
+        now = self._clock()
+        self._full_at[key] = max(now, self._full_at.get(key, now)) - amount / rate
+
+    def level(self, key: str, rate: float, burst: float) -> float:
+        now = self._clock()
+        return burst - max(0.0, self._full_at.get(key, now) - now) * rate
+
+
+class RateLimited(TandemError):
+    def __init__(self, limit: str, message: str, retry_after_s: float) -> None:
+        super().__init__("rate_limit_exceeded", message, retry_after_s=retry_after_s)
+        self.limit = limit
+        """`requests`, `tokens` or `concurrency`."""
+
+
+@dataclass(slots=True)
+class _State:
+    running: int = 0
+    output_guess: float = FIRST_OUTPUT_GUESS
+
+
+class Limits:
+    """Tenants without a limit pass through at the cost of one test."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        self._buckets = buckets
+        self._states: dict[str, _State] = {}
+
+    def check(self, caller: Caller) -> None:
+        """Refuses early what `reserve` would refuse whatever the request says. Takes nothing. Raises RateLimited."""
+        rates = caller.rates
+        if rates.unlimited:
+            return
+        if rates.max_concurrent is not None and self.running(caller) >= rates.max_concurrent:
+            raise _concurrent(caller)
+        for limit, per_minute in (("requests", rates.requests_per_minute), ("tokens", rates.tokens_per_minute)):
+            if per_minute is not None:
+                missing = 1.0 - self._level(caller, limit, per_minute)
+                if missing > _ROUNDING * per_minute:
+                    raise _exceeded(caller, limit, per_minute, 1, missing * MINUTE_S / per_minute)
+
+    def reserve(self, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> Reservation:
+        """A place for one request; `close` it. Raises RateLimited, and then nothing is taken."""
+        rates = caller.rates
+        if rates.unlimited:
+            return Reservation(self, caller, None, 0)
+        state = self._state(caller.tenant)
+        if rates.max_concurrent is not None and state.running >= rates.max_concurrent:
+            raise _concurrent(caller)
+        if rates.requests_per_minute is not None:
+            self._take(caller, "requests", 1, rates.requests_per_minute)
+        estimate = prompt_tokens + min(max_output_tokens, math.ceil(state.output_guess))
+        if rates.tokens_per_minute is not None:
+            try:
+                self._take(caller, "tokens", estimate, rates.tokens_per_minute)
+            except RateLimited:
+                if rates.requests_per_minute is not None:
+                    self._add(caller, "requests", 1, rates.requests_per_minute)
+                raise
+        state.running += 1
+        return Reservation(self, caller, state, estimate)
+
+    def running(self, caller: Caller) -> int:
+        """Its requests in flight, counted where it has a limit of any kind."""
+        state = self._states.get(caller.tenant)
+        return state.running if state is not None else 0
+
+    def headers(self, caller: Caller) -> list[tuple[bytes, bytes]]:
+        """`x-ratelimit-*` as OpenAI writes them, for the limits that the tenant has."""
+        rates = caller.rates
+        found: list[tuple[bytes, bytes]] = []
+        for limit, per_minute in (("requests", rates.requests_per_minute), ("tokens", rates.tokens_per_minute)):
+            if per_minute is not None:
+                level = self._level(caller, limit, per_minute)
+                reset_s = max(0.0, per_minute - level) * MINUTE_S / per_minute
+                found += [
+                    (b"x-ratelimit-limit-" + limit.encode(), str(per_minute).encode()),
+                    (
+                        b"x-ratelimit-remaining-" + limit.encode(),
+                        str(max(0, math.floor(level + _ROUNDING * per_minute))).encode(),
+                    ),
+                    (b"x-ratelimit-reset-" + limit.encode(), duration(reset_s).encode()),
+                ]
+        return found
+
+    def _take(self, caller: Caller, limit: str, amount: int, per_minute: int) -> None:
+        wait_s = self._buckets.take(_key(caller, limit), amount, per_minute / MINUTE_S, per_minute)
+        if wait_s > 0:
+            raise _exceeded(caller, limit, per_minute, amount, wait_s)
+
+    def _add(self, caller: Caller, limit: str, amount: float, per_minute: int) -> None:
+        self._buckets.add(_key(caller, limit), amount, per_minute / MINUTE_S, per_minute)
+
+    def _level(self, caller: Caller, limit: str, per_minute: int) -> float:
+        return self._buckets.level(_key(caller, limit), per_minute / MINUTE_S, per_minute)
+
+    def _state(self, tenant: str) -> _State:
+        state = self._states.get(tenant)
+        if state is None:
+            if len(self._states) >= MAX_STATES:
+                self._states = {name: state for name, state in self._states.items() if state.running}
+            state = self._states[tenant] = _State()
+        return state
+
+
+class Reservation:
+    """`settle` with what the request took, then `close`. Closing without settling gives all tokens back."""
+
+    __slots__ = ("_actual", "_caller", "_closed", "_estimate", "_limits", "_state")
+
+    def __init__(self, limits: Limits, caller: Caller, state: _State | None, estimate: int) -> None:
+        self._limits = limits
+        self._caller = caller
+        self._state = state
+        self._estimate = estimate
+        self._actual = 0
+        self._closed = False
+
+    def settle(self, prompt_tokens: int, completion_tokens: int) -> None:
+        self._actual = prompt_tokens + completion_tokens
+        if self._state is not None:
+            self._state.output_guess += GUESS_WEIGHT * (completion_tokens - self._state.output_guess)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._closed or self._state is None:
+            return
+        self._closed = True
+        self._state.running -= 1
+        per_minute = self._caller.rates.tokens_per_minute
+        if per_minute is not None:
+            self._limits._add(self._caller, "tokens", self._estimate - self._actual, per_minute)
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: `0s`, `120ms`, `1.5s`, `6m0s`."""
+    milliseconds = math.ceil(seconds * 1000 - 1e-6)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms" if milliseconds > 0 else "0s"
+    minutes, rest = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest / 1000:g}s"
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text
+
+
+def _key(caller: Caller, limit: str) -> str:
+    return f"{limit}:{caller.tenant}"
+
+
+def _concurrent(caller: Caller) -> RateLimited:
+    return RateLimited(
+        "concurrency",
+        f"Rate limit reached for tenant `{caller.tenant}`: {caller.rates.max_concurrent} requests are in flight, which "
+        "is the limit. Send the next when one has ended.",
+        CONCURRENCY_RETRY_S,
+    )
+
+
+def _exceeded(caller: Caller, limit: str, per_minute: int, wanted: int, wait_s: float) -> RateLimited:
+    return RateLimited(
+        limit,
+        f"Rate limit reached for tenant `{caller.tenant}` on {limit} per minute: the limit is {per_minute}, this "
+        f"request needs {wanted}. Try again in {duration(wait_s)}.",
+        wait_s,
+    )

@@ -1,0 +1,16 @@
+"""What a call needs around it where a test has no router."""
+
+from __future__ import annotations
+
+from tandem.common.fairness import ServiceCounters
+from tandem.router.admission import Admission
+from tandem.router.explain import Record
+
+
+def open_door() -> Admission:
+    """Nobody ever waits."""
+    return Admission(ServiceCounters(), max_requests=10, max_tokens=10**6, room=lambda _: True, wait_s=lambda: 0.0)
+
+
+def a_record() -> Record:
+    return Record("r", "default", 0.0, 0.0, 1, 1)
