@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tandem.common.errors import TandemError
 from tandem.engine.block_manager import BlockManager
+from tandem.engine.request import RequestKey
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Phase, Sequence
 from tests.engine_harness import make_sequence
