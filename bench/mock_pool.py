@@ -222,6 +222,12 @@ class MockWorker:
         self.cache.release(job.pinned, job.private_blocks)
         job.pinned, job.private_blocks = [], 0
 
+    def check_idle(self) -> None:
+        """Raises AssertionError where something of a request is left."""
+        assert not (self.waiting or self.prefilling or self.arrived or self.decoding), "requests are left"
+        assert (self.kv_tokens, self.pending_tokens) == (0, 0), "tokens are left"
+        assert self.cache.available == self.cache.capacity, "blocks are still pinned"
+
     @property
     def _running(self) -> int:
         return len(self.decoding) + len(self.prefilling)
@@ -373,6 +379,8 @@ class MockPool:
                 else:
                     worker.arrived.append(job)
                     start(worker, now)
+        for worker in self.workers:
+            worker.check_idle()
         return jobs
 
     def _handover_s(self, job: Job, now: float) -> float:

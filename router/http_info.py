@@ -19,11 +19,14 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
 
 
 async def models(exchange: Exchange, service: Service) -> None:
-    await exchange.reply_json({"object": "list", "data": [_model(service)]})
+    """Those that the caller may use."""
+    allowed = exchange.caller.models is None or service.model.name in exchange.caller.models
+    await exchange.reply_json({"object": "list", "data": [_model(service)] if allowed else []})
 
 
 async def model(exchange: Exchange, service: Service) -> None:
     service.model.check_name(exchange.path.removeprefix("/v1/models/"))
+    exchange.caller.check_model(service.model.name)
     await exchange.reply_json(_model(service))
 
 

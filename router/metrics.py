@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tandem.router.admission import Admission
 from tandem.router.workers import Fleet
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -65,8 +67,37 @@ class RouterMetrics:
     def watch(self, fleet: Fleet) -> None:
         self.registry.register(_FleetCollector(fleet))
 
+    def watch_admission(self, admission: Admission) -> None:
+        self.registry.register(_AdmissionCollector(admission))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _AdmissionCollector(Collector):
+    """The queue before the workers, read when asked."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        admission = self._admission
+        yield GaugeMetricFamily(
+            "tandem_router_waiting_requests", "Requests that wait for their turn", admission.waiting_requests
+        )
+        yield GaugeMetricFamily(
+            "tandem_router_waiting_tokens",
+            "Prompt tokens of requests that wait for their turn",
+            admission.waiting_tokens,
+        )
+        yield CounterMetricFamily("tandem_router_granted", "Requests that went on to the workers", admission.granted)
+        yield CounterMetricFamily("tandem_router_queued", "Of those, requests that had to wait", admission.queued)
+        refused = CounterMetricFamily(
+            "tandem_router_refused", "Requests that were not let in, by reason", labels=["reason"]
+        )
+        for reason, count in admission.refused.items():
+            refused.add_metric([reason], count)
+        yield refused
 
 
 class _FleetCollector(Collector):
@@ -79,7 +110,9 @@ class _FleetCollector(Collector):
         def gauge(name: str, text: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"tandem_worker_{name}", text, labels=["target", "role", "worker"])
 
+        now = time.monotonic()
         up = gauge("up", "1 while connected")
+        healthy = gauge("healthy", "0 while it gets no requests because it failed or was far slower than the others")
         others = {
             name: gauge(name, text)
             for name, text in (
@@ -97,8 +130,10 @@ class _FleetCollector(Collector):
             session = client.session
             labels = [client.target, client.role_name, session.name if session else ""]
             up.add_metric(labels, float(session is not None))
+            healthy.add_metric(labels, float(client.health.available(now)))
             if session is not None:
                 for name, family in others.items():
                     family.add_metric(labels, float(getattr(session.status, name)))
         yield up
+        yield healthy
         yield from others.values()

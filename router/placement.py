@@ -39,7 +39,7 @@ _NOTHING = (0, 0)
 PREFILL_WEIGHT = 2.0
 """Computing what another worker has cached also makes those wait who come after: each second of it counts this often.
 Found in replays of a production trace (docs/placement.md): more raises the hit rate little, and lets queues grow."""
-STALL_WEIGHT = 0.1
+STALL_WEIGHT = 0.05
 """Waiting for the first token weighs more than as many seconds taken from running requests, which are spread over all
 of them and over many tokens."""
 

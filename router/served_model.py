@@ -14,6 +14,7 @@ from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.chat_template import ChatTemplate
 from tandem.router.settings import RouterConfig
 from tandem.router.tokenizer import ModelText, read_json
+from tandem.router.tools.formats import format_named
 
 MAX_HASHED_BLOCKS = 1024
 """Prefix affinity looks at this many blocks of a prompt; hashing them takes one or two milliseconds."""
@@ -56,10 +57,16 @@ class ServedModel:
         if not isinstance(vocab_size, int) or not isinstance(context, int):
             raise ConfigError(f"{folder / 'config.json'}: vocab_size and max_position_embeddings must be integers")
         name = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
+        template = ChatTemplate.load(folder)
+        if config.tool_format:
+            kind = format_named(config.tool_format)
+            if template is None:
+                raise ConfigError(f"--tool_format {config.tool_format}: the model has no chat template")
+            template.tool_format = kind
         return cls(
             name=name,
             text=ModelText(folder),
-            template=ChatTemplate.load(folder),
+            template=template,
             defaults=SamplingDefaults.load(folder),
             vocab_size=vocab_size,
             max_position_embeddings=context,

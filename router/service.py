@@ -79,6 +79,7 @@ class Service:
             wait_s=dispatcher.wait_s,
             ttft_slo_s=config.ttft_slo_s,
         )
+        metrics.watch_admission(self.admission)
         self._tracing = telemetry.tracing_enabled()
         self._context = CallContext(
             dispatcher=dispatcher,
@@ -101,8 +102,7 @@ class Service:
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together: what every connected decode worker can hold."""
-        limits = [session.info.max_model_len for session in self.fleet.decode if session.info.max_model_len]
-        return min([self.model.max_position_embeddings, *limits])
+        return min([self.model.max_position_embeddings, *self.fleet.max_model_lens])
 
     def check_load(self, sequences: int = 1) -> None:
         """Raises TandemError `overloaded` where `sequences` more would be too many."""

@@ -27,6 +27,8 @@ class RouterConfig:
     """Port of the public gRPC service. None: off."""
     served_model_name: str | None = None
     """The name clients use. None: the last part of `model`."""
+    tool_format: str = ""
+    """How the model writes tool calls: hermes, llama3_json, mistral, mistral_named. Empty: as its template says."""
     api_keys_file: Path | None = None
     """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
     tenants_file: Path | None = None

@@ -177,6 +177,14 @@ class Fleet:
         return self.sessions(worker_pb2.ROLE_DECODE)
 
     @property
+    def max_model_lens(self) -> list[int]:
+        """Of the connected decode workers, healthy or not."""
+        sessions = (client.session for client in self.clients if client.role == worker_pb2.ROLE_DECODE)
+        return [
+            session.info.max_model_len for session in sessions if session is not None and session.info.max_model_len
+        ]
+
+    @property
     def prefill(self) -> list[WorkerSession]:
         return self.sessions(worker_pb2.ROLE_PREFILL)
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.common.errors import ConfigError
+from tandem.router.served_model import ServedModel
+from tandem.router.settings import RouterConfig
 from tandem.router.tools.events import Call, Event, collect
 from tandem.router.tools.formats import FORMATS, detect
 from tests.router.tool_models import TEMPLATES, calls_text
@@ -166,3 +171,12 @@ _FRAGMENTS = [
 def test_junk_gives_the_same_in_one_piece_and_in_many(form: str, fragments: list[str], cuts: list[int]) -> None:
     text = "".join(fragments)
     assert parse(form, *in_pieces(text, cuts)) == parse(form, text)
+
+
+def test_a_setting_overrules_the_template(model_folder: Path) -> None:
+    config = RouterConfig(model=str(model_folder), tool_format="mistral")
+    template = ServedModel.load(config).template
+    assert template is not None
+    assert template.tool_format is FORMATS["mistral"]
+    with pytest.raises(ConfigError, match="tool_format 'xml': there are hermes"):
+        ServedModel.load(replace(config, tool_format="xml"))
