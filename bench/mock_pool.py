@@ -224,7 +224,8 @@ class MockWorker:
 
     def check_idle(self) -> None:
         """Raises AssertionError where something of a request is left."""
-        assert not (self.waiting or self.prefilling or self.arrived or self.decoding), "requests are left"
+        left = len(self.waiting) + len(self.prefilling) + len(self.arrived) + len(self.decoding)
+        assert left == 0, "requests are left"
         assert (self.kv_tokens, self.pending_tokens) == (0, 0), "tokens are left"
         assert self.cache.available == self.cache.capacity, "blocks are still pinned"
 

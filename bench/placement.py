@@ -227,10 +227,10 @@ class Run:
     policy: str
     make: Maker
     repeats: int = 1
-    computing: int = 0
-    """Workers, the first ones, that only compute prompts."""
     moved: bool = False
     """Whether repeats get other arrivals. Dynamo's core breaks ties at random: its repeats differ as it is."""
+    computing: int = 0
+    """Workers, the first ones, that only compute prompts."""
 
     def measure(self) -> Result:
         part, runs, started = self.part, [], time.perf_counter()
@@ -251,11 +251,11 @@ class Run:
         return result
 
 
-def unified(part: Part, dynamo: Path | None, repeats: int) -> list[Run]:
-    """Every worker computes prompts and answers."""
+def unified(part: Part, dynamo: Path | None, repeats: int, *, move: bool) -> list[Run]:
+    """Every worker computes prompts and answers. `move`: ours is repeated, too, with arrivals moved a little."""
     known = KNOWN[part.hardware]
     runs = [
-        Run(part, "ours", lambda pool, repeat: Ours(pool, repeat, known), repeats, moved=True),
+        Run(part, "ours", lambda pool, repeat: Ours(pool, repeat, known), repeats if move else 1, move),
         Run(part, "ours, cache events", lambda pool, repeat: Ours(pool, repeat, known, cache_events=True)),
         Run(part, "ours, hardware unknown", lambda pool, repeat: Ours(pool, repeat, Known())),
         Run(part, "round robin", lambda pool, repeat: RoundRobin(pool.workers)),
@@ -295,16 +295,18 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--dynamo", type=Path, help="a Python that can import ai-dynamo-runtime")
     parser.add_argument("--repeats", type=int, default=3, help="of ours and Dynamo's, which break ties differently")
-    parser.add_argument("--parts", default="", help="parts whose name begins with one of these, by commas")
-    parser.add_argument("--policies", default="", help="policies whose name begins with one of these, by commas")
+    parser.add_argument("--parts", default="", help="parts whose name begins with one of these, by semicolons")
+    parser.add_argument("--policies", default="", help="policies whose name begins with one of these, by semicolons")
     parser.add_argument("--json", type=Path, help="what it holds of other parts and policies is kept")
     options = parser.parse_args()
     trace = read_trace(options.trace)
-    one_pool = [
+    traces = [
         Part("trace, 8B on H100", H100_8B, 10, 512, trace),
         Part("trace x 4, 8B on H100", H100_8B, 10, 512, faster(trace, 4)),
         Part("trace, 70B on A100", A100_70B, 10, 512, trace),
         Part("block 0 shared, 8B on H100", H100_8B, 10, 512, with_shared_start(trace)),
+    ]
+    herds = [
         Part("400 equal at once", H100_8B, 8, 16, herd(400, 0.0, unique=False)),
         Part("400 equal in 4 s", H100_8B, 8, 16, herd(400, 0.01, unique=False)),
         Part("400 x 2,048 + 16 at once", H100_8B, 8, 16, herd(400, 0.0, unique=True)),
@@ -314,31 +316,29 @@ def main() -> None:
         Part("pairs x 4, 8B on H100", H100_8B, 10, 512, faster(trace, 4)),
         Part("pairs, 70B on A100", A100_70B, 10, 512, trace),
     ]
-    runs = [run for part in one_pool for run in unified(part, options.dynamo, options.repeats)]
+    runs = [run for part in traces for run in unified(part, options.dynamo, options.repeats, move=True)]
+    runs += [run for part in herds for run in unified(part, options.dynamo, options.repeats, move=False)]
     runs += [run for part in two_pools for run in pairs(part)]
-    parts, policies = tuple(options.parts.split(",")), tuple(options.policies.split(","))
+    parts, policies = tuple(options.parts.split(";")), tuple(options.policies.split(";"))
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", file=sys.stderr)
-    results = {
-        (run.part.name, run.policy): rounded(asdict(run.measure()))
-        for run in runs
-        if run.part.name.startswith(parts) and run.policy.startswith(policies)
-    }
-    if options.json is not None and options.json.exists():
-        kept = {(kept["part"], kept["policy"]): kept for kept in json.loads(options.json.read_text())["results"]}
-        results = {**kept, **results}
-    order = {(run.part.name, run.policy): index for index, run in enumerate(runs)}
-    report = {
+    report: dict[str, object] = {
         "requests": len(trace),
         "prompt_tokens": sum(request.prompt_tokens for request in trace),
         "hardware": {name: asdict(timing) for name, timing in HARDWARE.items()},
         "dynamo": DYNAMO,
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "results": [results[key] for key in sorted(results, key=lambda key: order.get(key, len(order)))],
     }
-    content = json.dumps(report, indent=1)
-    print(content)
-    if options.json is not None:
-        options.json.write_text(content + "\n")
+    results: dict[tuple[str, str], dict[str, object]] = {}
+    if options.json is not None and options.json.exists():
+        results = {(kept["part"], kept["policy"]): kept for kept in json.loads(options.json.read_text())["results"]}
+    order = {(run.part.name, run.policy): index for index, run in enumerate(runs)}
+    for run in runs:
+        if run.part.name.startswith(parts) and run.policy.startswith(policies):
+            results[run.part.name, run.policy] = rounded(asdict(run.measure()))
+            report["results"] = [results[key] for key in sorted(results, key=lambda key: order.get(key, len(order)))]
+            if options.json is not None:
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 def rounded(values: dict[str, object]) -> dict[str, object]:

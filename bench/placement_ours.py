@@ -73,6 +73,7 @@ class Ours:
         self._decodes = self._loads[prefills:]
         self._live: dict[int, _Live] = {}
         self._output_tokens = FIRST_OUTPUT_TOKENS
+        self._steps_s = [0.0] * len(pool.workers)
 
     def place(self, job: Job, now: float) -> tuple[int, int | None]:
         request, size = job.request, self._block_tokens
@@ -140,7 +141,8 @@ class Ours:
 
     def status(self, worker: MockWorker, now: float) -> None:
         load = self._loads[worker.index]
-        if worker.decode_step_s > 0.0:
+        if worker.decode_step_s != self._steps_s[worker.index]:  # else nothing was decoded since the last time
+            self._steps_s[worker.index] = worker.decode_step_s
             load.model.observe_decode(len(worker.decoding), worker.kv_tokens, worker.decode_step_s)
         for job in worker.decoding:
             work = self._live[job.number].decode

@@ -1,9 +1,17 @@
-"""What the router adds to a request: HTTP through `tandem router` against the same request straight to its worker.
+"""What a router adds to a request: latency, requests per second and processor time, ours beside sglang-router.
 
-The worker follows a script (the fake worker of the router's tests, no model), so what is measured is transport and
-router. Rounds of the two alternate in one run. Prints a table and JSON.
+    python bench/router_http.py --sglang PATH/TO/PYTHON
 
-    python bench/router_http.py --rounds 5 --out bench/results/router_http.json
+`PYTHON` has `sglang-router`; without it only ours is measured. Every router stands before the same two fake workers, one
+process that answers a chat request with three tokens, 2 ms apart: in gRPC for ours, in HTTP for sglang-router. "Added" is
+against the same request sent straight to a worker, in the protocol that the router speaks to it.
+
+What differs: sglang-router reads the JSON and passes HTTP on, its workers do the rest. Ours renders the chat template, tokenizes the 400
+tokens, hashes them, admits and places by cost, keeps accounts, and turns the workers' tokens into text and events.
+
+Rounds of all alternate. Half load is half of what the router did in the same round with all clients waiting for it; the
+machine's cores are shared with the clients and the workers, so requests per second of a router by itself come from its
+processor time.
 """
 
 from __future__ import annotations
@@ -13,89 +21,174 @@ import asyncio
 import json
 import os
 import platform
+import random
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc.aio
 import psutil
+import uvloop
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from load import stream  # noqa: E402
+from router_targets import Ask, GrpcTarget, HttpTarget, Spread, Target, Times  # noqa: E402
+from router_workers import sockets  # noqa: E402
 from serve import percentile  # noqa: E402
 
-from tandem.proto import worker_pb2, worker_pb2_grpc  # noqa: E402
-
+PROMPT_TOKENS = 400
+SHARED = 0.75
+"""Of each prompt, the same in all."""
+PROMPTS = 64
 OUTPUT_TOKENS = 3
-"""In one message: a message per token would measure the worker's script instead."""
+WORKERS = 2
+MODEL = ROOT / "examples/small_model/model"
+KINDS = {"streaming": True, "whole": False}
+
+
+def asks(seed: int = 0) -> list[Ask]:
+    rng = random.Random(seed)
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    words = ["the", "river", "and", "a", "small", "house", "was", "found", "near", "old", "stone", "bridge", "where"]
+
+    def text(tokens: int) -> str:
+        made = rng.choices(words, k=tokens)
+        while len(tokenizer.encode(" ".join(made)).ids) > tokens:
+            made.pop()
+        return " ".join(made)
+
+    shared = text(round(PROMPT_TOKENS * SHARED))
+    texts = [shared + " " + text(round(PROMPT_TOKENS * (1 - SHARED))) for _ in range(PROMPTS)]
+    return [Ask(text, tokenizer.encode(text).ids, OUTPUT_TOKENS) for text in texts]
 
 
 @dataclass(slots=True)
-class Case:
-    """Requests with one length of prompt."""
+class Figures:
+    """Of one router and one kind of answer. Lists have an entry per round."""
 
-    prompt_tokens: int
-    direct_ms: list[float] = field(default_factory=list)
-    routed_ms: list[float] = field(default_factory=list)
+    alone: list[tuple[Times, Times]] = field(default_factory=list)
+    """One request at a time: straight, routed."""
+    half: list[tuple[Times, Times]] = field(default_factory=list)
+    """At half load. The pairs are not of the same request."""
+    half_per_s: list[float] = field(default_factory=list)
+    per_s: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
+    """Of the router's processes, per request."""
 
-    def figures(self) -> dict[str, float]:
-        direct, routed = self.direct_ms, self.routed_ms
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "direct_p50_ms": round(statistics.median(direct), 3),
-            "routed_p50_ms": round(statistics.median(routed), 3),
-            "added_p50_ms": round(statistics.median(routed) - statistics.median(direct), 3),
-            "added_p99_ms": round(percentile(routed, 0.99) - percentile(direct, 0.99), 3),
+    def row(self, router: str, kind: str) -> dict[str, str | float]:
+        cpu_us = statistics.median(self.cpu_us)
+        row: dict[str, str | float] = {
+            "router": router,
+            "kind": kind,
+            "requests_per_s": round(statistics.median(self.per_s), 1),
+            "best_requests_per_s": round(max(self.per_s), 1),
+            "cpu_us_per_request": round(cpu_us, 1),
+            "requests_per_cpu_s": round(1e6 / cpu_us),
+            "half_load_requests_per_s": round(statistics.median(self.half_per_s), 1),
         }
+        if kind == "streaming":
+            row["events_per_answer"] = round(statistics.mean(routed.events for _, routed in self.half), 2)
+        for name, pairs in (("alone", self.alone), ("half", self.half)):
+            for part in ("first", "last") if kind == "streaming" else ("last",):
+                straight, routed = ([getattr(pair[i], part) for pair in pairs] for i in (0, 1))
+                for share, at in ((0.5, "p50"), (0.99, "p99")):
+                    added = percentile(routed, share) - percentile(straight, share)
+                    row[f"{name}_added_{part}_{at}_ms"] = round(1e3 * added, 3)
+        return row
 
 
-class DirectSession:
-    """A router's session without a router: one gRPC stream to the worker."""
+@dataclass(slots=True)
+class Side:
+    name: str
+    direct: Target
+    """The workers themselves."""
+    routed: Target
+    process: psutil.Process
+    figures: dict[str, Figures] = field(default_factory=lambda: {kind: Figures() for kind in KINDS})
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target)
-        self._requests: asyncio.Queue[worker_pb2.SessionRequest] = asyncio.Queue()
-        self._responses = worker_pb2_grpc.WorkerStub(self._channel).Session(self._sent())  # type: ignore[no-untyped-call]
-
-    async def _sent(self) -> AsyncIterator[worker_pb2.SessionRequest]:
-        yield worker_pb2.SessionRequest(hello=worker_pb2.Hello(router_id="bench"))
-        while True:
-            yield await self._requests.get()
-
-    async def run(self, request_id: str, prompt: list[int]) -> float:
-        """Seconds from submit to the last token."""
-        key = worker_pb2.RequestKey(request_id=request_id, epoch=1)
-        sampling = worker_pb2.SamplingParams(max_tokens=OUTPUT_TOKENS)
-        submit = worker_pb2.Submit(key=key, prompt_token_ids=prompt, sampling=sampling)
-        started = time.perf_counter()
-        await self._requests.put(worker_pb2.SessionRequest(submit=submit))
-        async for response in self._responses:
-            for output in response.outputs:
-                if output.key.request_id == request_id and output.finish_reason:
-                    return time.perf_counter() - started
-        raise ConnectionError("the worker's session ended")
-
-    async def close(self) -> None:
-        await self._channel.close()
+    def cpu_s(self) -> float:
+        times = [each.cpu_times() for each in (self.process, *self.process.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
 
 
-async def serve_worker(socket: Path) -> None:
-    from tests.router.fake_worker import FakeWorker, Script
+async def one_by_one(target: Target, asked: list[Ask], count: int, *, streaming: bool) -> list[Times]:
+    return [await target.request(asked[index % len(asked)], streaming=streaming) for index in range(count)]
 
-    worker = FakeWorker(worker_pb2.ROLE_DECODE, socket, Script(per_output=OUTPUT_TOKENS), max_model_len=4096)
-    worker.vocab_size = 4096
-    await worker.start()
-    print("ready", flush=True)
-    await asyncio.Event().wait()
+
+async def all_waiting(
+    target: Target, asked: list[Ask], clients: int, seconds: float, *, streaming: bool
+) -> tuple[int, float]:
+    """Clients that each wait for their answer and ask again: requests done, and the seconds it took."""
+    done, started = 0, time.perf_counter()
+
+    async def client(index: int) -> None:
+        nonlocal done
+        while time.perf_counter() - started < seconds:
+            await target.request(asked[(done + index) % len(asked)], streaming=streaming)
+            done += 1
+
+    await asyncio.gather(*map(client, range(clients)))
+    return done, time.perf_counter() - started
+
+
+async def at_rate(
+    target: Target, asked: list[Ask], per_s: float, seconds: float, seed: int, *, streaming: bool
+) -> list[Times]:
+    """Poisson arrivals, whatever is still running."""
+    rng, at, loop = random.Random(seed), 0.0, asyncio.get_running_loop()
+    started, running = loop.time(), []
+    while (at := at + rng.expovariate(per_s)) < seconds:
+        if (pause := started + at - loop.time()) > 0:
+            await asyncio.sleep(pause)
+        running.append(loop.create_task(target.request(rng.choice(asked), streaming=streaming)))
+    return list(await asyncio.gather(*running))
+
+
+async def measure(sides: list[Side], args: argparse.Namespace) -> None:
+    asked = asks()
+    for side in sides:  # every connection, cache and code path once
+        for streaming in KINDS.values():
+            await all_waiting(side.routed, asked, args.clients, 1.0, streaming=streaming)
+            await one_by_one(side.direct, asked, 20, streaming=streaming)
+    for number in range(args.rounds):
+        for kind, streaming in KINDS.items():
+            for side in sides:
+                figures = side.figures[kind]
+                straight = await one_by_one(side.direct, asked, args.requests, streaming=streaming)
+                routed = await one_by_one(side.routed, asked, args.requests, streaming=streaming)
+                figures.alone += zip(straight, routed, strict=True)
+            for side in sides:
+                figures, before = side.figures[kind], side.cpu_s()
+                done, wall = await all_waiting(side.routed, asked, args.clients, args.seconds, streaming=streaming)
+                figures.cpu_us.append(1e6 * (side.cpu_s() - before) / done)
+                figures.per_s.append(done / wall)
+            for side in sides:
+                figures = side.figures[kind]
+                per_s = figures.per_s[-1] / 2
+                straight = await at_rate(side.direct, asked, per_s, args.seconds, number, streaming=streaming)
+                routed = await at_rate(side.routed, asked, per_s, args.seconds, number, streaming=streaming)
+                figures.half += zip(straight, routed, strict=True)  # the same arrivals
+                figures.half_per_s.append(per_s)
+    for side in sides:
+        await side.direct.close()
+        await side.routed.close()
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in held]
+    for each in held:
+        each.close()
+    return ports
 
 
 def wait_ready(url: str) -> None:
@@ -106,99 +199,102 @@ def wait_ready(url: str) -> None:
                 return
         except OSError:
             time.sleep(0.1)
-    raise SystemExit("the router was not ready in 60 s")
+    raise SystemExit(f"{url} did not answer in 60 s")
 
 
 @contextmanager
-def running(folder: Path, model: Path) -> Iterator[tuple[str, str, psutil.Process]]:
-    """A worker and a router; yields the worker's target, the router's URL and its process."""
-    socket = folder / "worker.sock"
-    worker = subprocess.Popen([sys.executable, __file__, "--worker", str(socket)], stdout=subprocess.PIPE)
-    port = 18_000 + os.getpid() % 10_000
-    command = [sys.executable, "-m", "tandem.runtime.cli", "router", "--model", str(model), "--port", str(port)]
-    router = subprocess.Popen(
-        [*command, "--decode-workers", f'["unix:{socket}"]', "--log-level", "warning", "--served-model-name", "bench"]
-    )
+def running(command: list[str], ready_url: str) -> Iterator[psutil.Process]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        assert worker.stdout is not None
-        worker.stdout.readline()
-        wait_ready(f"http://127.0.0.1:{port}/readyz")
-        yield f"unix:{socket}", f"http://127.0.0.1:{port}", psutil.Process(router.pid)
+        wait_ready(ready_url)
+        yield psutil.Process(process.pid)
     finally:
-        for process in (router, worker):
-            process.kill()
-            process.wait()
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for each in (process, *children):
+            each.kill()
+        process.wait()
 
 
-async def measure(cases: list[Case], target: str, url: str, rounds: int, requests: int) -> None:
-    session = DirectSession(target)
-    for round_number in range(rounds):
-        for case in cases:
-            prompt = [(7 * i) % 4000 + 4 for i in range(case.prompt_tokens)]
-            body: dict[str, object] = {
-                "model": "bench",
-                "prompt": prompt,
-                "max_tokens": OUTPUT_TOKENS,
-                "temperature": 0,
-            }
-            for index in range(requests):
-                case.direct_ms.append(1e3 * await session.run(f"{round_number}-{case.prompt_tokens}-{index}", prompt))
-            for _ in range(requests):
-                result = await stream(url, body)
-                if result.error:
-                    raise RuntimeError(result.error)
-                case.routed_ms.append(1e3 * result.last)
-    await session.close()
+@contextmanager
+def workers(folder: Path, ports: list[int]) -> Iterator[None]:
+    command = [sys.executable, str(ROOT / "bench/router_workers.py"), str(folder), *map(str, ports)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise SystemExit("the fake workers did not start")
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
-async def throughput(url: str, router: psutil.Process, seconds: float, concurrency: int) -> dict[str, float]:
-    """Streaming requests per second with `concurrency` clients, and the router's processor time for each."""
-    body: dict[str, object] = {"model": "bench", "prompt": list(range(4, 44)), "max_tokens": OUTPUT_TOKENS}
-    done, stop_at = 0, time.perf_counter() + seconds
+def ours(folder: Path, replicas: int) -> tuple[list[str], str, str]:
+    """Command, URL, and the URL that answers once it is ready."""
+    (port,) = free_ports(1)
+    targets = json.dumps([f"unix:{each}" for each in sockets(folder, WORKERS)])
+    command = [sys.executable, "-m", "tandem.runtime.cli", "router", "--model", str(MODEL), "--port", str(port)]
+    command += ["--decode-workers", targets, "--log-level", "warning", "--served-model-name", "bench"]
+    return [*command, "--replicas", str(replicas)], f"http://127.0.0.1:{port}", "/readyz"
 
-    async def client() -> None:
-        nonlocal done
-        while time.perf_counter() < stop_at:
-            result = await stream(url, body)
-            if result.error:
-                raise RuntimeError(result.error)
-            done += 1
 
-    before, started = router.cpu_times(), time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(concurrency)))
-    after, wall = router.cpu_times(), time.perf_counter() - started
-    used = after.user + after.system - before.user - before.system
-    return {"requests_per_s": round(done / wall, 1), "router_cpu_us_per_request": round(1e6 * used / done, 1)}
+def sglang(python: str, ports: list[int]) -> tuple[list[str], str, str]:
+    port, metrics_port = free_ports(2)
+    command = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prometheus-port", str(metrics_port), "--log-level", "error"]
+    return [*command, "--worker-urls", *(f"http://127.0.0.1:{each}" for each in ports)], f"http://127.0.0.1:{port}", "/readiness"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=100, help="per round, case and way")
-    parser.add_argument("--model", type=Path, default=ROOT / "examples/small_model/model")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        asyncio.run(serve_worker(arguments.worker))
-        return
-    cases = [Case(40), Case(400), Case(1600)]
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder), arguments.model) as (target, url, router):
-        asyncio.run(measure([Case(40)], target, url, 1, 30))  # warm
-        asyncio.run(measure(cases, target, url, arguments.rounds, arguments.requests))
-        load = asyncio.run(throughput(url, router, 5.0, 16))
-    found = {
-        "cases": [case.figures() for case in cases],
-        "throughput": load,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+    parser.add_argument("--sglang", metavar="PYTHON", help="interpreter with sglang-router; without it only ours")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round of one router, kind and load")
+    parser.add_argument("--requests", type=int, default=60, help="one at a time, per round, router and kind")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, ports = Path(name), free_ports(WORKERS)
+        stack.enter_context(workers(folder, ports))
+        commands = {"tandem": ours(folder, 1), "tandem --replicas 2": ours(folder, 2)}
+        if args.sglang:
+            commands["sglang-router"] = sglang(args.sglang, ports)
+        processes = {
+            name: stack.enter_context(running(command, url + ready)) for name, (command, url, ready) in commands.items()
+        }
+
+        async def run() -> list[Side]:
+            sides = []
+            for name, (_, url, _) in commands.items():
+                straight: list[Target] = (
+                    [HttpTarget(f"http://127.0.0.1:{port}") for port in ports]
+                    if name == "sglang-router"
+                    else [GrpcTarget(f"unix:{each}") for each in sockets(folder, WORKERS)]
+                )
+                sides.append(Side(name, Spread(straight), HttpTarget(url), processes[name]))
+            await measure(sides, args)
+            return sides
+
+        sides = uvloop.run(run())
+    rows = [side.figures[kind].row(side.name, kind) for side in sides for kind in KINDS]
+    columns = {
+        "requests_per_s": "req/s",
+        "cpu_us_per_request": "CPU us",
+        "requests_per_cpu_s": "req/CPU s",
+        "alone_added_last_p50_ms": "alone p50",
+        "alone_added_last_p99_ms": "p99",
+        "half_added_last_p50_ms": "half p50",
+        "half_added_last_p99_ms": "p99",
     }
-    for row in [case.figures() for case in cases]:
-        print("  ".join(f"{name} {value:g}" for name, value in row.items()))
-    print("  ".join(f"{name} {value:g}" for name, value in load.items()))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    else:
-        print(json.dumps(found))
+    print(f"{'router':<20} {'kind':<10}" + "".join(f"{title:>11}" for title in columns.values()), file=sys.stderr)
+    for row in rows:
+        print(f"{row['router']:<20} {row['kind']:<10}" + "".join(f"{row[c]:>11}" for c in columns), file=sys.stderr)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    text = json.dumps({"machine": machine, "clients": args.clients, "rows": rows}, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

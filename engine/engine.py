@@ -124,6 +124,8 @@ class Engine:
         self._known: set[RequestKey] = set()
         """Submitted and not ended, or ended with blocks that an exporter may still read."""
         self._stopping = False
+        self._moved: float | None = None
+        """When the engine thread last got on with its work; None while it waits for some."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
@@ -167,6 +169,12 @@ class Engine:
             decoding=decoding,
             running_tokens=running_tokens,
         )
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the engine thread has been in the same layer of a step, or between two; 0 while it has no work."""
+        moved = self._moved
+        return time.monotonic() - moved if moved is not None else 0.0
 
     @property
     def cache_log(self) -> CacheLog:
@@ -222,7 +230,7 @@ class Engine:
             while not self._stopping:
                 try:
                     self._receive(wait=idle)
-                    now = time.monotonic()
+                    self._moved = now = time.monotonic()
                     self._expire(now)
                     plan = self.scheduler.schedule(now)
                     self._begin(plan)
@@ -234,6 +242,7 @@ class Engine:
                     logger.exception("the engine failed outside a step; all its requests are given up")
                     self._end_all("internal", "the engine failed; see its log")
                 self._flush()
+            self._moved = None
             self._close()
 
     def _close(self) -> None:
@@ -251,10 +260,13 @@ class Engine:
     def _receive(self, wait: bool) -> None:
         """Carries out what other threads asked for; sleeps until something comes, or is due, if `wait`."""
         if wait:
+            self._moved = None
             try:
-                self._inbox.get(timeout=self._next_event())()
+                call = self._inbox.get(timeout=self._next_event())
             except queue.Empty:
                 return
+            self._moved = time.monotonic()
+            call()
         while not self._inbox.empty():
             self._inbox.get_nowait()()
 
@@ -314,9 +326,14 @@ class Engine:
         started = time.perf_counter()
         gate = self._store.gate(plan) if self._store is not None else None
         announcer = LayerAnnouncer(plan, gate.broken if gate is not None else ())
+
+        def on_layer(layer: int) -> None:
+            self._moved = time.monotonic()
+            announcer(layer)
+
         try:
             batch, sampled = self._runner.build(plan)
-            logits = self.loaded.decoder.forward(batch, self.pool, announcer if announcer else None, gate)
+            logits = self.loaded.decoder.forward(batch, self.pool, on_layer, gate)
             if logits.shape[0] > len(sampled):
                 score_prompts(plan.chunks, logits[len(sampled) :])
                 logits = logits[: len(sampled)]

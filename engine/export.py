@@ -30,9 +30,6 @@ class LayerAnnouncer:
                     start = sequence.announced  # rows that come from the store while the step runs
                 self._rows.append((sequence, export, start, stop))
 
-    def __bool__(self) -> bool:
-        return bool(self._rows)
-
     def __call__(self, layer: int) -> None:
         for sequence, export, start, stop in self._rows:
             if sequence in self.broken or sequence in self._late:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -42,6 +43,10 @@ SAVE_S = 5.0
 """How long a worker that ends waits for KV on its way to the store."""
 IDLE_CHECK_S = 10.0
 """How often the engine's books are checked while there is nothing to do."""
+STALLED_S = 60.0
+"""An engine that takes longer for one layer does not come back: a kernel, a driver or a lock hangs."""
+STALLED_STATUS = 70
+"""Exit status of a worker whose engine hangs."""
 
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
@@ -129,6 +134,7 @@ class WorkerProcess:
         log.info("%s worker %s listens on %s", self.role, self.worker_id, self.address)
         print(f"ready {self.worker_id} {self.address}", flush=True)  # the supervisor waits for this line
         checks = asyncio.create_task(self._check_when_idle(service))
+        watchdog = asyncio.create_task(self._end_when_stalled(service))
         await stopping.wait()
         checks.cancel()
         await health.enter_graceful_shutdown()
@@ -139,6 +145,7 @@ class WorkerProcess:
         await service.close()
         await self._server.stop(grace=1.0)
         await asyncio.to_thread(self._close_engine)
+        watchdog.cancel()
 
     def _close_engine(self) -> None:
         if not self.engine.wait_saved(SAVE_S):
@@ -154,6 +161,21 @@ class WorkerProcess:
             if service.num_live == 0 and service.num_started != checked:
                 checked = service.num_started
                 await self._check_integrity()
+
+    async def _end_when_stalled(self, service: WorkerServer) -> None:
+        """The event loop would go on saying that all is well. Without this process routers go on elsewhere at once, and
+        whoever started it starts it again."""
+        late = 0
+        while late < 2:  # once is not enough: this process may have been stopped, and goes on only now
+            await asyncio.sleep(STALLED_S / 30)
+            late = late + 1 if self.engine.stalled_s >= STALLED_S else 0
+        log.critical(
+            "the engine has not moved for %.0f s: this process ends, with %d requests; where its threads are follows",
+            self.engine.stalled_s,
+            service.num_live,
+        )
+        faulthandler.dump_traceback()
+        os._exit(STALLED_STATUS)
 
     async def _check_integrity(self) -> None:
         try:

@@ -247,7 +247,7 @@ def _check(owner: str, name: str, token_ids: Sequence[int], root: bytes, ttl_s: 
     if len(root) != _ROOT_BYTES:
         raise ContextRefusedError("invalid", f"root: must have {_ROOT_BYTES} bytes, not {len(root)}")
     if not 0 < ttl_s <= MAX_TTL_S:
-        raise ContextRefusedError("invalid", f"ttl_s: must be above 0 and at most {MAX_TTL_S:g} (30 days)")
+        raise ContextRefusedError("invalid", f"ttl_s: must be above 0 and at most {MAX_TTL_S:.0f} (30 days)")
 
 
 def _next_version(old: _Held | None, new: Context) -> int:

@@ -90,6 +90,7 @@ class Router:
                 timeout_graceful_shutdown=max(1, round(self.config.drain_grace_s)),
             )
         )
+        self._warn_of_own_limits()
         await self.siblings.start()
         if self._shared is not None:
             self._shared.start()
@@ -141,6 +142,17 @@ class Router:
         await stopped.wait()
         log.info("draining: running requests have %g s to finish", self.config.drain_grace_s)
         await self.stop()
+
+    def _warn_of_own_limits(self) -> None:
+        if self.tenants is None or self.config.redis or self.replica.count == 1 or self.replica.index > 0:
+            return
+        limited = sum(not caller.rates.unlimited for caller in self.tenants.roster.callers)
+        if limited:
+            log.warning(
+                "each of %d router processes lets %d limited tenants use their whole limits; --redis makes them share",
+                self.replica.count,
+                limited,
+            )
 
     def _caller_of(self, tenant: str) -> Caller | None:
         """Who a tenant is now; None: nobody any more."""

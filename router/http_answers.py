@@ -19,6 +19,8 @@ KEEPALIVE = b": keep-alive\n\n"
 STALLED_S = 30.0
 """After its deadline a call may take this long to reach a client that reads slowly."""
 
+TYPED_EVENTS = frozenset({"/v1/responses", "/v1/messages"})
+
 
 class Format(Protocol):
     """Writes the shapes of one request in the API that it came by."""
@@ -79,6 +81,13 @@ def _account(call: Call) -> dict[str, Any]:
     return call.spec.record.describe()
 
 
+def _account_event(exchange: Exchange, call: Call) -> bytes:
+    """Clients of APIs with typed events look at the type; those of completions expect choices."""
+    account = {"type": "tandem.explain", "object": "tandem.explain", "choices": [], "explain": _account(call)}
+    typed = exchange.path in TYPED_EVENTS
+    return (b"event: tandem.explain\n" if typed else b"") + b"data: " + msgspec.json.encode(account) + b"\n\n"
+
+
 class _Disconnected(TandemError):
     """Made anew each time: an exception that is raised twice keeps the frames of both, and all they hold."""
 
@@ -104,8 +113,7 @@ async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
                     await exchange.start_events()
                 if call.finished:
                     if _wants_account(exchange):
-                        account = {"object": "tandem.explain", "choices": [], "explain": _account(call)}
-                        events += b"data: " + msgspec.json.encode(account) + b"\n\n"
+                        events += _account_event(exchange, call)
                     events += shapes.ending(call.usage())
                 await exchange.send_events(events, last=call.finished)
     except TandemError as error:

@@ -131,4 +131,5 @@ def _route(path: str) -> dict[str, Handler]:
         return http_files.by_id(path)
     if path.startswith("/v1/batches/"):
         return http_batches.by_id(path)
-    raise TandemError("not_found", f"there is no {path[:64]!r} here")
+    near = next((each for each in (f"/v1{path}", path.rstrip("/"), path.removeprefix("/v1")) if each in ROUTES), "")
+    raise TandemError("not_found", f"there is no {path[:64]!r} here" + (f"; did you mean {near}?" if near else ""))

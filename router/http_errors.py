@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec.inspect import DictType, ListType, LiteralType, StructType, Type, UnionType
 
 from tandem.common.errors import TandemError
 
@@ -26,6 +27,8 @@ _ANTHROPIC_TYPES = {
 """By HTTP status."""
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.{0,200}?)`$")
 _MISSING = re.compile(r"required field `(\w{1,64})`")
+_STEP = re.compile(r"\[[^\]]*\]|[^.\[]+")
+"""Of a path such as `messages[0].role`."""
 
 
 def error_body(error: TandemError, path: str = "") -> dict[str, Any]:
@@ -72,8 +75,11 @@ def error_headers(error: TandemError) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-def from_decode_error(error: Exception) -> TandemError:
-    """A body that msgspec could not decode, as an error that names the field."""
+def from_decode_error(error: Exception, body: Any = None) -> TandemError:
+    """A body that msgspec could not decode, as an error that names the field.
+
+    `body`: its type. Where a field takes a few words only, the error lists them.
+    """
     if not isinstance(error, msgspec.ValidationError):
         return TandemError("invalid_request", f"the body is not valid JSON: {str(error)[:120]}")
     message = str(error)
@@ -83,6 +89,30 @@ def from_decode_error(error: Exception) -> TandemError:
     missing = _MISSING.search(problem)
     if missing:
         param = f"{param}.{missing.group(1)}" if param else missing.group(1)
+        return TandemError("invalid_request", f"{param} is required", param=param)
+    if problem.startswith("Invalid enum value") and param and (words := _words(body, param)):
+        return TandemError("invalid_request", f"{param} must be one of {', '.join(words)}", param=param)
     if len(problem) > 160:  # an unknown enum value is quoted in full
         problem = problem[:80] + "..." + problem[-10:]
     return TandemError("invalid_request", f"{param or 'body'}: {problem}", param=param)
+
+
+def _words(body: Any, path: str) -> list[str]:
+    """What the field at `path` of a body may be; empty where that is no short list."""
+    kinds = [msgspec.inspect.type_info(body)]
+    for step in _STEP.findall(path):
+        kinds = [inner for kind in _alternatives(kinds) for inner in _inside(kind, step)]
+    return [str(word) for kind in _alternatives(kinds) if isinstance(kind, LiteralType) for word in kind.values]
+
+
+def _alternatives(kinds: Sequence[Type]) -> list[Type]:
+    return [each for kind in kinds for each in (kind.types if isinstance(kind, UnionType) else (kind,))]
+
+
+def _inside(kind: Type, step: str) -> list[Type]:
+    """`step`: the name of a field, `[3]` or `[...]`."""
+    if isinstance(kind, StructType):
+        return [field.type for field in kind.fields if field.encode_name == step]
+    if isinstance(kind, ListType):
+        return [kind.item_type]
+    return [kind.value_type] if isinstance(kind, DictType) else []

@@ -107,7 +107,7 @@ class Exchange:
         try:
             return decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise from_decode_error(error) from error
+            raise from_decode_error(error, decoder.type) from error
         except RecursionError as error:
             raise TandemError("invalid_request", "the body is nested too deeply") from error
 

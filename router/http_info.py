@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 import tandem
+from tandem.common.errors import TandemError
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages, template_variables
 from tandem.router.metrics import CONTENT_TYPE
@@ -25,7 +26,10 @@ async def models(exchange: Exchange, service: Service) -> None:
 
 
 async def model(exchange: Exchange, service: Service) -> None:
-    service.model.check_name(exchange.path.removeprefix("/v1/models/"))
+    name = exchange.path.removeprefix("/v1/models/")
+    if not name:
+        raise TandemError("not_found", "name a model, or ask /v1/models for all", param="model")
+    service.model.check_name(name)
     exchange.caller.check_model(service.model.name)
     await exchange.reply_json(_model(service))
 

@@ -58,7 +58,11 @@ def shown(value: Any) -> str:
 def in_range(param: str, value: Any, low: float, high: float) -> None:
     """Both ends included; None passes."""
     if value is not None and not low <= value <= high:
-        raise invalid(param, f"must be between {low:g} and {high:g}, got {shown(value)}")
+        raise invalid(param, f"must be between {_plain(low)} and {_plain(high)}, got {shown(value)}")
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def stop_strings(fields: SamplingFields) -> tuple[str, ...]:

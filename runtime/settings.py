@@ -61,6 +61,8 @@ class ServeConfig(EngineConfig, StoreSettings):
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
         StoreSettings.__post_init__(self)
+        if self.tenants_file is not None and self.api_keys_file is not None:
+            raise ConfigError("--tenants_file and --api_keys_file: give one of them; tenants have keys, too")
         if self.decode < 1:
             raise ConfigError(f"--decode {self.decode}: at least one decode worker is needed")
         if not 1 <= self.routers <= MAX_ROUTERS:

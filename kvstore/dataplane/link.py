@@ -62,6 +62,9 @@ class Link:
         self.sock = sock
         self._process = _process_of(sock)
         self._header = bytearray(HEADER_BYTES)
+        self._incoming, self._end = select.poll(), select.poll()
+        self._incoming.register(sock, select.POLLIN)
+        self._end.register(sock, getattr(select, "POLLRDHUP", 0))
         self._sending = threading.Lock()
         self._closing = threading.Lock()
         self._closed = False
@@ -168,6 +171,15 @@ class Link:
             piece = scratch[: min(length, len(scratch))]
             self.read_into(piece)
             length -= len(piece)
+
+    def wait_for_frame(self, timeout_s: float) -> bool:
+        """Whether `receive` has something to read: a frame, or the end. For the reading thread."""
+        return bool(self._incoming.poll(timeout_s * 1000))
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Until the connection is gone, or time is up; incoming frames do not wake it (Linux; elsewhere it may only
+        wait). For one thread beside the reading one."""
+        self._end.poll(timeout_s * 1000)
 
     def shutdown(self) -> None:
         """Wakes the threads that read or send with an error. From any thread."""

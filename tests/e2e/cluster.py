@@ -42,7 +42,7 @@ from tests.models import VOCAB_SIZE, tiny_model
 
 Questions = dict[tuple[int, ...], tuple[int, ...]]
 """The right answer by prompt."""
-READY_S = 90.0
+READY_S = 180.0
 HEAL_S = 60.0
 CHUNK = 64
 HOSTS = ("a", "b")
@@ -204,13 +204,24 @@ class Cluster:
                     | {"worker_id": f"{role}-{host}", "kv_node": node_path, "kv_cache_bytes": pool_bytes}
                     | (own if role == "decode" else {}),
                 )
+        self.redis_url = redis_url
         self._clients: dict[str, httpx.Client] = {}
+        self._add_routers(here, sockets)
+
+    def _add_routers(self, settings: dict[str, object], workers: dict[str, list[str]]) -> None:
+        """`workers` by role, in the order of the hosts."""
         for index, name in enumerate((*HOSTS, "all")):
             chosen = slice(None) if name == "all" else slice(index, index + 1)
-            port = free_port()
-            workers = {f"{role}_workers": addresses[chosen] for role, addresses in sockets.items()}
-            self._add(f"router-{name}", "router", "a", here | workers | {"port": port, "drain_grace_s": 1.0})
-            self._clients[name] = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False)
+            own = {f"{role}_workers": addresses[chosen] for role, addresses in workers.items()}
+            self._add_router(name, settings | own | {"drain_grace_s": 1.0})
+
+    def _add_router(self, name: str, settings: dict[str, object], headers: dict[str, str] | None = None) -> None:
+        """`headers`: of all that is asked of it here."""
+        port = free_port()
+        self._add(f"router-{name}", "router", "a", settings | {"port": port})
+        self._clients[name] = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False, headers=headers
+        )
 
     def _add(self, name: str, command: str, host: str, settings: dict[str, object]) -> None:
         prefix = tandem_command()

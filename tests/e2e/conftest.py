@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.serving import Serve
 from tests.models import VOCAB_SIZE, tiny_model
+from tests.router.tool_models import write_tool_model
 
 ServeFactory = Callable[..., Serve]
 
@@ -35,15 +38,32 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tool_model(form): a random model with a chat template that writes calls in `form`; one folder per form."""
+
+    @cache
+    def make(form: str) -> Path:
+        folder = tmp_path_factory.mktemp("e2e-tools")
+        model = tiny_model("llama", folder / "tiny")
+        spoken = write_tool_model(folder / "spoken", form)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(spoken / name, model / name)
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def serves() -> Iterator[ServeFactory]:
     """serves(model, *flags): a running platform, started at first use and shared by all tests with the same flags."""
     running: dict[tuple[object, ...], Serve] = {}
     with ExitStack() as stack:
 
-        def serve(model: Path, *arguments: object) -> Serve:
+        def serve(model: Path, *arguments: object, api_key: str = "") -> Serve:
             key = (model, *arguments)
             if key not in running:
-                running[key] = stack.enter_context(Serve(model, *arguments))
+                running[key] = stack.enter_context(Serve(model, *arguments, api_key=api_key))
             return running[key]
 
         yield serve

@@ -43,10 +43,33 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | extra
 
 
+def ask(http: httpx.Client, model: str, question: dict[str, Any], *, stream: bool) -> list[tuple[str, list[int], str]]:
+    """Text, tokens and finish reason of each choice. Raises AssertionError for an answer that is not whole."""
+    body = {"model": model, "temperature": 0, "ignore_eos": True, "return_token_ids": True} | question
+    choices: dict[int, tuple[str, list[int], str]] = {}
+    if not stream:
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        for choice in answer.json()["choices"]:
+            choices[choice["index"]] = (choice["text"], choice["token_ids"], choice["finish_reason"])
+    else:
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            assert answer.status_code == 200, answer.read()
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]", lines[-1]
+        for choice in (choice for line in lines[:-1] for choice in json.loads(line)["choices"]):
+            text, tokens, _ = choices.get(choice["index"], ("", [], ""))
+            new = choice.get("token_ids") or []
+            choices[choice["index"]] = (text + choice["text"], tokens + new, choice["finish_reason"] or "")
+    return [choices[index] for index in sorted(choices)]
+
+
 class Serve:
     """`with Serve(model, "--dtype", "float32") as serve:`; `serve.url` answers."""
 
-    def __init__(self, model: Path, *arguments: object, **variables: str) -> None:
+    def __init__(self, model: Path, *arguments: object, api_key: str = "", **variables: str) -> None:
+        """`api_key`: where the arguments ask for one, what `serve.http` sends."""
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self.process = subprocess.Popen(
             tandem_command("serve", "--model", model, "--port", 0, *arguments),
             stdout=subprocess.PIPE,
@@ -74,7 +97,7 @@ class Serve:
         found = re.search(r"http://\S+", line)
         assert found is not None, line
         self.url = found.group()
-        self.http = httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, headers=self._headers, timeout=60.0, trust_env=False)
         self.model = self.http.get("/v1/models").json()["data"][0]["id"]
         return self
 

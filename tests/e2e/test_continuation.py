@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.serving import Serve, eventually
+from tests.e2e.serving import Serve, ask, eventually
 
 MakePrompt = Callable[[int], list[int]]
 Question = dict[str, Any]
@@ -37,27 +36,6 @@ def questions(prompt: MakePrompt) -> list[Question]:
     return [{"prompt": prompt(20 + 37 * i), "max_tokens": 150} | kinds[i % len(kinds)] for i in range(10)]
 
 
-def ask(serve: Serve, question: Question, *, stream: bool) -> list[tuple[str, list[int], str]]:
-    """Text, tokens and finish reason of each choice. Raises AssertionError for an answer that is not whole."""
-    body = {"model": serve.model, "temperature": 0, "ignore_eos": True, "return_token_ids": True} | question
-    choices: dict[int, tuple[str, list[int], str]] = {}
-    if not stream:
-        answer = serve.http.post("/v1/completions", json=body)
-        assert answer.status_code == 200, answer.text
-        for choice in answer.json()["choices"]:
-            choices[choice["index"]] = (choice["text"], choice["token_ids"], choice["finish_reason"])
-    else:
-        with serve.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-            assert answer.status_code == 200, answer.read()
-            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
-        assert lines[-1] == "[DONE]", lines[-1]
-        for choice in (choice for line in lines[:-1] for choice in json.loads(line)["choices"]):
-            text, tokens, _ = choices.get(choice["index"], ("", [], ""))
-            new = choice.get("token_ids") or []
-            choices[choice["index"]] = (text + choice["text"], tokens + new, choice["finish_reason"] or "")
-    return [choices[index] for index in sorted(choices)]
-
-
 class Clients:
     """Ask without a pause, each answer compared. The `with` block ends when the last answer is there, and fails if one
     was missing or wrong."""
@@ -66,7 +44,7 @@ class Clients:
         self.answered = 0
         self._serve = serve
         self._asked = asked
-        self._expected = [ask(serve, question, stream=False) for question in asked]
+        self._expected = [ask(serve.http, serve.model, question, stream=False) for question in asked]
         self._wrong: list[str] = []
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
@@ -98,7 +76,7 @@ class Clients:
         while not self._stopping.is_set():
             index = generator.randrange(len(self._asked))
             try:
-                got = ask(self._serve, self._asked[index], stream=number % 2 == 0)
+                got = ask(self._serve.http, self._serve.model, self._asked[index], stream=number % 2 == 0)
                 if got != self._expected[index]:
                     self._wrong.append(f"{self._asked[index]}: {got} instead of {self._expected[index]}")
             except Exception as error:
@@ -118,7 +96,7 @@ def test_no_token_is_lost_or_doubled_when_workers_are_killed(serve: Serve, promp
 
 def test_a_stream_outlives_all_decode_workers(serve: Serve, prompt: MakePrompt) -> None:
     question = {"prompt": prompt(40), "max_tokens": 300}
-    ((_, expected, _),) = ask(serve, question, stream=False)
+    ((_, expected, _),) = ask(serve.http, serve.model, question, stream=False)
     eventually(lambda: serve.metric("tandem_worker_up") == 4, 90, "all workers connected")
     events = serve.stream(question["prompt"], question["max_tokens"])
     seen = [next(events)]

@@ -1,26 +1,56 @@
-"""The numbered examples work against the bundled model, and what it writes is English."""
+"""The numbered examples work as they are, with the files that they name; what the bundled model writes is English."""
 
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tandem.runtime.settings import BUNDLED_MODEL
 from tests.e2e.conftest import ServeFactory
+from tests.e2e.serving import Serve
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+API_KEY = "operator-key"
+
+Run = Callable[..., str]
 
 
-def test_openai_client(serves: ServeFactory) -> None:
-    url = serves(BUNDLED_MODEL).url
-    script = EXAMPLES / "01-openai-client.py"
-    done = subprocess.run(
-        [sys.executable, script, "--base-url", f"{url}/v1"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    models, completion, chat, usage = re.split(r"\n\n", done.stdout.strip(), maxsplit=3)
+@pytest.fixture(scope="module")
+def platform(serves: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """One for all of them: with the example's tenants, and a folder for batches."""
+    storage = tmp_path_factory.mktemp("e2e-examples") / "storage"
+    flags = ("--tenants-file", EXAMPLES / "tenants.yaml", "--storage", storage)
+    return serves(BUNDLED_MODEL, *flags, api_key=API_KEY)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(name, serve, *flags): what the example prints. In this process: importing the client takes a second."""
+
+    def run(name: str, serve: Serve, *flags: str) -> str:
+        script = EXAMPLES / name
+        monkeypatch.setattr(sys, "argv", [str(script), "--base-url", f"{serve.url}/v1", *flags])
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out.strip()
+
+    return run
+
+
+def test_every_example_is_listed_and_tested() -> None:
+    listed = re.findall(r"^\| `(\d\d-[\w-]+\.py)`", (EXAMPLES / "README.md").read_text(), flags=re.MULTILINE)
+    assert listed == sorted(path.name for path in EXAMPLES.glob("[0-9]*.py"))
+    tested = Path(__file__).read_text()
+    assert [name for name in listed if f'run("{name}"' not in tested] == []
+
+
+def test_openai_client(run: Run, platform: Serve) -> None:
+    printed = run("01-openai-client.py", platform, "--api-key", API_KEY)
+    models, completion, chat, usage = re.split(r"\n\n", printed, maxsplit=3)
     assert models == "models: model"  # the name of the folder
     words = re.findall(r"[a-z]+", completion.removeprefix("completion: It was a dark evening, and").lower())
     common = {"the", "and", "of", "to", "a", "in", "he", "was", "that", "it", "his", "i", "had", "with", "as", "for"}
@@ -28,3 +58,56 @@ def test_openai_client(serves: ServeFactory) -> None:
     assert sum(word in common for word in words) >= len(words) / 6, completion
     assert len(chat.removeprefix("chat: ").split()) >= 3
     assert re.search(r"\d+ prompt tokens, \d+ generated", usage)
+
+
+def test_structured_output(run: Run, platform: Serve) -> None:
+    setting, dark = run("02-structured-output.py", platform, "--api-key", API_KEY).splitlines()
+    assert re.fullmatch(
+        r"setting: \{'place': '(London|Paris|the sea)', 'year': 18\d\d, 'ghosts': (True|False)\}", setting
+    )
+    assert dark in ("dark: yes", "dark: no")
+
+
+def test_tools(run: Run, serves: ServeFactory, tool_model: Callable[[str], Path]) -> None:
+    serve = serves(tool_model("hermes"), "--disaggregate", "always", "--dtype", "float32")
+    call, result, answer = run("03-tools.py", serve).split("\n", maxsplit=2)
+    asked = re.fullmatch(r"call: get_weather \{'city': '(Paris|Rome)', 'days': ([1-9])\}", call)
+    assert asked is not None, call
+    assert result == f"result: {asked.group(1)}: sun for {asked.group(2)} days"
+    assert answer.startswith("answer:")
+
+
+def test_embeddings(run: Run, platform: Serve) -> None:
+    printed = run("04-embeddings.py", platform, "--api-key", API_KEY)
+    near, *others = map(float, re.findall(r"^  (-?\d\.\d{3})  ", printed, flags=re.MULTILINE))
+    assert len(others) == 2
+    assert 1 > near > max(others)
+
+
+def test_batches(run: Run, platform: Serve) -> None:
+    printed = run("05-batches.py", platform, "--api-key", API_KEY)
+    assert printed.startswith("completed: 4 of 4 requests done, 0 failed\n")
+    for name in ("Alice", "Bob", "Carol", "Dan"):
+        assert f"\n{name}: " in printed
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    assert platform.http.get("/v1/files", headers=headers).json()["data"] == []  # it tidies up
+
+
+def test_tenants(run: Run, platform: Serve) -> None:
+    limited, as_visitors, as_operator = re.split(r"\nusage, as \w+ sees it:\n", run("06-tenants.py", platform))
+    *passed, refused, why = limited.splitlines()
+    assert [line.rpartition(" requests and")[0] for line in passed] == [
+        f"request {number}: 200, {3 - number} of 3" for number in (1, 2, 3)
+    ]
+    assert re.fullmatch(r"request 4: 429, try again in \d+ s", refused)
+    assert "on requests per minute: the limit is 3" in why
+    assert as_visitors.strip() == "visitors: 3 requests, 1 rejected, 6 prompt tokens, 15 generated"
+    assert as_visitors.strip() in as_operator
+    assert "acme: 1 requests, 0 rejected" in as_operator
+
+
+def test_explain(run: Run, platform: Serve) -> None:
+    printed = run("07-explain.py", platform, "--api-key", API_KEY)
+    assert re.match(r"\d+ prompt tokens, done after \d+ ms\nran on: decode decode-0, ", printed)
+    assert "candidate decode-0 with prefill-0, expected ms: total " in printed
+    assert re.search(r"looked up: request \S+ was ok$", printed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,6 @@ import openai
 import pytest
 
 from tests.e2e.serving import Serve
-from tests.models import tiny_model
-from tests.router.tool_models import write_tool_model
 
 PARAMETERS = {
     "type": "object",
@@ -27,15 +25,9 @@ HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module", params=["hermes", pytest.param("mistral_named", marks=pytest.mark.slow)])
 def client(
-    request: pytest.FixtureRequest, serves: Callable[..., Serve], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, serves: Callable[..., Serve], tool_model: Callable[[str], Path]
 ) -> openai.OpenAI:
-    folder = tmp_path_factory.mktemp("e2e-tools")
-    model = tiny_model("llama", folder / "tiny")
-    spoken = write_tool_model(folder / "spoken", request.param)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(spoken / name, model / name)
-    (model / "chat_template.jinja").unlink(missing_ok=True)
-    serve = serves(model, "--disaggregate", "always", "--dtype", "float32")
+    serve = serves(tool_model(request.param), "--disaggregate", "always", "--dtype", "float32")
     return openai.OpenAI(base_url=f"{serve.url}/v1", api_key="none", max_retries=0)
 
 

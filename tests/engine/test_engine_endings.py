@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from tandem.common.errors import TandemError
 from tandem.engine.request import EngineRequest, FinishReason, RequestKey
-from tests.engine_harness import EngineUnderTest, SamplingParams, tiny_llama, wait_for
+from tests.engine_harness import TIMEOUT_S, EngineUnderTest, SamplingParams, tiny_llama, wait_for
 
 PROMPT = [(i * 13) % 500 + 3 for i in range(100)]
 
@@ -235,3 +236,23 @@ def test_a_soak_with_random_cancels_leaves_nothing_behind(folder: Path, seed: in
         reasons = [engine.last(key).finish_reason for key in keys]
         assert reasons.count(FinishReason.CANCELLED) > 5
         assert not [key for key in keys if engine.last(key).error_code not in ("", "deadline_exceeded")]
+
+
+def test_an_engine_that_hangs_in_a_layer_shows_it_and_one_that_waits_does_not(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    decoder = engine.engine.loaded.decoder
+    attend = decoder._attention.attend
+
+    def hang(*arguments: Any) -> Any:
+        go_on.wait(TIMEOUT_S)
+        return attend(*arguments)
+
+    assert engine.engine.stalled_s == 0.0
+    monkeypatch.setattr(decoder._attention, "attend", hang)
+    key = engine.submit("stuck", PROMPT, max_tokens=4)
+    wait_for(lambda: engine.engine.stalled_s > 0.2)
+    go_on.set()
+    assert len(engine.tokens(key)) == 4
+    wait_for(lambda: engine.engine.stalled_s == 0.0)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tandem.kvstore.dataplane import client
+from tandem.kvstore.dataplane import channel as connection
+from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.interfaces import Located, ObjectInfo, Refusal, TierName
 
 from .conftest import DEADLINE_S, Rig
@@ -45,7 +46,7 @@ def test_an_aborted_put_is_aborted_on_the_node(rig: Rig, eventually: Eventually)
 
 
 def test_a_put_that_took_too_long_is_not_committed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SURE_S", 0.0)
+    monkeypatch.setattr(connection, "SURE_S", 0.0)
     ticket = rig.home().begin_put(key(1), INFO)
     assert not isinstance(ticket, Refusal)
     rig.node.lapsed = True
@@ -53,7 +54,7 @@ def test_a_put_that_took_too_long_is_not_committed(rig: Rig, monkeypatch: pytest
 
 
 def test_a_slow_put_that_has_not_lapsed_is_committed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SURE_S", 0.0)
+    monkeypatch.setattr(connection, "SURE_S", 0.0)
     ticket = rig.home().begin_put(key(1), INFO)
     assert not isinstance(ticket, Refusal)
     assert ticket.commit()
@@ -210,10 +211,10 @@ def test_a_broken_connection_of_a_living_client_leaves_its_puts_to_lapse(rig: Ri
     """Its threads may still be writing, so the memory must not be given to another object now."""
     home = rig.home()
     ticket = home.begin_put(key(1), INFO)
-    assert isinstance(ticket, client.RemoteTicket)
+    assert isinstance(ticket, connection.RemoteTicket)
     channel = home._channel
     assert channel is not None
-    channel.fail()
+    channel.fail("a test")
     eventually(lambda: rig.server.stats().connections == 1 and home.connected and home._channel is not channel)
     assert rig.node.tickets[0].ending == ""
 
@@ -221,7 +222,7 @@ def test_a_broken_connection_of_a_living_client_leaves_its_puts_to_lapse(rig: Ri
 def test_the_puts_of_a_killed_worker_are_aborted(rig: Rig, eventually: Eventually) -> None:
     child = os.fork()
     if child == 0:
-        home = client.RemoteHomeNode(rig.path, "victim")
+        home = RemoteHomeNode(rig.path, "victim")
         home.wait_connected(DEADLINE_S)
         home.begin_put(key(1), INFO)
         time.sleep(60)
@@ -238,11 +239,11 @@ def test_a_node_that_does_not_answer_is_taken_for_dead(rig: Rig) -> None:
     home = rig.home()
     rig.node.store(key(0), b"x")
     rig.node.look_up.clear()
-    client_call_s, client.CALL_S = client.CALL_S, 0.2
+    call_s, connection.CALL_S = connection.CALL_S, 0.2
     try:
         assert home.locate([key(0)]) == []
     finally:
-        client.CALL_S = client_call_s
+        connection.CALL_S = call_s
     rig.node.look_up.set()
     assert home.wait_connected(DEADLINE_S)
 

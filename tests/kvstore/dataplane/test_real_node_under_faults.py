@@ -29,7 +29,7 @@ def work(home: RemoteHomeNode, seed: int, steps: int, wrong: list[str], read: li
         if chance.random() < 0.4:
             put(home, number)
         elif chance.random() < 0.1 and (channel := home._channel) is not None:
-            channel.fail()  # as if the connection broke, at any moment for the other threads of this worker
+            channel.fail("a test")  # as if the connection broke, at any moment for the other threads of this worker
         else:
             numbers = range(number, min(number + 4, NUM_OBJECTS))
             fetch = home.fetch(home.locate([key(each) for each in numbers]))
