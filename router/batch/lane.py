@@ -195,7 +195,9 @@ class BatchLane:
         if service.draining or running >= min(MAX_RUNNING, service.config.max_requests // 2):
             return False
         decode = service.fleet.decode
-        busy = sum(session.requests for session in decode) + sum(run.opening for run in runs)
+        busy = sum(session.requests for session in decode) + service.admission.waiting_requests
+        busy += sum(run.opening for run in runs)
+        busy += service.admission.waiting_requests  # lines, too, that a worker has no room for yet
         slots = sum(session.info.max_num_seqs for session in decode)
         free = sum(session.status.free_blocks for session in decode)
         blocks = sum(session.status.total_blocks for session in decode)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ["common", "decode", "engine", "kvstore", "prefill", "router", "runtime"]
+ROOMS = ["common", "decode", "engine", "planner", "kvstore", "prefill", "router", "runtime"]
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
