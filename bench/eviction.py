@@ -20,7 +20,8 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tandem.kvstore.eviction import DEFAULT_POLICY, POLICIES, make_policy
@@ -49,6 +50,12 @@ class Result:
     seconds: float = 0.0
 
 
+@cache
+def block_at(depth: int) -> ObjectInfo:
+    """The block that has `depth` blocks of its prompt before it."""
+    return replace(BLOCK, start_position=depth * BLOCK_TOKENS)
+
+
 def read_trace(path: Path) -> list[Request]:
     with gzip.open(path, "rt") as lines:
         rows = [json.loads(line) for line in lines]
@@ -63,14 +70,14 @@ def replay(requests: Iterable[Request], policy_name: str, capacity_blocks: int |
     policy = make_policy(policy_name, (capacity_blocks or 0) * BLOCK.size)
     resident: set[ObjectKey] = set()
     blocks = hits = tokens = token_hits = 0
-    started = time.perf_counter()
+    started = time.process_time()
     for request in requests:
         run = next((i for i, key in enumerate(request.blocks) if key not in resident), len(request.blocks))
         hits += run
         blocks += len(request.blocks)
         token_hits += min(run * BLOCK_TOKENS, request.tokens)
         tokens += request.tokens
-        for key in request.blocks:
+        for depth, key in enumerate(request.blocks):
             if key in resident:
                 policy.hit(key)
                 continue
@@ -79,9 +86,9 @@ def replay(requests: Iterable[Request], policy_name: str, capacity_blocks: int |
                 if victim is None:
                     raise RuntimeError(f"{policy_name} found nothing to evict in a full store")
                 resident.discard(victim)
-            policy.insert(key, BLOCK)
+            policy.insert(key, block_at(depth))
             resident.add(key)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return Result(policy_name, capacity_blocks, hits / blocks, token_hits / tokens, seconds)
 
 

@@ -9,7 +9,7 @@ in a process of its own. Disk reads come from the page cache of this machine unl
 `--links` measures something else: the same prompts from another node over a link that is slowed down to so many GB/s,
 as they are, in each codec, computed, and in the way that the store chooses by what it has measured before.
 
-    python bench/reuse.py --links 0.01,0.03,0.1,0.3,1,10 --rounds 3 --out bench/results/reuse_links.json
+    python bench/reuse.py --links 0.1,1,10 --out bench/results/reuse_links.json
 """
 
 from __future__ import annotations
@@ -268,20 +268,21 @@ def build(bench: Bench, redis_url: str | None) -> None:
 
 def measure_links(bench: Bench, speeds: list[float]) -> list[dict[str, object]]:
     """TTFT in ms per speed and way; the chosen one against the best of the others."""
-    learning, rows = 6, []
-    with store_process(bench.folder, "stored") as (socket, control):
+    learning, rows = 4, []
+    with store_process(bench.folder, "stored") as (socket, control), contextlib.ExitStack() as engines:
         home = RemoteHomeNode(socket, "bench")
         bench.stack.callback(home.close)
+        saver, cold = Subject(bench.model, EngineStore(home)), Subject(bench.model, None)
+        engines.callback(saver.close)
+        engines.callback(cold.close)
         ways = [RAW, *(name for name in CODECS if name != RAW), "auto"]
         for speed in speeds:
             with contextlib.ExitStack() as stack:
                 variants: list[tuple[Variant, list[list[int]]]] = []
-                cold = Subject(bench.model, None)
-                stack.callback(cold.close)
                 variants.append((Variant("computed", cold, ""), bench.prompts(bench.rounds)))
                 for way in ways:
                     prompts = bench.prompts(bench.rounds + (learning if way == "auto" else 1))
-                    bench.save(home, prompts)
+                    saver.save(prompts)
                     node = stack.enter_context(
                         peer_node(f"{way}-{speed}", control, tcp=True, bytes_per_s=speed * 1e9, link_codec=way)
                     )
@@ -315,18 +316,19 @@ def redis_server() -> Iterator[str | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="5 without it; 3 with --links")
     parser.add_argument("--model", type=Path, default=ROOT / "examples/small_model/model")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--links", default="", help="speeds in GB/s, separated by commas")
     arguments = parser.parse_args()
+    rounds = arguments.rounds or (3 if arguments.links else 5)
     found: dict[str, object] = {
         "prompt_tokens": PROMPT_TOKENS,
-        "rounds": arguments.rounds,
+        "rounds": rounds,
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
     }
     with contextlib.ExitStack() as stack:
-        bench = Bench(arguments.model, arguments.rounds, stack)
+        bench = Bench(arguments.model, rounds, stack)
         if arguments.links:
             found["links"] = measure_links(bench, [float(speed) for speed in arguments.links.split(",")])
         else:

@@ -2,16 +2,17 @@
 
     python bench/router_http.py --sglang PATH/TO/PYTHON
 
-`PYTHON` has `sglang-router`; without it only ours is measured. Every router stands before the same two fake workers, one
-process that answers a chat request with three tokens, 2 ms apart: in gRPC for ours, in HTTP for sglang-router. "Added" is
-against the same request sent straight to a worker, in the protocol that the router speaks to it.
+`PYTHON` has `sglang-router`; without it only ours is measured. Every router stands before the same two fake workers, in
+one process that answers a chat request with three tokens, 2 ms apart: in gRPC for ours, in HTTP for sglang-router.
+"Added" is against the same request sent straight to a worker, in the protocol that the router speaks to it.
 
-What differs: sglang-router reads the JSON and passes HTTP on, its workers do the rest. Ours renders the chat template, tokenizes the 400
-tokens, hashes them, admits and places by cost, keeps accounts, and turns the workers' tokens into text and events.
+What differs: sglang-router reads the JSON and passes HTTP on, its workers would do the rest. Ours renders the chat
+template, tokenizes the 400 tokens, hashes them, admits and places by cost, keeps accounts, and turns what the workers
+produce into text and events.
 
-Rounds of all alternate. Half load is half of what the router did in the same round with all clients waiting for it; the
-machine's cores are shared with the clients and the workers, so requests per second of a router by itself come from its
-processor time.
+Rounds of all alternate. Half load is half of what the router did in the same round with all clients waiting for it. The
+machine's cores are shared with the clients and the workers, so what a router can do by itself is told by its processor
+time: requests per CPU second.
 """
 
 from __future__ import annotations
@@ -242,7 +243,11 @@ def sglang(python: str, ports: list[int]) -> tuple[list[str], str, str]:
     port, metrics_port = free_ports(2)
     command = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-port", str(metrics_port), "--log-level", "error"]
-    return [*command, "--worker-urls", *(f"http://127.0.0.1:{each}" for each in ports)], f"http://127.0.0.1:{port}", "/readiness"
+    return (
+        [*command, "--worker-urls", *(f"http://127.0.0.1:{each}" for each in ports)],
+        f"http://127.0.0.1:{port}",
+        "/readiness",
+    )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What `router_http.py` sends requests to: keep-alive HTTP connections, and a worker's gRPC session without a router."""
+"""What `router_http.py` sends requests to: kept HTTP connections, and a worker's gRPC session without a router."""
 
 from __future__ import annotations
 

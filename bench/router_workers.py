@@ -16,9 +16,8 @@ from typing import cast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from tests.router.fake_worker import FakeWorker, Script  # noqa: E402
-
 from tandem.proto import worker_pb2  # noqa: E402
+from tests.router.fake_worker import FakeWorker, Script  # noqa: E402
 
 DELAY_S = 0.002
 """Before each token: a decode step. Without it all tokens would come in one message."""

@@ -67,9 +67,7 @@ class Importer:
             case "send_kv_to":
                 raise TandemError("invalid_request", "send_kv_to is for prefill workers")
         key = request.key
-        entry = _Import(
-            self, key, submit.expect_kv.worker_id, len(request.token_ids), self._clock() + self._timeout_s
-        )
+        entry = _Import(self, key, submit.expect_kv.worker_id, len(request.token_ids), self._clock() + self._timeout_s)
         with self._lock:
             self._imports[key] = entry
             early = self._unclaimed.pop(key, None)

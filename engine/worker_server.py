@@ -241,6 +241,9 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
     async def drain(self, grace_s: float) -> tuple[int, int]:
         """Admits nothing more; waits up to `grace_s` for what runs, then cancels it. Returns (finished, aborted)."""
         self._draining = True
+        status = self.status()
+        for session in self._sessions:
+            session.set_status(status)
         waiting_for = set(self._live)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(grace_s, 0.0)):

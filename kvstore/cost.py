@@ -228,6 +228,8 @@ class CodecCost:
 
 
 RAW = "raw"
+FIRST_LAYERS = 0.2
+"""Share of a raw transfer that nothing hides: the first layers, before computing can begin."""
 
 
 def choose_codec(
@@ -237,12 +239,18 @@ def choose_codec(
     near_allowed: bool,
     links: LinkCosts,
     stored: str = RAW,
+    *,
+    num_objects: int = 1,
+    overlap_s: float = 0.0,
 ) -> str:
-    """The codec in which an object of `size` raw bytes that is held as `stored` crosses `link` in least time.
+    """The codec in which objects of `size` raw bytes in all that are held as `stored` cross `link` in least time.
 
-    Sending it as it is costs transfer and decoding; any other codec costs decoding and encoding before that. `raw`
-    need not be listed. Ties go to what is stored. Returns "" if no codec is allowed: the object was stored in one that
-    is not exact, and `near_allowed` is False.
+    Sending them as they are costs transfer and decoding; any other codec costs decoding and encoding before that. `raw`
+    need not be listed. Ties go to what is stored. Returns "" if no codec is allowed: the objects were stored in one
+    that is not exact, and `near_allowed` is False.
+
+    Raw objects are read together, layer by layer, and up to `overlap_s` of their transfer hides behind computing with
+    the first layers. Encoded ones come whole, one after the other: nothing is hidden, and each costs a latency.
     """
     table = {RAW: CodecCost(float("inf"), float("inf"), 1.0, True), **codecs}
     held = table.get(stored)
@@ -252,7 +260,12 @@ def choose_codec(
 
     def seconds(name: str) -> float:
         codec = table[name]
-        sent = path.seconds(round(size / codec.ratio), 1) + size / codec.decode_bytes_per_s
+        if name == RAW:
+            whole = path.seconds(size, num_objects)
+            sent = max(whole * FIRST_LAYERS, whole - overlap_s * (1 - FIRST_LAYERS))
+        else:
+            wire = path.seconds(round(size / codec.ratio / num_objects), 1)
+            sent = num_objects * wire + size / codec.decode_bytes_per_s
         if name == stored:
             return sent
         return size / held.decode_bytes_per_s + size / codec.encode_bytes_per_s + sent

@@ -48,6 +48,8 @@ class ObjectInfo:
     """Measured time to compute it again; 0: unknown."""
     ttl_s: float | None = None
     """Dropped this long after it was written. None: when its place is needed."""
+    start_position: int = 0
+    """Of its first token on a prefix chain: what lies behind is of no use without it. 0 also where that is unknown."""
 
 
 class Refusal(enum.StrEnum):
@@ -120,8 +122,9 @@ class HomeNode(Protocol):
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
         """The leading run of `keys` that can be had, cheapest place each. Asks the directory; milliseconds."""
 
-    def fetch(self, located: Sequence[Located]) -> Fetch:
-        """Starts to bring the objects into host memory; returns at once."""
+    def fetch(self, located: Sequence[Located], overlap_s: float = 0.0) -> Fetch:
+        """Starts to bring the objects into host memory; returns at once. `overlap_s`: how long the caller will compute
+        with the first layers while the others arrive."""
 
     def quarantine(self, key: ObjectKey, reason: str) -> None:
         """The content was found to be wrong: the object is dropped from every tier of this node, and counted."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import mul
 
 from tandem.planner.hardware import Hardware, hardware
 
@@ -144,6 +145,9 @@ class _Fit:
     """One outlier moves a settled estimate no more than a time 3 times as long (or as short) as expected."""
     SETTLED_WEIGHT = 4.0
     SWEEPS = 8
+    STILL = 1e-3
+    """Of the mean ratio: a sweep that moves nothing further is the last. It begins where the last observation's ended,
+    so one is mostly enough; every request pays for it."""
 
     __slots__ = ("_guess", "_moment", "_ratio_sum", "_square", "_weight", "_x", "terms")
 
@@ -181,8 +185,13 @@ class _Fit:
         least, most = max(0.02 * mean, 1.0 / MAX_FACTOR), MAX_FACTOR
         x = self._x
         for _ in range(self.SWEEPS):
+            moved = 0.0
             for i, row in enumerate(self._square):
-                rest = sum(row[j] * x[j] for j in range(len(x)) if j != i)
+                was = x[i]
+                rest = sum(map(mul, row, x)) - row[i] * was
                 best = (self._moment[i] + self.RIDGE * mean - rest) / (row[i] + self.RIDGE)
                 x[i] = min(max(best, least), most)
+                moved = max(moved, abs(x[i] - was))
+            if moved < self.STILL * mean:
+                break
         self.terms = tuple(guess * factor for guess, factor in zip(self._guess, x, strict=True))

@@ -60,7 +60,13 @@ class Router:
         self.service = Service(config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings)
         if config.storage is not None:
             handlers = {path: methods["POST"] for path, methods in ROUTES.items() if "POST" in methods}
-            self.service.batches = BatchLane(config.storage, self.service, handlers, caller_of=self._caller_of)
+            self.service.batches = BatchLane(
+                config.storage,
+                self.service,
+                handlers,
+                caller_of=self._caller_of,
+                room=lambda tokens: self.service.admission.idle,
+            )
         self.app = HttpApp(self.service, self.tenants, self.accounts)
         self.port = config.port
         self.grpc: GrpcServer | None = None
@@ -86,6 +92,7 @@ class Router:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(self.config.drain_grace_s)),
             )
@@ -122,12 +129,13 @@ class Router:
         if self._server is not None:
             self._server.should_exit = True
             http, *others = self._tasks
-            for task in others:
-                task.cancel()
             stopping = [http]
             if self.grpc is not None:
                 stopping.append(asyncio.create_task(self.grpc.stop(self.config.drain_grace_s)))
-            await asyncio.gather(*stopping, *others, return_exceptions=True)
+            await asyncio.gather(*stopping, return_exceptions=True)
+            for task in others:  # until here requests that wait for their turn still get it
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         if self.service.contexts is not None:
             await self.service.contexts.close()
         if self._shared is not None:
@@ -146,13 +154,9 @@ class Router:
     def _warn_of_own_limits(self) -> None:
         if self.tenants is None or self.config.redis or self.replica.count == 1 or self.replica.index > 0:
             return
-        limited = sum(not caller.rates.unlimited for caller in self.tenants.roster.callers)
-        if limited:
-            log.warning(
-                "each of %d router processes lets %d limited tenants use their whole limits; --redis makes them share",
-                self.replica.count,
-                limited,
-            )
+        if any(not caller.rates.unlimited for caller in self.tenants.roster.callers):
+            count = self.replica.count
+            log.warning("tenants' limits hold for each of %d router processes; --redis makes them share", count)
 
     def _caller_of(self, tenant: str) -> Caller | None:
         """Who a tenant is now; None: nobody any more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tandem.common.errors import TandemError
 
@@ -51,8 +52,9 @@ class Caller:
 
     def cache_salt(self, wish: str) -> bytes:
         """Separates KV caches: between tenants or groups, and inside one by the request's own `cache_salt`."""
-        kind, name = ("group", self.sharing_group) if self.sharing_group else ("tenant", self.tenant)
-        return json.dumps([kind, name, wish]).encode()
+        if self.sharing_group:
+            return _cache_salt("group", self.sharing_group, wish)
+        return _cache_salt("tenant", self.tenant, wish)
 
     def priority(self, asked: int | None) -> int:
         """The band a request goes into. 0 and None are no wish: they become the nearest value that is allowed.
@@ -74,6 +76,11 @@ class Caller:
             raise TandemError(
                 "permission_denied", f"Tenant `{self.tenant}` may not use the model `{name[:64]}`.", param="model"
             )
+
+
+@lru_cache(maxsize=1024)  # asked for several times per request
+def _cache_salt(kind: str, name: str, wish: str) -> bytes:
+    return json.dumps([kind, name, wish]).encode()
 
 
 ANYBODY = Caller("default", "default", admin=True)

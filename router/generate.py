@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
@@ -44,6 +45,8 @@ class Call:
         self.deadline = spec.arrived + context.timeout_s
         self.choices = [Choice(self, index, choice) for index, choice in enumerate(spec.choices)]
         self.error: TandemError | None = None
+        self.on_failed: Callable[[], None] | None = None
+        """Called once when it fails: its reader may be stuck with a client that takes nothing."""
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._unfinished = len(self.choices)
@@ -110,6 +113,8 @@ class Call:
             self.error = error
             self._release()
             self._wake()
+            if self.on_failed is not None:
+                self.on_failed()
 
     def close(self) -> None:
         """Frees everything here and on the workers. Idempotent."""

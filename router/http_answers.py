@@ -17,7 +17,7 @@ from tandem.router.http_exchange import ClientGone, Exchange
 
 KEEPALIVE = b": keep-alive\n\n"
 STALLED_S = 30.0
-"""After its deadline a call may take this long to reach a client that reads slowly."""
+"""After its deadline, or after it failed, a call may take this long to reach a client that reads slowly."""
 
 TYPED_EVENTS = frozenset({"/v1/responses", "/v1/messages"})
 
@@ -103,22 +103,27 @@ async def _watch(exchange: Exchange, call: Call) -> None:
 async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
     started = False
     try:
-        async with asyncio.timeout(max(0.0, call.deadline - time.monotonic()) + STALLED_S):
-            while not call.finished:
-                deltas = await call.next()
-                events = b"" if started else shapes.opening()
-                events += b"".join([shapes.chunks(delta) for delta in deltas]) if deltas else KEEPALIVE
-                if not started:
-                    started = True
-                    await exchange.start_events()
-                if call.finished:
-                    if _wants_account(exchange):
-                        events += _account_event(exchange, call)
-                    events += shapes.ending(call.usage())
-                await exchange.send_events(events, last=call.finished)
-    except TandemError as error:
-        if isinstance(error, _Disconnected) or not started:
-            raise
-        await exchange.send_events(shapes.failure(error), last=True)
+        try:
+            async with asyncio.timeout(max(0.0, call.deadline - time.monotonic()) + STALLED_S) as patience:
+                call.on_failed = lambda: patience.reschedule(asyncio.get_running_loop().time() + STALLED_S)
+                while not call.finished:
+                    deltas = await call.next()
+                    events = b"" if started else shapes.opening()
+                    events += b"".join([shapes.chunks(delta) for delta in deltas]) if deltas else KEEPALIVE
+                    if not started:
+                        started = True
+                        await exchange.start_events()
+                    if call.finished:
+                        if _wants_account(exchange):
+                            events += _account_event(exchange, call)
+                        events += shapes.ending(call.usage())
+                    await exchange.send_events(events, last=call.finished)
+        except TandemError as error:
+            if isinstance(error, _Disconnected) or not started:
+                raise
+            async with asyncio.timeout(STALLED_S):
+                await exchange.send_events(shapes.failure(error), last=True)
     except TimeoutError as error:
         raise ClientGone from error
+    finally:
+        call.on_failed = None

@@ -49,9 +49,7 @@ OPEN_PATHS = frozenset({"/healthz", "/health", "/readyz"})
 """Need no API key: probes have none."""
 ADMIN_PATHS = frozenset({"/metrics"})
 """Tell of all tenants: where some tenant is `admin`, only those may read them."""
-GENERATING = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
-)
+GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
 
 
 class HttpApp:

@@ -91,7 +91,8 @@ def from_decode_error(error: Exception, body: Any = None) -> TandemError:
         param = f"{param}.{missing.group(1)}" if param else missing.group(1)
         return TandemError("invalid_request", f"{param} is required", param=param)
     if problem.startswith("Invalid enum value") and param and (words := _words(body, param)):
-        return TandemError("invalid_request", f"{param} must be one of {', '.join(words)}", param=param)
+        these = f"one of {', '.join(words)}" if len(words) > 1 else words[0]
+        return TandemError("invalid_request", f"{param} must be {these}", param=param)
     if len(problem) > 160:  # an unknown enum value is quoted in full
         problem = problem[:80] + "..." + problem[-10:]
     return TandemError("invalid_request", f"{param or 'body'}: {problem}", param=param)

@@ -63,7 +63,10 @@ class Exchange:
         return value if _TRACEPARENT.fullmatch(value) else ""
 
     async def body(self) -> bytes:
-        """Raises TandemError `request_too_large`, ClientGone."""
+        """Raises TandemError `request_too_large`, `invalid_request`, ClientGone."""
+        encoding = self.header(b"content-encoding")
+        if encoding not in ("", "identity"):
+            raise TandemError("invalid_request", f"content-encoding: {encoding[:32]!r} is not supported; send it plain")
         length = self.header(b"content-length")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()

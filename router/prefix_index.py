@@ -40,7 +40,7 @@ class PrefixIndex:
         self.max_blocks = max_blocks
         self._entries: dict[BlockHash, int] = {}
         self._shared: dict[int, int] = {}
-        self._line: deque[Sequence[BlockHash]] = deque()
+        self._line: deque[tuple[BlockHash, ...]] = deque()
         """Batches of blocks in the order in which they are considered for being forgotten."""
         self._in_line = 0
         self._slots = 0
@@ -51,6 +51,9 @@ class PrefixIndex:
         """Which slots are being wiped out of which blocks."""
         self._guessed: dict[int, _Recent] = {}
         """Slots without events."""
+        self._asked: Sequence[BlockHash] | None = None
+        self._answer: list[Match] = []
+        """To the latest `match`, while nothing changes."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -69,6 +72,7 @@ class PrefixIndex:
     def retire(self, slot: int) -> None:
         """Forgets everything known of a worker, at once."""
         bit = _present(slot) & self._slots
+        self._asked = None
         self._slots ^= bit
         self._retired |= bit
         self._guessed.pop(slot, None)
@@ -79,7 +83,14 @@ class PrefixIndex:
         return self.add(None)
 
     def match(self, chain: Sequence[BlockHash]) -> list[Match]:
-        """The workers that hold, or will hold, the first block of `chain`, and how much of it each does."""
+        """The workers that hold, or will hold, the first block of `chain`, and how much of it each does.
+
+        Asked for the same list again before anything has changed, as admission and placement do, it just repeats."""
+        if chain is not self._asked:
+            self._asked, self._answer = chain, self._match(chain)
+        return self._answer
+
+    def _match(self, chain: Sequence[BlockHash]) -> list[Match]:
         first = self._entries.get(chain[0]) if chain else None
         if first is None:
             return []
@@ -151,6 +162,7 @@ class PrefixIndex:
         equal entries is changed by one call. `on` of only `_USED` makes no new entries."""
         if on & ~_USED and not on & (self._slots | self._slots << 1):
             return
+        self._asked = None
         entries, position = self._entries, 0
         for entry, run in groupby(map(entries.get, blocks)):
             start, position = position, position + len(list(run))
@@ -204,7 +216,8 @@ class PrefixIndex:
     def _queue(self, blocks: Sequence[BlockHash]) -> None:
         """The line of blocks to forget. One that was removed and stored again stands in it twice, and then goes early;
         the line is made anew before such blocks make it long."""
-        self._line.extend(blocks[start : start + _BATCH] for start in range(0, len(blocks), _BATCH))
+        # As tuples: of those the garbage collector soon sees that there is nothing in them for it.
+        self._line.extend(tuple(blocks[start : start + _BATCH]) for start in range(0, len(blocks), _BATCH))
         self._in_line += len(blocks)
         if self._in_line > len(self._entries) + self.max_blocks:
             self._line.clear()

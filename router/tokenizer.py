@@ -40,10 +40,8 @@ class ModelText:
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) <= INLINE_CHARACTERS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._encode_off_loop, text, add_special_tokens
-        )
+            return self._encode(text, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, text, add_special_tokens)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -63,8 +61,8 @@ class ModelText:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode_off_loop(self, text: str, add_special_tokens: bool) -> list[int]:
-        # Only the batch call lets go of the interpreter lock.
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The call for one text keeps the interpreter lock, and counts offsets that nobody wants.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def _token_bytes(self, token_id: int) -> bytes:

@@ -16,6 +16,14 @@ EXAMPLES = (
     ("your model, reachable from other machines", "tandem serve --model DIR --host 0.0.0.0 --port 8080"),
     ("two workers that prefill and decode by themselves", "tandem serve --roles unified --decode 2"),
     ("more memory for KV cache in each worker", "tandem serve --kv-cache-bytes 2000000000 --max-model-len 8192"),
+    (
+        "tenants with keys, weights and limits (docs/tenants.md), and a folder for /v1/files and /v1/batches",
+        "tandem serve --tenants-file tenants.yaml --storage files",
+    ),
+    (
+        "four router processes on one port, whose limits and fairness hold for all of them together",
+        "tandem serve --routers 4 --tenants-file tenants.yaml --redis redis://127.0.0.1:6379",
+    ),
     ("the same from a file", "tandem serve --config serve.yaml"),
 )
 

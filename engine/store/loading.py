@@ -171,7 +171,7 @@ class Load:
             return
         if self._fetch is None:
             self._fetch_began = self._began
-            self._fetch = self._store.home.fetch(self.located)
+            self._fetch = self._store.home.fetch(self.located, self._step_s)
         num_layers = self._pool.num_layers
         for layer in range(num_layers):
             self._await(self._fetch, layer + 1)

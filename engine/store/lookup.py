@@ -97,7 +97,7 @@ class LookUp:
         if self.located and store.prefetches.acquire(blocking=False):
             self.fetch_began = time.monotonic()
             try:
-                self.fetch = store.home.fetch(self.located)
+                self.fetch = store.home.fetch(self.located, plan.recompute_s if store.overlap else 0.0)
             except BaseException:
                 store.prefetches.release()
                 raise

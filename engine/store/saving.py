@@ -69,6 +69,7 @@ class Save:
             owner=spec.owner,
             model=spec.model,
             recompute_s=self._recompute_s,
+            start_position=spec.start_position,
         )
         ticket = self._store.home.begin_put(self.key, info)
         if isinstance(ticket, Refusal):

@@ -18,6 +18,7 @@ from tandem.kvstore.dataplane import protocol
 from tandem.kvstore.dataplane.link import Link, expect
 from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_KEYS, Body, Header, Kind, ProtocolError
 from tandem.kvstore.interfaces import Fetch, Located, ObjectInfo, ObjectKey, PutTicket, Refusal
+from tandem.kvstore.node.pages import PageWarmer
 from tandem.kvstore.node.settings import PUT_LEASE_S
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Channel:
         self._tickets: dict[int, RemoteTicket] = {}
         self._ids = itertools.count(1)
         self.arena = arena
+        self._pages = PageWarmer(arena)
         self.alive = True
         self.reason = ""
         """Why it is not alive any more."""
@@ -104,9 +106,9 @@ class Channel:
         return done()
 
     def run(self) -> None:
-        """Until the connection is gone, and nobody uses it any more."""
+        """Until the connection is gone, and nobody uses it any more. Keeps pages ready meanwhile."""
         while self.alive:
-            self._link.wait_for_end(_LOOK_S)
+            self._link.wait_for_end(0.0 if self._pages.warm() else _LOOK_S)
             self.wait(lambda: False, 0.0)
         with self._changed:
             self._changed.wait_for(lambda: not self._is_read)
@@ -147,23 +149,28 @@ class Channel:
         if not 0 <= answer.offset <= len(self.arena) - info.size:
             self.post(Kind.ABORT, number)
             return Refusal.CLOSED
+        self.used_up_to(answer.offset + info.size)
         buffer = self.arena[answer.offset : answer.offset + info.size]
         ticket = RemoteTicket(self, number, key, buffer, asked_at)
         with self._changed:
             self._tickets[number] = ticket
         return ticket
 
-    def fetch(self, located: Sequence[Located]) -> Fetch:
+    def fetch(self, located: Sequence[Located], overlap_s: float) -> Fetch:
         fetch = RemoteFetch(self, next(self._ids))
         with self._changed:
             self._fetches[fetch.number] = fetch  # before the answer, which progress may follow at once
-        answer = self.call(Kind.FETCH, protocol.Fetch(list(located[:MAX_KEYS])), protocol.Fetching, fetch.number)
+        order = protocol.Fetch(list(located[:MAX_KEYS]), overlap_s)
+        answer = self.call(Kind.FETCH, order, protocol.Fetching, fetch.number)
         with self._changed:
             if answer is None:
                 fetch.lose()
             else:
                 fetch.start(answer)
         return fetch
+
+    def used_up_to(self, end: int) -> None:
+        self._pages.used_up_to(end)
 
     def end_ticket(self, number: int) -> bool:
         """False: it had ended."""
@@ -243,11 +250,12 @@ class RemoteFetch:
 
     def start(self, answer: protocol.Fetching) -> None:
         end = len(self._channel.arena)
-        places = zip(answer.sources, answer.offsets, strict=False)
+        places = list(zip(answer.sources, answer.offsets, strict=False))
         if not all(0 <= offset <= end - source.size for source, offset in places):
             self.lose()
             return
         self.sources, self._offsets = tuple(answer.sources), tuple(answer.offsets)
+        self._channel.used_up_to(max((offset + source.size for source, offset in places), default=0))
         self.update(answer.layers, failed=False)
 
     def update(self, layers: int, *, failed: bool) -> None:

@@ -82,9 +82,9 @@ class RemoteHomeNode:
         answer = channel.call(Kind.LOCATE, protocol.Locate(list(keys[:MAX_KEYS])), protocol.LocatedRun)
         return [] if answer is None else answer.located
 
-    def fetch(self, located: Sequence[Located]) -> Fetch:
+    def fetch(self, located: Sequence[Located], overlap_s: float = 0.0) -> Fetch:
         channel = self._channel
-        return _NoFetch() if channel is None or not located else channel.fetch(located)
+        return _NoFetch() if channel is None or not located else channel.fetch(located, overlap_s)
 
     def quarantine(self, key: ObjectKey, reason: str) -> None:
         channel = self._channel

@@ -41,7 +41,7 @@ class ServedNode(Protocol):
 
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]: ...
 
-    def fetch(self, located: Sequence[Located], lease_s: float | None) -> ServedFetch:
+    def fetch(self, located: Sequence[Located], overlap_s: float, lease_s: float | None) -> ServedFetch:
         """`lease_s` None: until `close`."""
 
     def quarantine(self, key: ObjectKey, reason: str) -> None: ...

@@ -126,6 +126,7 @@ class LocatedRun(Body, frozen=True):
 
 class Fetch(Body, frozen=True):
     located: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
+    overlap_s: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Fetching(Body, frozen=True):

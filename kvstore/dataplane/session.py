@@ -210,8 +210,9 @@ class Session:
     def _fetch(self, header: Header, body: Body) -> None:
         if header.id in self._fetches:
             raise ProtocolError("two fetches have one id")
-        located = expect(body, protocol.Fetch).located if len(self._fetches) < MAX_FETCHES else []
-        fetch = self._node.fetch(located, lease_s=None)
+        order = expect(body, protocol.Fetch)
+        located = order.located if len(self._fetches) < MAX_FETCHES else []
+        fetch = self._node.fetch(located, order.overlap_s, lease_s=None)
         self._fetches[header.id] = fetch
         sources = list(fetch.sources)
         complete = fetch.intact() == len(sources)

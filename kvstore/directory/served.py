@@ -40,7 +40,7 @@ _VERDICT_TO_PROTO = {
 _VERDICT_FROM_PROTO = {number: name for name, number in _VERDICT_TO_PROTO.items()}
 _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # despite its name: how long connecting may take
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),

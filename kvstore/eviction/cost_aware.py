@@ -17,10 +17,11 @@ from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
 MAX_USES = 10
 """Uses are counted up to here."""
 STEPS = 8
-"""Priorities are rounded down to 1/8 of the value of an average object. Within a step and a batch the newest use leaves
-first: the chunks of a prompt are used one after the other, so a chain loses its tail, and what is left is of use."""
-BATCHES = 2
-"""A batch is the use of half of the capacity: an older batch leaves before a newer one of the same step."""
+"""Priorities are rounded down to 1/8 of the value of an average object. Within a step an older batch leaves before a
+newer one, and within a batch what lies deepest in its prompt: a chain loses its tail, and what is left is of use."""
+BATCH_USES = 512
+"""A batch is so many uses, the chunks of some ten prompts. It is no less than an eighth of the capacity, which would
+order a large tier by age alone, and no more than half of it."""
 GHOST_CAPACITIES = 4
 CLIP = 16.0
 """No object is worth more than 16 times (or less than a 16th of) the average per byte: times are measured, and can be
@@ -50,8 +51,8 @@ class ReuseOdds:
         return (self._returned[uses - 1] + 1.5) / (self._observed[uses - 1] + 3.0)
 
 
-_Rank: TypeAlias = tuple[float, int, int, ObjectKey]
-"""Priority, batch, newest first. The least leaves."""
+_Rank: TypeAlias = tuple[float, int, int, int, ObjectKey]
+"""Priority, batch, deepest first, oldest first. The least leaves."""
 
 
 @dataclass(slots=True)
@@ -60,6 +61,7 @@ class _Entry:
     worth: float
     """Recompute time per byte, over that of an average object."""
     uses: int
+    position: int
     rank: _Rank | None = None
     """Its live entry in the heap, as against outdated ones."""
 
@@ -76,8 +78,8 @@ class CostAware:
         self._odds = ReuseOdds()
         self._age = 0.0
         self._turn = 0
-        self._used_bytes = 0
-        self._batch_bytes = max(capacity_bytes // BATCHES, 1)
+        self._capacity = capacity_bytes
+        self._batch = self._batch_uses = self._batch_bytes = 0
         self._usual_cost = 0.0
         """Seconds per byte, of recent inserts."""
 
@@ -88,7 +90,7 @@ class CostAware:
         if ghost is not None:
             self._observe(ghost[1], returned=True)
             uses = min(ghost[1] + 1, MAX_USES)
-        self._entries[key] = _Entry(info.size, self._worth(info), uses)
+        self._entries[key] = _Entry(info.size, self._worth(info), uses, info.start_position)
         self._used(key)
 
     def hit(self, key: ObjectKey) -> None:
@@ -107,7 +109,7 @@ class CostAware:
         victim: ObjectKey | None = None
         while self._heap and victim is None:
             item = heapq.heappop(self._heap)
-            priority, _, _, key = item
+            priority, key = item[0], item[-1]
             entry = self._entries.get(key)
             if entry is None or entry.rank is not item:
                 continue
@@ -130,10 +132,19 @@ class CostAware:
         value = entry.worth * entry.uses * self._odds.probability(entry.uses)
         priority = int((self._age + value) * STEPS) / STEPS
         self._turn += 1
-        self._used_bytes += entry.size
-        entry.rank = (priority, self._used_bytes // self._batch_bytes, -self._turn, key)
+        entry.rank = (priority, self._batch_of(entry.size), -entry.position, self._turn, key)
         heapq.heappush(self._heap, entry.rank)
         self._compact()
+
+    def _batch_of(self, size: int) -> int:
+        """Of a use of an object of `size` bytes."""
+        self._batch_uses += 1
+        self._batch_bytes += size
+        least, most = self._capacity // 8, self._capacity // 2
+        if self._batch_bytes > most or (self._batch_uses > BATCH_USES and self._batch_bytes > least):
+            self._batch += 1
+            self._batch_uses, self._batch_bytes = 1, size
+        return self._batch
 
     def _compact(self) -> None:
         """Outdated entries never take more than half of the heap."""

@@ -1,7 +1,8 @@
 """Host memory of a node: one mapping, contiguous runs, shared with other processes by its descriptor.
 
-Pages are taken from the system when they are first written and are then reused for as long as the node lives: best fit
-with merging of neighbours keeps old runs in use, so a store of which little is used stays small.
+Pages are taken from the system a little before they are first written (`pages.py`) and are then reused for as long as
+the node lives: best fit with merging of neighbours keeps old runs in use, so a store of which little is used stays
+small.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from bisect import bisect_left, insort
 
 from tandem.common.errors import ConfigError
 from tandem.kvstore.interfaces import StoreIntegrityError
+from tandem.kvstore.node.pages import PageWarmer
 
 ALIGNMENT = 4096
 """Of every run: one page, which is also what direct disk reads need."""
@@ -38,6 +40,7 @@ class HostArena:
         except OSError as error:
             raise ConfigError(f"kv_host_bytes is {capacity_bytes} and cannot be mapped ({error}): give less") from error
         self._view = memoryview(self._map)
+        self.pages = PageWarmer(self._view)
         self._runs: dict[int, int] = {}
         """Size by offset, of what is handed out."""
         self._free_by_size: list[tuple[int, int]] = [(self.capacity_bytes, 0)]
@@ -74,6 +77,7 @@ class HostArena:
             self._add_free(offset + size, length - size)
         self._runs[offset] = size
         self.used_bytes += size
+        self.pages.used_up_to(offset + size)
         return offset
 
     def free(self, offset: int) -> None:

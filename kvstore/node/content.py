@@ -32,6 +32,7 @@ def describe(content: memoryview) -> ObjectInfo | None:
         owner=header.owner,
         model=header.model,
         ttl_s=header.ttl_s,
+        start_position=header.segments[0].positions[0].start,
     )
 
 

@@ -182,8 +182,10 @@ class NodeCore:
 
     # Fetches
 
-    def fetch(self, located: Sequence[Located], lease_s: float | None = READ_LEASE_S) -> NodeFetch:
-        """`lease_s` None: until `close`, for a server that closes what a lost client leaves."""
+    def fetch(
+        self, located: Sequence[Located], overlap_s: float = 0.0, lease_s: float | None = READ_LEASE_S
+    ) -> NodeFetch:
+        """As `HomeNode.fetch`. `lease_s` None: until `close`, for a server that closes what a lost client leaves."""
         fresh: list[Load] = []
         with self._lock:
             sources, items, loads = self._attach([] if self._closed else located, fresh)
@@ -192,7 +194,7 @@ class NodeCore:
                 if load is not None:
                     load.watchers.append(fetch)
             self._fetches.add(fetch)
-        self._loader.submit(fresh)
+        self._loader.submit(fresh, overlap_s)
         self._announcer.publish()
         return fetch
 
@@ -298,8 +300,8 @@ class NodeCore:
                 self._avoided.add(source.link, b"", self._clock() + _AVOID_S)
         return done
 
-    def link_codec(self, source: Located) -> str:
-        return self._link_codecs.choose(source)
+    def link_codec(self, sources: Sequence[Located], overlap_s: float) -> str:
+        return self._link_codecs.choose(sources, overlap_s)
 
     def read_encoded(self, source: Located, key: ObjectKey, codec: str) -> memoryview | None:
         if self._peers is None:

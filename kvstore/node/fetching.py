@@ -72,8 +72,8 @@ class FetchOffice(Protocol):
 
     def read_ranges(self, source: Located, ranges: Sequence[Range]) -> list[bool]: ...
 
-    def link_codec(self, source: Located) -> str:
-        """In which codec to ask for it; raw: as it lies there."""
+    def link_codec(self, sources: Sequence[Located], overlap_s: float) -> str:
+        """In which codec to ask for the objects of one link; raw: as they lie there."""
 
     def read_encoded(self, source: Located, key: ObjectKey, codec: str) -> memoryview | None:
         """The whole object, asked for in `codec` and decoded."""
@@ -183,8 +183,9 @@ class NodeFetch:
 class Batch:
     """The loads of one fetch from one link; measured from the first read to the last."""
 
-    def __init__(self, link: str, num_slices: int) -> None:
+    def __init__(self, link: str, num_slices: int, overlap_s: float) -> None:
         self.link = link
+        self.overlap_s = overlap_s
         self._lock = threading.Lock()
         self._left = num_slices
         self._started_at: float | None = None
@@ -224,13 +225,13 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, loads: Sequence[Load]) -> None:
+    def submit(self, loads: Sequence[Load], overlap_s: float) -> None:
         by_link: dict[str, list[Load]] = {}
         for load in loads:
             by_link.setdefault(load.source.link, []).append(load)
         for link, group in by_link.items():
             num_slices = min(_SLICES.get(group[0].source.tier, 1), len(group))
-            batch = Batch(link, num_slices)
+            batch = Batch(link, num_slices, overlap_s)
             for index in range(num_slices):
                 self._jobs.put((batch, group[index::num_slices]))
 
@@ -252,7 +253,7 @@ class Loader:
             batch, loads = job
             batch.start()
             try:
-                self._bring(loads)
+                self._bring(loads, batch.overlap_s)
             except Exception:
                 logger.exception("loading from %s", batch.link)
                 for load in loads:
@@ -262,8 +263,10 @@ class Loader:
             if total is not None and total[1]:
                 self._office.loaded(batch.link, *total)
 
-    def _bring(self, loads: list[Load]) -> None:
-        loads = self._bring_encoded(loads)
+    def _bring(self, loads: list[Load], overlap_s: float) -> None:
+        codec = self._office.link_codec([load.source for load in loads], overlap_s)
+        if codec != RAW:
+            loads = self._bring_encoded(loads, codec)
         live = self._read(loads, [self._first_stop(load.source.size) for load in loads])
         live = self._open(live)
         layer = 0
@@ -278,12 +281,11 @@ class Loader:
             live = [load for load in live if not self._finished(load)]
             layer += 1
 
-    def _bring_encoded(self, loads: list[Load]) -> list[Load]:
-        """Brings those that cross their link faster in a codec, one whole object after the other. Returns the others:
-        also what cannot be had encoded is read as it is."""
+    def _bring_encoded(self, loads: list[Load], codec: str) -> list[Load]:
+        """One whole object after the other. Returns what cannot be had encoded, from the first such object on: it is
+        read as it is."""
         for index, load in enumerate(loads):
-            codec = self._office.link_codec(load.source)
-            if codec == RAW or self._closed:
+            if self._closed:
                 return loads[index:]
             if not self._office.still_wanted([load]):
                 continue

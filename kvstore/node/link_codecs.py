@@ -3,6 +3,8 @@ the link is slower than the codec."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tandem.kvstore.codecs.measure import measure_codecs
 from tandem.kvstore.cost import RAW, CodecCost, LinkCosts, choose_codec
 from tandem.kvstore.interfaces import Located, TierName
@@ -22,9 +24,20 @@ class LinkCodecs:
         self.links = LinkCosts()
         """Of bytes on the wire, whatever they stand for."""
 
-    def choose(self, source: Located) -> str:
+    def choose(self, sources: Sequence[Located], overlap_s: float) -> str:
+        """For objects of one link that are fetched together."""
+        source = sources[0]
         if source.tier is not TierName.PEER:
             return RAW
         if self._wanted != AUTO:
             return self._wanted
-        return choose_codec(source.size, source.link, self._codecs, self._near_allowed, self.links)
+        size = sum(each.size for each in sources)
+        return choose_codec(
+            size,
+            source.link,
+            self._codecs,
+            self._near_allowed,
+            self.links,
+            num_objects=len(sources),
+            overlap_s=overlap_s,
+        )

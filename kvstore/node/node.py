@@ -335,6 +335,8 @@ class KvNode(NodeCore):
     def _clean(self) -> None:
         decayed_at = time.monotonic()
         while not self._stopping.wait(_JANITOR_S):
+            while self._host.arena.pages.warm() and not self._stopping.is_set():
+                pass
             self.reap()
             if time.monotonic() - decayed_at > _HOT_HALF_LIFE_S:
                 decayed_at = time.monotonic()

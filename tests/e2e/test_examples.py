@@ -68,6 +68,7 @@ def test_structured_output(run: Run, platform: Serve) -> None:
     assert dark in ("dark: yes", "dark: no")
 
 
+@pytest.mark.slow  # needs a platform of its own: the bundled model knows no tools
 def test_tools(run: Run, serves: ServeFactory, tool_model: Callable[[str], Path]) -> None:
     serve = serves(tool_model("hermes"), "--disaggregate", "always", "--dtype", "float32")
     call, result, answer = run("03-tools.py", serve).split("\n", maxsplit=2)

@@ -6,99 +6,19 @@ A client whose router went away asks the other one again. Nobody else sees an er
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 import random
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+import socket
+import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
+import psutil
 import pytest
-import yaml
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.live import KEYS, Clients, Platform, Tour, bearer, questions
 from tests.e2e.serving import ask, eventually
-
-KEYS = {"acme": "the key of acme", "initech": "the key of initech"}
-WEIGHTS = {"acme": 3.0, "initech": 1.0}
-ROUTERS = ("one", "two")
-BACK_S = 180.0
-"""For a process to be ready again on a busy machine."""
-
-
-def bearer(tenant: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {KEYS[tenant]}"}
-
-
-class Platform(Cluster):
-    """Both routers know all workers of both hosts."""
-
-    def _add_routers(self, settings: dict[str, object], workers: dict[str, list[str]]) -> None:
-        tenants = self.folder / "tenants.yaml"
-        tenants.write_text(
-            yaml.safe_dump(
-                {
-                    "tenants": [
-                        {"name": name, "weight": WEIGHTS[name], "keys": [hashlib.sha256(key.encode()).hexdigest()]}
-                        for name, key in KEYS.items()
-                    ]
-                }
-            )
-        )
-        own = {f"{role}_workers": addresses for role, addresses in workers.items()}
-        shared = {
-            "tenants_file": str(tenants),
-            "redis": self.redis_url,
-            "kv_directory": self.redis_url,
-            "kv_secret_file": str(self.folder / "secret"),
-            "disaggregate": "auto",
-            "worker_wait_s": BACK_S,
-        }
-        for name in ROUTERS:
-            self._add_router(name, settings | own | shared, bearer("acme"))
-
-    def url(self, router: str) -> str:
-        return f"http://127.0.0.1:{self[f'router-{router}'].settings['port']}"
-
-    def begin(self) -> None:
-        self.redis.start()
-        self.start("node", "prefill", "decode", "router")
-        for process in self.processes.values():
-            process.wait_ready()
-        self.wait_whole()
-        self.wait_joined()
-
-    def whole(self) -> bool:
-        """All processes run, and every router knows every worker."""
-        running = all(process.running for process in self.processes.values())
-        return running and all(self.metric(router, "tandem_worker_up") == 4 for router in ROUTERS)
-
-    def wait_whole(self) -> None:
-        eventually(self.whole, BACK_S, "all workers connected to all routers")
-
-    def idle(self) -> bool:
-        gauges = ("router_sequences_in_flight", "router_waiting_requests", "router_waiting_tokens")
-        gauges += ("worker_running", "worker_waiting", "worker_pending_prefill_tokens")
-        left = {f"{router} {name}": self.metric(router, f"tandem_{name}") for router in ROUTERS for name in gauges}
-        return not any(left.values())
-
-    def blocks_back(self) -> bool:
-        free, total = (self.metric("one", f"tandem_worker_{name}_blocks") for name in ("free", "total"))
-        return free == total > 0
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        os.kill(self[name].pid, number)
-
-    def busy(self, worker: str) -> bool:
-        """It computes for somebody."""
-        return any(self.metric(router, "tandem_worker_running", worker=worker) > 0 for router in ROUTERS)
-
-    def in_flight(self, router: str) -> float:
-        return self.metric(router, "tandem_router_sequences_in_flight")
 
 
 @pytest.fixture(scope="module")
@@ -108,184 +28,106 @@ def platform(tiny: Path) -> Iterator[Platform]:
         yield platform
 
 
-def questions(platform: Platform) -> list[dict[str, Any]]:
-    """Greedy, drawn, penalised, scored, several choices; short and long, some with a common beginning."""
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.9, "seed": 5, "top_p": 0.9},
-        {"temperature": 0.7, "seed": 6, "presence_penalty": 0.8, "repetition_penalty": 1.1},
-        {"logprobs": 1},
-        {"temperature": 0.8, "n": 2, "seed": 7},
-    ]
-    start = platform.prompt(130)
-    prompts = [start * (i % 2) + platform.prompt(20 + 31 * i) for i in range(10)]
-    return [{"prompt": prompts[i], "max_tokens": 120} | kinds[i % len(kinds)] for i in range(10)]
-
-
-class Clients:
-    """Ask without a pause, half of them streaming, each answer compared. The `with` block ends when the last answer is
-    there, and fails if one was missing or wrong."""
-
-    def __init__(self, platform: Platform, count: int = 8) -> None:
-        self.answered = 0
-        self.slowest_s = 0.0
-        """Since it was last reset."""
-        self.sent_again = 0
-        self.leaving: set[str] = set()
-        """Routers that may go away; from any other a broken connection is a fault."""
-        self.wrong: list[str] = []
-        self._platform = platform
-        self._asked = questions(platform)
-        with httpx.Client(base_url=platform.url("one"), headers=bearer("acme"), timeout=60, trust_env=False) as http:
-            self._expected = [ask(http, "tiny", question, stream=False) for question in self._asked]
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(BACK_S)
-        assert not any(thread.is_alive() for thread in self._threads)
-        assert not self.wrong, f"{len(self.wrong)} of {self.answered}: {self.wrong[:3]}"
-
-    def wait(self, answers: int) -> None:
-        """For so many more."""
-        goal = self.answered + answers
-        eventually(lambda: self.answered >= goal or self.wrong, BACK_S, f"{answers} more answers")
-
-    def _run(self, number: int) -> None:
-        chance = random.Random(number)
-        tenant = list(KEYS)[number % 2]
-        options: dict[str, Any] = {"headers": bearer(tenant), "timeout": BACK_S, "trust_env": False}
-        clients = [httpx.Client(base_url=self._platform.url(router), **options) for router in ROUTERS]
-        at = number // 2 % 2
-        while not self._stopping.is_set():
-            index = chance.randrange(len(self._asked))
-            began = time.monotonic()
-            fault = ""
-            while not fault:
-                try:
-                    got = ask(clients[at], "tiny", self._asked[index], stream=number < 4)
-                    if got != self._expected[index]:
-                        fault = f"{self._asked[index]}: {got} instead of {self._expected[index]}"
-                    break
-                except httpx.TransportError as error:
-                    if ROUTERS[at] not in self.leaving:
-                        fault = f"{ROUTERS[at]}: {error!r}"
-                    at = 1 - at
-                    with self._lock:
-                        self.sent_again += 1
-                except Exception as error:
-                    fault = repr(error)
-            with self._lock:
-                self.answered += 1
-                self.slowest_s = max(self.slowest_s, time.monotonic() - began)
-                if fault:
-                    self.wrong.append(fault)
-        for client in clients:
-            client.close()
-
-
-class Tour:
-    """What happens to the parts, one after the other, while the clients ask."""
-
-    def __init__(self, platform: Platform, clients: Clients) -> None:
-        self._platform = platform
-        self._clients = clients
-
-    def kill_worker(self, name: str) -> None:
-        eventually(lambda: self._platform.busy(name), BACK_S, f"{name} busy")
-        self._platform[name].kill()
-
-    def drain_worker(self, name: str) -> None:
-        eventually(lambda: self._platform.busy(name), BACK_S, f"{name} busy")
-        self._platform[name].kill(signal.SIGTERM)
-
-    def freeze_worker(self, name: str) -> None:
-        """Until the routers have noticed, and a little longer."""
-        eventually(lambda: self._platform.busy(name), BACK_S, f"{name} busy")
-        self._platform.signal(name, signal.SIGSTOP)
-        try:
-            eventually(lambda: not self._platform.whole(), 30, f"{name} given up")
-            self._clients.wait(8)
-        finally:
-            self._platform.signal(name, signal.SIGCONT)
-
-    def kill_router(self, name: str) -> None:
-        self._clients.leaving.add(name)
-        eventually(lambda: self._platform.in_flight(name) > 0, BACK_S, f"router {name} busy")
-        self._platform[f"router-{name}"].kill()
-
-    def drain_router(self, name: str) -> None:
-        """What runs is finished: whoever has to send again has not been let in."""
-        self._clients.leaving.add(name)
-        eventually(lambda: self._platform.in_flight(name) > 0, BACK_S, f"router {name} busy")
-        self._platform[f"router-{name}"].kill(signal.SIGTERM)
-
-    def kill_redis(self, name: str) -> None:
-        self._platform.redis.terminate()
-        self._clients.wait(8)
-        self._platform.redis.start()  # empty
-
-    def kill_node(self, name: str) -> None:
-        self._platform[name].kill()
-
-    def happens(self, what: Callable[[str], None], name: str, answers: int = 12) -> None:
-        """And goes on being so for a number of answers; then the part is started again."""
-        clients, platform = self._clients, self._platform
-        clients.slowest_s, before, sent, began = 0.0, clients.answered, clients.sent_again, time.monotonic()
-        what(name)
-        clients.wait(answers)
-        for process in platform.processes.values():
-            if not process.running:
-                process.start()
-                process.wait_ready()
-        platform.wait_whole()
-        clients.leaving.clear()
-        print(
-            f"{what.__name__} {name}: {clients.answered - before} answers in {time.monotonic() - began:.1f} s, the "
-            f"slowest {clients.slowest_s:.1f} s, {clients.sent_again - sent} sent again"
-        )
-
-
 @pytest.mark.timeout(900)
 def test_whatever_dies_under_load_every_client_gets_its_answer(platform: Platform) -> None:
-    with Clients(platform) as clients:
+    with Clients(platform, 6) as clients:
         clients.wait(8)
         tour = Tour(platform, clients)
-        for what, name in (
-            (tour.kill_worker, "decode-a"),
-            (tour.kill_router, "one"),
-            (tour.kill_redis, "redis"),
-            (tour.drain_worker, "decode-b"),
-            (tour.drain_router, "two"),
-        ):
-            tour.happens(what, name, 8)
-    eventually(platform.idle, 10, "nothing in flight")
+        tour.happens(tour.kill_worker, "decode-a", 6)
+        tour.happens(tour.kill_router, "one", 6)
+        tour.happens(tour.kill_redis, "redis", 6)
+        tour.mend()
+        tour.happens(tour.drain_worker, "decode-b", 6)
+    eventually(platform.idle, 30, "nothing in flight")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_everything_dies_in_turn(platform: Platform) -> None:
+    platform.mend()
     with Clients(platform) as clients:
         clients.wait(16)
         tour = Tour(platform, clients)
         for host, router in (("a", "one"), ("b", "two")):
-            tour.happens(tour.kill_worker, f"prefill-{host}")
-            tour.happens(tour.kill_worker, f"decode-{host}")
-            tour.happens(tour.kill_router, router)
-            tour.happens(tour.kill_redis, "redis")
-            tour.happens(tour.kill_node, f"node-{host}")
-            tour.happens(tour.drain_worker, f"decode-{host}")
-            tour.happens(tour.drain_worker, f"prefill-{host}")
-            tour.happens(tour.drain_router, router)
-            tour.happens(tour.freeze_worker, f"decode-{host}")
-            tour.happens(tour.freeze_worker, f"prefill-{host}")
-    eventually(platform.idle, 10, "nothing in flight")
+            for what, name in (
+                (tour.kill_worker, f"prefill-{host}"),
+                (tour.kill_worker, f"decode-{host}"),
+                (tour.kill_router, router),
+                (tour.kill_redis, "redis"),
+                (tour.kill_node, f"node-{host}"),
+                (tour.drain_worker, f"decode-{host}"),
+                (tour.drain_worker, f"prefill-{host}"),
+                (tour.drain_router, router),
+                (tour.freeze_worker, f"decode-{host}"),
+                (tour.freeze_worker, f"prefill-{host}"),
+            ):
+                tour.happens(what, name)
+                tour.mend()
+        tour.happens(tour.hang_worker, "decode-a")
+        tour.mend()
+    eventually(platform.idle, 30, "nothing in flight")
     eventually(platform.blocks_back, 30, "all blocks free")
+
+
+def leave(sock: socket.socket, *, rudely: bool) -> None:
+    """Rudely: with a reset."""
+    if rudely:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_rubbish_leaves_nothing_behind(platform: Platform) -> None:
+    """Bodies that are cut, bytes that are no request, clients that leave at any time, and some that hardly read."""
+    address = ("127.0.0.1", int(str(platform["router-one"].settings["port"])))
+    router, log = psutil.Process(platform["router-one"].pid), platform["router-one"].log
+    question = questions(platform)[2]
+    body = json.dumps(question | {"model": "tiny", "stream": True, "n": 4, "logprobs": 5}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEYS['acme']}\r\n"
+    whole = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    chance = random.Random(11)
+
+    def connect(content: bytes, **options: int) -> socket.socket:
+        sock = socket.socket()
+        for name, value in options.items():
+            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        sock.settimeout(30)
+        sock.connect(address)
+        sock.sendall(content)
+        return sock
+
+    def storm(count: int) -> None:
+        clients = [connect(whole if i % 4 else whole[: chance.randrange(len(whole))]) for i in range(count)]
+        for i, client in enumerate(clients):
+            if i % 8 == 1:
+                client.recv(1000)
+            leave(client, rudely=i % 2 == 0)
+
+    eventually(platform.idle, 30, "nothing in flight before")
+    with httpx.Client(base_url=platform.url("one"), headers=bearer("acme"), timeout=60, trust_env=False) as http:
+        expected = ask(http, "tiny", question, stream=False)
+        storm(20)  # what is made once is made
+        eventually(platform.idle, 60, "nothing in flight")
+        descriptors, memory, lines = router.num_fds(), router.memory_info().rss, len(log)
+        slow = [connect(whole, SO_RCVBUF=4096) for _ in range(16)]
+        for cut in range(0, len(whole), len(whole) // 20):
+            leave(connect(whole[:cut]), rudely=cut % 2 == 0)
+        for garbage in (
+            chance.randbytes(2000),
+            b"GET / HTTP/9.9\r\n\r\n",
+            f"{head}content-length: many\r\n\r\n".encode(),
+            f"{head}transfer-encoding: chunked\r\n\r\nzz\r\n".encode(),
+            f"{head}content-length: 4\r\n\r\n{{}}}}}}".encode() + chance.randbytes(500),
+        ):
+            client = connect(garbage)
+            client.recv(1000)
+            leave(client, rudely=False)
+        storm(200)
+        assert [client.recv(20) for client in slow] == [b"HTTP/1.1 200 OK\r\ndat"] * len(slow)
+        assert ask(http, "tiny", question, stream=True) == expected
+        for client in slow:
+            leave(client, rudely=True)
+        eventually(platform.idle, 60, "nothing in flight afterwards")
+        eventually(platform.blocks_back, 30, "all blocks free")
+        eventually(lambda: router.num_fds() <= descriptors + 2, 30, "connections closed")
+        assert router.memory_info().rss < memory + (48 << 20)
+    assert not [line for line in log[lines:] if "lost worker" in line or "Traceback" in line]

@@ -238,3 +238,24 @@ def test_a_faster_link_never_means_more_compression(speed: float, faster: float,
     slow, fast = (choose_codec(size, "remote", CODECS, near, at_speed(each)) for each in (speed, speed * faster))
     assert ratios[fast] <= ratios[slow]
     assert near or {slow, fast} <= {"raw", "lossless"}
+
+
+@pytest.mark.parametrize("num_objects", [2, 7, 31])
+@pytest.mark.parametrize("num_layers", [5, 32])
+@pytest.mark.parametrize("overlap_s", [0.0, 0.05, 0.1, 0.5])
+def test_the_codec_is_chosen_for_the_first_token_not_for_the_last_byte(
+    num_objects: int, num_layers: int, overlap_s: float
+) -> None:
+    """Raw layers arrive while earlier ones are computed with; encoded objects come whole, one after the other."""
+    latency_s, one = 1e-4, CHUNK_BYTES
+    for speed in (1e7, 3e7, 1e8, 3e8, 1e9, 1e10):
+        transfer_s = LinkCost(latency_s, 1 / speed).seconds(num_objects * one, num_objects)
+        ready_s = {"raw": max(transfer_s / num_layers + overlap_s, transfer_s + overlap_s / num_layers)}
+        for name, codec in CODECS.items():
+            wire_s = latency_s + one / codec.ratio / speed
+            each_s = one / codec.encode_bytes_per_s + wire_s + one / codec.decode_bytes_per_s
+            ready_s[name] = num_objects * each_s + overlap_s
+        chosen = choose_codec(
+            num_objects * one, "remote", CODECS, True, at_speed(speed), num_objects=num_objects, overlap_s=overlap_s
+        )
+        assert ready_s[chosen] <= 1.1 * min(ready_s.values())

@@ -159,8 +159,8 @@ def test_auto_follows_the_measured_speed_of_the_link(
     monkeypatch.setattr("tandem.kvstore.node.link_codecs.measure_codecs", lambda: CODEC_COSTS)
     codecs = LinkCodecs("auto", near_allowed=near)
     teach(codecs.links, "peer:far", bytes_per_s)
-    assert codecs.choose(Located(KEY, TierName.PEER, "peer:far", 1 << 20)) == codec
-    assert codecs.choose(Located(KEY, TierName.DISK, "disk", 1 << 20)) == RAW
+    assert codecs.choose([Located(KEY, TierName.PEER, "peer:far", 1 << 20)], 0.0) == codec
+    assert codecs.choose([Located(KEY, TierName.DISK, "disk", 1 << 20)], 0.0) == RAW
 
 
 def teach(links: LinkCosts, link: str, bytes_per_s: float, sizes: Sequence[int] = (1 << 18, 1 << 20, 1 << 22)) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import httpx
+import pytest
 
 from tandem.router.explain import MAX_RECORDS, Explain
 from tests.router.conftest import House, events
@@ -39,6 +41,26 @@ async def test_a_stream_ends_with_its_account(house: House) -> None:
     assert found[-1] == "[DONE]"
     assert found[-2]["object"] == "tandem.explain"
     assert found[-2]["explain"]["attempts"][0]["ended"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 4}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}),
+    ],
+)
+async def test_in_a_stream_of_typed_events_the_account_has_a_type(
+    house: House, path: str, body: dict[str, object]
+) -> None:
+    _, client = await house.pair()
+    response = await client.post(path, json=body | {"stream": True}, headers=ASKS)
+    (event,) = (part for part in response.text.split("\n\n") if "tandem.explain" in part)
+    kind, data = event.splitlines()
+    assert kind == "event: tandem.explain"
+    account = json.loads(data.removeprefix("data: "))
+    assert account["type"] == "tandem.explain"
+    assert account["explain"]["outcome"] == "ok"
 
 
 async def test_a_lost_worker_shows_as_two_attempts(house: House) -> None:

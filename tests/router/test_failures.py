@@ -119,6 +119,27 @@ async def test_frozen_worker_is_noticed(house: House) -> None:
     assert (await request).json()["error"]["code"] == "worker_lost"
 
 
+async def test_a_worker_that_is_slow_to_connect_is_waited_for(house: House) -> None:
+    worker = await house.decode()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while content := await reader.read(1 << 16):
+            writer.write(content)
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.5)
+        inner_reader, inner_writer = await asyncio.open_unix_connection(str(worker.socket))
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    socket, worker.socket = worker.socket, house.folder / "slow.sock"
+    server = await asyncio.start_unix_server(connected, worker.socket)
+    router = await house.router(worker, wait=False)
+    worker.socket = socket
+    await until(lambda: router.fleet.decode, 20)
+    server.close()
+
+
 async def test_worker_with_another_namespace_is_refused(house: House, caplog: pytest.LogCaptureFixture) -> None:
     good = await house.decode("decode-0")
     other = await house.decode("decode-1", namespace=b"x" * 32)

@@ -52,6 +52,58 @@ async def test_bodies_that_are_no_json_object(bare_client: httpx.AsyncClient, bo
     check_shape(await bare_client.post(CHAT, content=body), 400, "invalid_request")
 
 
+async def test_a_compressed_body_is_refused_by_name(bare_client: httpx.AsyncClient) -> None:
+    response = await bare_client.post(CHAT, content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+    check_shape(response, 400, "invalid_request")
+    assert "content-encoding" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/completions/", "/v1/completions"),
+        ("/v1/metrics", "/metrics"),
+    ],
+)
+async def test_a_path_that_is_almost_right_names_the_right_one(
+    bare_client: httpx.AsyncClient, path: str, near: str
+) -> None:
+    response = await bare_client.post(path, json={})
+    check_shape(response, 404, "not_found")
+    assert response.json()["error"]["message"].endswith(f"; did you mean {near}?")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "messages", "messages is required"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "messages[0].role is required"),
+        (
+            {"messages": [{"role": "x", "content": "x"}]},
+            "messages[0].role",
+            "messages[0].role must be one of assistant, developer, system, tool, user",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "xml"}},
+            "response_format.type",
+            "response_format.type must be one of json_object, json_schema, text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "priority": 2**40},
+            "priority",
+            "priority must be between -2147483648 and 2147483647, got 1099511627776",
+        ),
+    ],
+)
+async def test_an_error_names_the_field_and_what_it_takes(
+    bare_client: httpx.AsyncClient, body: dict[str, object], param: str, message: str
+) -> None:
+    response = await bare_client.post(CHAT, json=body)
+    check_shape(response, 400, "invalid_request")
+    assert (response.json()["error"]["param"], response.json()["error"]["message"]) == (param, message)
+
+
 async def test_unknown_model(bare_client: httpx.AsyncClient) -> None:
     body = {"model": "gpt-" + "x" * 500, "messages": [{"role": "user", "content": "hi"}]}
     response = await bare_client.post(CHAT, json=body)

@@ -117,6 +117,22 @@ def test_a_worker_without_events_is_believed_to_keep_its_last_blocks_first_ones_
     assert index.match(chain(3, 3, 3, 3, 3, 3)) == [(slot, 4, 0)]
 
 
+def test_the_same_list_asked_for_again_hears_of_every_change() -> None:
+    index, blocks = PrefixIndex(), chain(1, 2)
+    with_events, without = index.add(None), index.add(100)
+    assert index.match(blocks) == index.match(blocks) == []
+    index.promise(without, blocks, 0)
+    assert index.match(blocks) == index.match(blocks) == [(without, 0, 2)]
+    index.computed(without, blocks)
+    assert index.match(blocks) == [(without, 2, 0)]
+    index.stored(with_events, blocks[:1])
+    assert index.match(blocks) == [(with_events, 1, 0), (without, 2, 0)]
+    index.removed(with_events, blocks)
+    assert index.match(blocks) == [(without, 2, 0)]
+    index.retire(without)
+    assert index.match(blocks) == []
+
+
 def test_what_was_promised_and_never_came_is_forgotten() -> None:
     index = PrefixIndex()
     with_events, without = index.add(None), index.add(100)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import socket
 
+import pytest
+
+from tandem.router import generate, http_answers
 from tandem.router.generate import Call
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import House, events, until
@@ -128,3 +133,24 @@ async def test_client_that_goes_away_before_a_whole_answer_cancels_too(house: Ho
     await until(lambda: worker.submits)
     request.cancel()
     await until(lambda: worker.cancels, timeout_s=1.0)
+
+
+async def test_a_client_that_reads_nothing_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays connected and holds neither a place nor memory."""
+    monkeypatch.setattr(http_answers, "STALLED_S", 0.3)
+    monkeypatch.setattr(generate, "MAX_BUFFERED_BYTES", 1 << 19)
+    router = await house.router(await house.decode(max_model_len=1024, script=Script(delay_s=0.001)))
+    client = await house.client(router)
+    body = json.dumps({**PROMPT, "max_tokens": 900, "n": 16, "logprobs": 5, "seed": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(deaf, ("127.0.0.1", router.port))
+        await loop.sock_sendall(deaf, head + body)
+        await until(lambda: b"sequences_in_flight 16.0" in router.metrics.text())
+        await until(lambda: b"sequences_in_flight 0.0" in router.metrics.text(), 30)
+        assert b"client_disconnects_total 1.0" in router.metrics.text()
+        await until(lambda: router.fleet.decode[0].requests == 0)
+        assert (await client.post("/v1/completions", json={"prompt": "Hello"})).status_code == 200

@@ -69,7 +69,7 @@ class ScriptedHome:
             found.append(Located(key, tier, tier.value, entry[0].size))
         return found
 
-    def fetch(self, located: Sequence[Located]) -> ScriptedFetch:
+    def fetch(self, located: Sequence[Located], overlap_s: float = 0.0) -> ScriptedFetch:
         self._fault("fetch")
         fetch = ScriptedFetch(self, located)
         self.fetches.append(fetch)

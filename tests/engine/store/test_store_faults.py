@@ -162,8 +162,8 @@ def test_a_load_whose_thread_hangs_is_given_up_by_the_engine(
     second = make()
     fetch = home.fetch
 
-    def hanging(located: list[object]) -> object:
-        result = fetch(located)  # type: ignore[arg-type]
+    def hanging(located: list[object], overlap_s: float) -> object:
+        result = fetch(located, overlap_s)  # type: ignore[arg-type]
         monkeypatch.setattr(result, "wait", lambda *_: home.layers_may_come.wait(20))
         return result
 

@@ -63,7 +63,7 @@ class FaultyHome(ScriptedHome):
             raise RuntimeError("locate is broken")
         return super().locate(keys)
 
-    def fetch(self, located: list[Located]) -> ScriptedFetch:  # type: ignore[override]
+    def fetch(self, located: list[Located], overlap_s: float = 0.0) -> ScriptedFetch:  # type: ignore[override]
         fault = self._next("fetch", "lost", "flip", "slow")
         if fault == "fetch":
             raise RuntimeError("fetch is broken")

@@ -115,7 +115,7 @@ class ScriptedNode:
             located.append(Located(wanted, TierName.HOST, "host", self.objects[wanted][0].size))
         return located
 
-    def fetch(self, located: Sequence[Located], lease_s: float | None) -> ScriptedFetch:
+    def fetch(self, located: Sequence[Located], overlap_s: float, lease_s: float | None) -> ScriptedFetch:
         assert lease_s is None
         fetch = ScriptedFetch(self, located)
         if self.instant:

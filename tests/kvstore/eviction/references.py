@@ -224,7 +224,8 @@ class Valued:
     size: int
     worth: float
     uses: int
-    rank: tuple[float, int, int] = (0.0, 0, 0)
+    position: int
+    rank: tuple[float, int, int, int] = (0.0, 0, 0, 0)
 
 
 class SlowCost:
@@ -237,7 +238,8 @@ class SlowCost:
         self.since_halving = 0
         self.age = 0.0
         self.turn = 0
-        self.used_bytes = 0
+        self.batch = 0
+        self.sizes_of_batch: list[int] = []
         self.usual = 0.0
 
     def observe(self, uses: int, returned: bool, residents: int) -> None:
@@ -260,15 +262,20 @@ class SlowCost:
             cost = info.recompute_s / info.size
             self.usual = 0.99 * self.usual + 0.01 * cost if self.usual else cost
             worth = min(max(cost / self.usual, 1 / 16), 16.0)
-        self.items.append(Valued(key, info.size, worth, 1 if uses is None else min(uses + 1, 10)))
+        uses = 1 if uses is None else min(uses + 1, 10)
+        self.items.append(Valued(key, info.size, worth, uses, info.start_position))
         self.use(self.items[-1])
 
     def use(self, item: Valued) -> None:
         likely = (self.returned[item.uses] + 1.5) / (self.observed[item.uses] + 3.0)
         self.turn += 1
-        self.used_bytes += item.size
+        self.sizes_of_batch.append(item.size)
+        used = sum(self.sizes_of_batch)
+        if used > self.capacity // 2 or (used > self.capacity // 8 and len(self.sizes_of_batch) > 512):
+            self.batch += 1
+            self.sizes_of_batch = [item.size]
         step = int((self.age + item.worth * item.uses * likely) * 8) / 8
-        item.rank = (step, self.used_bytes // max(self.capacity // 2, 1), -self.turn)
+        item.rank = (step, self.batch, -item.position, self.turn)
 
     def hit(self, key: ObjectKey) -> None:
         for item in self.items:

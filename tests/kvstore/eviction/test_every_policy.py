@@ -23,8 +23,8 @@ def key(number: int) -> ObjectKey:
     return ObjectKey(number.to_bytes(32, "big"))
 
 
-def info(size: int, recompute_s: float = 0.0) -> ObjectInfo:
-    return ObjectInfo(size=size, num_tokens=1, recompute_s=recompute_s)
+def info(size: int, recompute_s: float = 0.0, start_position: int = 0) -> ObjectInfo:
+    return ObjectInfo(size=size, num_tokens=1, recompute_s=recompute_s, start_position=start_position)
 
 
 def anything(_key: ObjectKey) -> bool:
@@ -70,8 +70,9 @@ def compare(name: str, steps: list[Step], capacity: int) -> None:
                 if victim is None:
                     break
                 del resident[victim]
-            policy.insert(key(number), info(size, recompute_s))
-            reference.insert(key(number), info(size, recompute_s))
+            described = info(size, recompute_s, start_position=number % 5)
+            policy.insert(key(number), described)
+            reference.insert(key(number), described)
             resident[key(number)] = size
         assert len(policy) == len(reference) == len(resident)
 
@@ -157,8 +158,16 @@ def test_cost_keeps_what_is_dear_to_compute() -> None:
 def test_cost_lets_the_tail_of_a_chain_leave_before_its_head() -> None:
     policy = make_policy("cost", 100)
     for number in range(40):
-        policy.insert(key(number), info(1))
-    assert [policy.evict(anything) for _ in range(3)] == [key(39), key(38), key(37)]
+        policy.insert(key(number), info(1, start_position=256 * (number % 20)))
+    assert [policy.evict(anything) for _ in range(4)] == [key(19), key(39), key(18), key(38)]
+
+
+def test_cost_orders_chains_within_half_of_a_small_tier_and_an_eighth_of_a_large_one() -> None:
+    for capacity, batch in ((100, 50), (800, 400), (2000, 512), (8000, 1000)):
+        policy = make_policy("cost", capacity)
+        for number in range(batch + 40):
+            policy.insert(key(number), info(1, start_position=number))
+        assert [policy.evict(anything) for _ in range(batch)] == [key(number) for number in reversed(range(batch))]
 
 
 def test_marking_survives_predictions_that_are_all_wrong() -> None:

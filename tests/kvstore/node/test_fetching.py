@@ -261,8 +261,7 @@ def test_an_object_comes_from_another_node_with_what_its_header_says() -> None:
     with a.fetch(places) as fetch:
         assert fetch.wait(LAYERS, 10)
         assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1, owner="tenant"))
-    info = a.info(key_of(1))
-    assert info == info_of(spec_of(1, owner="tenant"))
+    eventually(lambda: a.info(key_of(1)) == info_of(spec_of(1, owner="tenant")))
     assert (a.stats().peer_hits, a.stats().peer_hit_bytes) == (1, SIZE)
     for node in (a, b):
         node.flush(5)

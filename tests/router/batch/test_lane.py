@@ -125,7 +125,7 @@ async def test_bad_batches_are_refused(desk: OpenDesk, house: House, monkeypatch
 
     assert await refused(endpoint="/v1/files") == (400, "endpoint")
     assert await refused(completion_window="1h") == (400, "completion_window")
-    assert await refused(input_file_id="file-x") == (404, "file_id")
+    assert await refused(input_file_id="file-x") == (404, "input_file_id")
     assert await refused(metadata={str(i): "" for i in range(20)}) == (400, "metadata")
     assert await refused(metadata={"a": "x" * 600}) == (400, "metadata")
     assert await refused(output_expires_after={"anchor": "x", "seconds": 9999}) == (400, "output_expires_after[anchor]")
@@ -216,6 +216,30 @@ async def test_a_share_of_the_slots_stays_free(desk: OpenDesk, house: House, mon
     worker.resume.set()
     batch = await office.ended(batch_id)
     assert batch["request_counts"]["completed"] == slots + 30
+
+
+async def test_the_lane_of_a_router_starts_nothing_while_admission_has_no_room(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, asked = [False], [0]
+
+    def has_room(prompt_tokens: int) -> bool:
+        asked[0] += 1
+        return room[0]
+
+    monkeypatch.setattr("tandem.router.batch.lane.POLL_S", 0.05)
+    worker = await house.decode()
+    router = await house.router(worker, storage=tmp_path / "storage")
+    monkeypatch.setattr(router.service.admission, "_room", has_room)
+    assert router.service.batches is not None
+    office = Desk(router, router.service.batches, await house.client(router))
+    batch_id = await office.create([completion("a")])
+    await office.reached(batch_id, "in_progress")
+    asked[0] = 0
+    await until(lambda: asked[0] > 5)
+    assert (worker.submits, router.service.admission.waiting_requests) == ([], 0)
+    room[0] = True
+    assert (await office.ended(batch_id))["status"] == "completed"
 
 
 async def test_workers_short_of_memory_get_no_lines(desk: OpenDesk, house: House) -> None:
