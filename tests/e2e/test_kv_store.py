@@ -25,6 +25,7 @@ def serve(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     disk = tmp_path_factory.mktemp("kv")
     flags = ("--dtype", "float32", "--disaggregate", "always", "--kv-chunk-tokens", CHUNK)
     with Serve(tiny, "--prefill", 2, "--decode", 2, *flags, "--kv-disk", disk, "--kv-disk-bytes", 1 << 28) as serve:
+        serve.http.headers["x-tandem-explain"] = "1"
         yield serve
 
 
@@ -62,19 +63,26 @@ def objects(serve: Serve, tier: str) -> int:
     return sum(int(row.get("objects", 0)) for row in serve.store_stats()["tiers"] if row["tier"].lower().endswith(tier))
 
 
-def test_one_prefill_workers_text_is_a_hit_for_the_other(serve: Serve, prompt: MakePrompt) -> None:
-    tokens = prompt(300)
-    first = serve.complete(tokens)
-    assert by_tier(first) == {}
-    seen: set[str] = set()
+def computed_by(body: dict[str, Any]) -> str:
+    worker: str = body["explain"]["attempts"][-1]["computed_by"]
+    return worker
 
-    def both_have_had_it() -> bool:
+
+def test_one_prefill_workers_text_is_a_hit_for_the_other(serve: Serve, prompt: MakePrompt) -> None:
+    """The router sends a prompt to where it is cached, so the other worker gets it once that one is gone."""
+
+    def other_has_loaded_it() -> bool:
+        tokens = prompt(300)
+        first = serve.complete(tokens)
+        assert by_tier(first) == {}
+        serve.kill(computed_by(first))
+        eventually(lambda: serve.metric("tandem_worker_up") < 4, 20, "the loss noticed")
         again = serve.complete(tokens)
         assert answered(again) == answered(first)
-        seen.update(by_tier(again))
-        return {"device", "host"} <= seen
+        eventually(lambda: serve.metric("tandem_worker_up") == 4, 60, "all workers connected")
+        return computed_by(again) != computed_by(first) and by_tier(again) == {"host": 256}
 
-    eventually(both_have_had_it, 20, "hits on the device of one worker and in the store for the other")
+    eventually(other_has_loaded_it, 60, "text of one prefill worker loaded by the other")
 
 
 def test_killed_workers_find_prompts_and_answers_again(
