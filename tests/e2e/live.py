@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import httpx
 import yaml
 
 from tests.e2e.cluster import Cluster, Process
-from tests.e2e.serving import ask, eventually
+from tests.e2e.serving import KINDS, Askers, ask, eventually
 
 KEYS = {"acme": "the key of acme", "initech": "the key of initech"}
 WEIGHTS = {"acme": 3.0, "initech": 1.0}
@@ -139,24 +138,18 @@ class Platform(Cluster):
 
 def questions(platform: Platform) -> list[dict[str, Any]]:
     """Greedy, drawn, penalised, scored, several choices; short and long, some with a common beginning."""
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.9, "seed": 5, "top_p": 0.9},
-        {"temperature": 0.7, "seed": 6, "presence_penalty": 0.8, "repetition_penalty": 1.1},
-        {"logprobs": 1},
-        {"temperature": 0.8, "n": 2, "seed": 7},
-    ]
     start = platform.prompt(130)
     prompts = [start * (i % 2) + platform.prompt(20 + 31 * i) for i in range(10)]
-    return [{"prompt": prompts[i], "max_tokens": 120} | kinds[i % len(kinds)] for i in range(10)]
+    return [{"prompt": prompts[i], "max_tokens": 120} | KINDS[i % len(KINDS)] for i in range(10)]
 
 
-class Clients:
-    """Ask without a pause, half of them streaming, each answer compared. The `with` block ends when the last answer is
-    there, and fails if one was missing or wrong."""
+class Clients(Askers):
+    """Half of them streaming; those whose router goes away send again to the other."""
+
+    wait_s = end_s = BACK_S
 
     def __init__(self, platform: Platform, count: int = 8) -> None:
-        self.answered = 0
+        super().__init__(count)
         self.slowest_s = 0.0
         """Since it was last reset."""
         self.sent_again = 0
@@ -164,31 +157,10 @@ class Clients:
         """Answers of which a part came."""
         self.leaving: set[str] = set()
         """Routers that may go away; from any other a broken connection is a fault."""
-        self.wrong: list[str] = []
         self._platform = platform
         self._asked = questions(platform)
         with httpx.Client(base_url=platform.url("one"), headers=bearer("acme"), timeout=60, trust_env=False) as http:
             self._expected = [ask(http, "tiny", question, stream=False) for question in self._asked]
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(BACK_S)
-        assert not any(thread.is_alive() for thread in self._threads)
-        assert not self.wrong, f"{len(self.wrong)} of {self.answered}: {self.wrong[:3]}"
-
-    def wait(self, answers: int) -> None:
-        """For so many more."""
-        goal = self.answered + answers
-        eventually(lambda: self.answered >= goal or self.wrong, BACK_S, f"{answers} more answers")
 
     def _run(self, number: int) -> None:
         chance = random.Random(number)

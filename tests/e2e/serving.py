@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -64,6 +64,54 @@ def ask(http: httpx.Client, model: str, question: dict[str, Any], *, stream: boo
             new = choice.get("token_ids") or []
             choices[choice["index"]] = (text + choice["text"], tokens + new, choice["finish_reason"] or "")
     return [choices[index] for index in sorted(choices)]
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.9, "seed": 5, "top_p": 0.9},
+    {"temperature": 0.7, "seed": 6, "presence_penalty": 0.8, "repetition_penalty": 1.1},
+    {"logprobs": 1},
+    {"temperature": 0.8, "n": 2, "seed": 7},
+]
+"""Requests that are answered alike however often their worker changes: greedy, drawn, penalised, scored, several."""
+
+
+class Askers:
+    """Clients that ask without a pause, each answer compared. The `with` block ends when the last answer is there, and
+    fails if one was missing or wrong."""
+
+    wait_s = 90.0
+    """For more answers."""
+    end_s = 90.0
+    """For each client to end."""
+
+    def __init__(self, count: int) -> None:
+        self.answered = 0
+        self.wrong: list[str] = []
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(self.end_s)
+        assert not any(thread.is_alive() for thread in self._threads)
+        assert not self.wrong, f"{len(self.wrong)} of {self.answered}: {self.wrong[:3]}"
+
+    def wait(self, answers: int) -> None:
+        """For so many more."""
+        goal = self.answered + answers
+        eventually(lambda: self.answered >= goal or self.wrong, self.wait_s, f"{answers} more answers")
+
+    def _run(self, number: int) -> None:
+        """Client `number`: until `_stopping` is set, each answer into `answered` and what is wrong into `wrong`."""
+        raise NotImplementedError
 
 
 class Serve:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.serving import Serve, ask, eventually
+from tests.e2e.serving import KINDS, Askers, Serve, ask, eventually
 
 MakePrompt = Callable[[int], list[int]]
 Question = dict[str, Any]
@@ -25,46 +24,18 @@ def serve(tiny: Path) -> Iterator[Serve]:
 
 
 def questions(prompt: MakePrompt) -> list[Question]:
-    """Greedy, drawn, penalised, stopped by a string, scored; short and long."""
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.9, "seed": 5, "top_p": 0.9},
-        {"temperature": 0.7, "seed": 6, "presence_penalty": 0.8, "repetition_penalty": 1.1},
-        {"logprobs": 1},
-        {"temperature": 0.8, "n": 2, "seed": 7},
-    ]
-    return [{"prompt": prompt(20 + 37 * i), "max_tokens": 150} | kinds[i % len(kinds)] for i in range(10)]
+    """Of all `KINDS`; short and long."""
+    return [{"prompt": prompt(20 + 37 * i), "max_tokens": 150} | KINDS[i % len(KINDS)] for i in range(10)]
 
 
-class Clients:
-    """Ask without a pause, each answer compared. The `with` block ends when the last answer is there, and fails if one
-    was missing or wrong."""
+class Clients(Askers):
+    """Half of them streaming."""
 
     def __init__(self, serve: Serve, asked: list[Question], count: int = 8) -> None:
-        self.answered = 0
+        super().__init__(count)
         self._serve = serve
         self._asked = asked
         self._expected = [ask(serve.http, serve.model, question, stream=False) for question in asked]
-        self._wrong: list[str] = []
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(90.0)
-        assert not any(thread.is_alive() for thread in self._threads)
-        assert not self._wrong, f"{len(self._wrong)} of {self.answered}: {self._wrong[:3]}"
-
-    def wait(self, answers: int) -> None:
-        """For so many more."""
-        goal = self.answered + answers
-        eventually(lambda: self.answered >= goal or self._wrong, 90, f"{answers} more answers")
 
     def kill(self, worker: str) -> None:
         """In the middle of a request."""
@@ -78,9 +49,9 @@ class Clients:
             try:
                 got = ask(self._serve.http, self._serve.model, self._asked[index], stream=number % 2 == 0)
                 if got != self._expected[index]:
-                    self._wrong.append(f"{self._asked[index]}: {got} instead of {self._expected[index]}")
+                    self.wrong.append(f"{self._asked[index]}: {got} instead of {self._expected[index]}")
             except Exception as error:
-                self._wrong.append(repr(error))
+                self.wrong.append(repr(error))
             self.answered += 1
 
 
