@@ -157,7 +157,7 @@ async def test_every_session_follows_the_cache(worker: Worker) -> None:
     sessions = [(await worker.session(), Router()) for _ in range(2)]
 
     async def until_known(wanted: set[BlockHash]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             for session, router in sessions:
                 while router.known != wanted:
                     response = await session.call.read()

@@ -110,7 +110,7 @@ class Session:
 
     async def outputs(self) -> list[Any]:
         """Those of the next message that has any."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not (response := await self.call.read()).outputs:
                 pass
         return list(response.outputs)
@@ -130,7 +130,7 @@ async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             if condition():
                 return
@@ -240,7 +240,7 @@ async def test_a_lost_prefill_worker_is_passed_on_for_known_requests_only(worker
 async def test_status_comes_at_once_on_change_and_every_second(worker: Worker) -> None:
     session = await worker.session()
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert (await session.call.read()).status.total_blocks == 10
         await session.submit("a")
         while (await session.call.read()).status.running != 1:
@@ -274,7 +274,7 @@ async def test_a_router_that_does_not_read_loses_its_session(worker: Worker, mon
     key = await session.submit("a")
     await until(lambda: worker.engine.requests)
     index = 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not worker.engine.cancelled:
             worker.engine.emit(RequestOutput(key, index, [1_000_000] * 20_000))
             index += 20_000

@@ -69,7 +69,7 @@ def test_a_frozen_sender_loses_its_lease(make_rig, start_sender):
     rig.sink.wait_for(lambda: len(rig.sink.arrivals) > 20)
     frozen_at = time.monotonic()
     process.send_signal(signal.SIGSTOP)
-    code = rig.sink.lost_code("r", timeout_s=5)
+    code = rig.sink.lost_code("r", timeout_s=30)
     assert code in {"lease", "stalled"}
     assert time.monotonic() - frozen_at > 0.4
     process.send_signal(signal.SIGCONT)

@@ -76,7 +76,7 @@ class Nodes:
 
     def fetched(self) -> bytes:
         node = self.nodes[1].node
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not (located := node.locate([KEY])):
             assert time.monotonic() < deadline
         assert located[0].tier is TierName.PEER

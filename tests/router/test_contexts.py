@@ -130,7 +130,7 @@ async def test_the_recipe_outlives_the_store_node_and_its_absence_touches_nobody
 
     worker.script.tokens = Saver(store)
     answers = [await use(client)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while answers[-1].status_code != 200:
             check_error(answers[-1], 503, "unavailable", None)
             answers.append(await use(client))

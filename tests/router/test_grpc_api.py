@@ -105,7 +105,7 @@ async def test_health_follows_readiness(channel: grpc.aio.Channel, worker: FakeW
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="tandem.v1.Inference"))
 
     async def becomes(wanted: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             async for response in watch:
                 if response.status == wanted:
                     return

@@ -48,7 +48,7 @@ async def start(worker: FakeWorker, model: Path, *flags: str) -> Process:
 
 async def closed(url: str) -> None:
     """Returns when nobody accepts connections any more."""
-    async with asyncio.timeout(5), httpx.AsyncClient(base_url=url, trust_env=False) as client:
+    async with asyncio.timeout(30), httpx.AsyncClient(base_url=url, trust_env=False) as client:
         with contextlib.suppress(httpx.TransportError):
             while True:
                 await client.get("/healthz", headers={"connection": "close"})

@@ -213,7 +213,7 @@ def test_a_served_directory_restarts_empty(served, connect, eventually: Wait) ->
 )
 def test_a_message_that_makes_no_sense_is_refused_by_field(served, method: str, message, field: str) -> None:  # type: ignore[no-untyped-def]
     with grpc.insecure_channel(served.address) as channel, pytest.raises(grpc.RpcError) as failure:
-        getattr(pb_grpc.KvDirectoryStub(channel), method)(message, timeout=5)
+        getattr(pb_grpc.KvDirectoryStub(channel), method)(message, timeout=30)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
     assert failure.value.details().startswith(f"{field}:")  # type: ignore[attr-defined]
 
