@@ -88,7 +88,6 @@ def test_a_batch_computes_each_prefix_once_and_answers_as_clients_are_answered(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_killed_router_goes_on_with_its_batch(slow_model: Path, tmp_path: Path, prompt: MakePrompt) -> None:
     """kill -9 in the middle, twice: no request is lost, none has two results, those with a result are not run again."""
     with Serve(slow_model, "--dtype", "float32", TANDEM_STORAGE=str(tmp_path / "storage")) as serve:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.timeout(300)
 def test_kernels_pass_their_tests_under_the_interpreter() -> None:
     """In a child process: Triton chooses its interpreter when it is first imported, and other tests import it too."""
     pytest.importorskip("triton", reason="triton is not installed: install the extra `gpu` or `dev`")

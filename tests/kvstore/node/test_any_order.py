@@ -234,7 +234,6 @@ def test_books_and_bytes_hold_in_any_order() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 def test_books_and_bytes_hold_in_any_order_at_length() -> None:
     run(150, 80)
