@@ -43,7 +43,7 @@ from tests.models import VOCAB_SIZE, tiny_model
 Questions = dict[tuple[int, ...], tuple[int, ...]]
 """The right answer by prompt."""
 READY_S = 180.0
-HEAL_S = 60.0
+HEAL_S = 120.0
 CHUNK = 64
 HOSTS = ("a", "b")
 _SECRET = "a secret of more than sixteen bytes"
@@ -274,7 +274,7 @@ class Cluster:
             return stats.values["data_plane_connections"] >= 2 and len(stats.known_nodes) == 2
 
         for host in HOSTS:
-            eventually(functools.partial(joined, host), 20, f"host {host} joined")
+            eventually(functools.partial(joined, host), what=f"host {host} joined")
 
     def reroute(self, port: int | None) -> None:
         """From now on host b reaches node a's data plane through `port` of this machine; None: directly. Connections
@@ -379,7 +379,7 @@ class Cluster:
 class Load(Askers):
     """Asks the routers of a cluster."""
 
-    wait_s = 60.0
+    wait_s = 180.0
 
     def __init__(self, cluster: Cluster, questions: Questions, num_clients: int = 12):
         super().__init__(num_clients)

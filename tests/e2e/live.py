@@ -223,7 +223,7 @@ class Tour:
         eventually(lambda: self._platform.busy(name), BACK_S, f"{name} busy")
         self._platform.signal(name, signal.SIGSTOP)
         try:
-            eventually(lambda: not self._platform.whole(), 30, f"{name} given up")
+            eventually(lambda: not self._platform.whole(), what=f"{name} given up")
             self._clients.wait(8)
         finally:
             self._platform.signal(name, signal.SIGCONT)

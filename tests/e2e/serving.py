@@ -20,12 +20,12 @@ import httpx
 import psutil
 import yaml
 
-READY_S = 60.0
+READY_S = 180.0
 BACK_S = 180.0
 """For a worker to be there again where others use the cores, too."""
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float = 15.0, what: str = "") -> Any:
+def eventually(condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "") -> Any:
     """The first true value of `condition`, polled; fails after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -80,9 +80,9 @@ class Askers:
     """Clients that ask without a pause, each answer compared. The `with` block ends when the last answer is there, and
     fails if one was missing or wrong."""
 
-    wait_s = 90.0
+    wait_s = 180.0
     """For more answers."""
-    end_s = 90.0
+    end_s = 180.0
     """For each client to end."""
 
     def __init__(self, count: int) -> None:
@@ -156,7 +156,7 @@ class Serve:
         children = self.children()
         self.process.terminate()
         try:
-            self.process.wait(timeout=20.0)
+            self.process.wait(timeout=60.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             for child in children.values():

@@ -29,9 +29,9 @@ def restart(serve: Serve, *kinds: str, meanwhile: Callable[[], object] = lambda:
         now = serve.children()
         return all(name in now and now[name].pid != pid for name, pid in doomed.items())
 
-    eventually(renewed, 30, "new processes")
+    eventually(renewed, what="new processes")
     eventually(lambda: serve.metric("tandem_worker_up") == 2, 60, "all workers connected")
-    eventually(lambda: serve.http.get("/v1/contexts").status_code == 200, 30, "the store node is back")
+    eventually(lambda: serve.http.get("/v1/contexts").status_code == 200, what="the store node is back")
 
 
 def answered(body: dict[str, Any]) -> list[int]:
@@ -73,12 +73,12 @@ def test_a_context_outlives_all_of_its_kv(tiny: Path, prompt: MakePrompt, tmp_pa
         assert answered(first) == expected
         assert first["usage"]["prompt_tokens"] == LENGTH + 15
         assert sum(by_tier(first).values()) >= FULL
-        eventually(lambda: hard_pins(serve, "host") == FULL // CHUNK, 20, "pinned in host memory")
+        eventually(lambda: hard_pins(serve, "host") == FULL // CHUNK, what="pinned in host memory")
 
         # Processes die; KV and recipe are on disk.
-        eventually(lambda: objects(serve, "disk") >= objects(serve, "host") > 0, 20, "everything written back")
+        eventually(lambda: objects(serve, "disk") >= objects(serve, "host") > 0, what="everything written back")
         restart(serve, "prefill", "decode", "kvstore")
-        eventually(lambda: hard_pins(serve, "disk") == FULL // CHUNK, 20, "pinned on disk")
+        eventually(lambda: hard_pins(serve, "disk") == FULL // CHUNK, what="pinned on disk")
         again = serve.complete(question, context="manual")
         assert answered(again) == expected
         assert by_tier(again) == {"disk": FULL}
@@ -94,8 +94,8 @@ def test_a_context_outlives_all_of_its_kv(tiny: Path, prompt: MakePrompt, tmp_pa
         recomputed = serve.complete(question, context="manual")
         assert answered(recomputed) == expected
         assert by_tier(recomputed) == {}
-        eventually(lambda: resident(serve) == FULL, 20, "saved again")
-        eventually(lambda: hard_pins(serve, "host") == FULL // CHUNK, 20, "pinned again")
+        eventually(lambda: resident(serve) == FULL, what="saved again")
+        eventually(lambda: hard_pins(serve, "host") == FULL // CHUNK, what="pinned again")
 
         assert serve.http.delete("/v1/contexts/manual").status_code == 200
         assert hard_pins(serve, "host") == 0

@@ -62,7 +62,7 @@ def test_no_token_is_lost_or_doubled_when_workers_are_killed(serve: Serve, promp
             clients.kill(victim)
             clients.wait(16)
     assert serve.metric("tandem_router_retries_total") > 0, "somebody was in the middle of it"
-    eventually(serve.idle, 10, "workers idle")
+    eventually(serve.idle, what="workers idle")
 
 
 def test_a_stream_outlives_all_decode_workers(serve: Serve, prompt: MakePrompt) -> None:
@@ -86,6 +86,6 @@ def test_no_token_is_lost_or_doubled_when_every_worker_is_killed_in_turn(serve: 
         for victim in ("decode-0", "decode-1", "prefill-0", "decode-0", "prefill-1", "decode-1"):
             serve.wait_connected(4)
             clients.kill(victim)
-            eventually(lambda: serve.metric("tandem_worker_up") < 4, 30, f"{victim} gone")
+            eventually(lambda: serve.metric("tandem_worker_up") < 4, what=f"{victim} gone")
             clients.wait(8)
-    eventually(serve.idle, 10, "workers idle")
+    eventually(serve.idle, what="workers idle")

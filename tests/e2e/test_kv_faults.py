@@ -62,7 +62,7 @@ def _sound_afterwards(cluster: Cluster) -> Iterator[None]:
     cluster.wait_joined()
     for host in ("a", "b"):
         cluster.crosses(host, "ba"["ab".index(host)])
-    eventually(lambda: held(cluster, "a") == held(cluster, "b") == {}, 10, "nothing held")
+    eventually(lambda: held(cluster, "a") == held(cluster, "b") == {}, what="nothing held")
     cluster.check()
 
 
@@ -155,7 +155,7 @@ def test_bits_flip_and_files_are_cut_while_the_node_is_down(cluster: Cluster, qu
     cluster["node-a"].wait_ready()
     with Load(cluster, questions) as load:
         load.wait(120)
-        eventually(lambda: cluster.stats("a").values["quarantined"] > 0, 20, "objects in quarantine")
+        eventually(lambda: cluster.stats("a").values["quarantined"] > 0, what="objects in quarantine")
     find_damage(cluster)
 
 

@@ -57,7 +57,7 @@ def test_text_of_one_host_reaches_the_other_through_every_tier(cluster: Cluster)
         computed.append((tokens, first))
         return again.by_tier == {"peer": STORED}
 
-    eventually(came_from_the_peer, 20, "a hit in the other host's node")
+    eventually(came_from_the_peer, what="a hit in the other host's node")
     tokens, first = computed[-1]
     unseen_by_b = cluster.prompt(LENGTH)
     known_to_a = cluster.ask("a", unseen_by_b)
@@ -89,7 +89,7 @@ def test_an_answer_of_one_host_is_a_prefix_on_the_other(cluster: Cluster) -> Non
         assert [loaded.tokens] == cluster.cold([turn])
         return loaded.by_tier == {"peer": 249 // CHUNK * CHUNK}
 
-    eventually(came_from_the_peer, 20, "the answer of host a's decode worker at host b")
+    eventually(came_from_the_peer, what="the answer of host a's decode worker at host b")
 
 
 @pytest.mark.slow
@@ -107,15 +107,15 @@ def test_without_the_secret_nobody_is_let_in_and_everybody_is_served(cluster: Cl
         cluster["node-a"].restart(kv_secret_file=str(wrong))
         for worker in ("prefill-a", "decode-a"):
             told = partial(cluster[worker].logged, "has another secret", logs[worker])
-            eventually(told, 10, f"{worker} says why")
+            eventually(told, what=f"{worker} says why")
 
         def b_was_refused() -> bool:
             assert cluster.ask("b", on_disk.pop()).tokens == answers.pop()
             return cluster["node-b"].logged("cannot reach node node-a", logs["node-b"])
 
         # Host a's disk has it, and the directory says so: host b asks, and is told to go away.
-        eventually(lambda: len(cluster.stats("b").known_nodes) == 2, 10, "both nodes in the directory")
-        eventually(b_was_refused, 10, "host b turned away")
+        eventually(lambda: len(cluster.stats("b").known_nodes) == 2, what="both nodes in the directory")
+        eventually(b_was_refused, what="host b turned away")
         assert cluster["node-b"].logged("give both the same kv_secret_file", logs["node-b"])
         assert cluster.ask("a", tokens).tokens == first.tokens
         assert cluster.ask("a", cluster.prompt(LENGTH)).by_tier == {}

@@ -43,7 +43,7 @@ def restart(serve: Serve) -> Callable[..., None]:
             now = serve.children()
             return all(name in now and now[name].pid != pid for name, pid in doomed.items())
 
-        eventually(renewed, 30, "new processes")
+        eventually(renewed, what="new processes")
         eventually(lambda: serve.metric("tandem_worker_up") == 4, 60, "all workers connected")
 
     return kill
@@ -76,7 +76,7 @@ def test_one_prefill_workers_text_is_a_hit_for_the_other(serve: Serve, prompt: M
         first = serve.complete(tokens)
         assert by_tier(first) == {}
         serve.kill(computed_by(first))
-        eventually(lambda: serve.metric("tandem_worker_up") < 4, 20, "the loss noticed")
+        eventually(lambda: serve.metric("tandem_worker_up") < 4, what="the loss noticed")
         again = serve.complete(tokens)
         assert answered(again) == answered(first)
         eventually(lambda: serve.metric("tandem_worker_up") == 4, 60, "all workers connected")
@@ -101,7 +101,7 @@ def test_killed_workers_find_prompts_and_answers_again(
 def test_disk_survives_the_store_node(serve: Serve, prompt: MakePrompt, restart: Callable[..., None]) -> None:
     tokens = prompt(300)
     computed = serve.complete(tokens)
-    eventually(lambda: objects(serve, "disk") >= objects(serve, "host") > 0, 20, "everything written back")
+    eventually(lambda: objects(serve, "disk") >= objects(serve, "host") > 0, what="everything written back")
     loads_after(lambda: restart("kvstore", "prefill", "decode"), serve, [tokens], [computed], "disk", [300])
 
 
@@ -141,6 +141,6 @@ def test_a_store_that_goes_away_fails_nobody(serve: Serve, prompt: MakePrompt, n
         finally:
             if number is signal.SIGSTOP:
                 store.send_signal(signal.SIGCONT)
-    eventually(lambda: "kvstore" in serve.children(), 30)
+    eventually(lambda: "kvstore" in serve.children())
     assert [serve.tokens(tokens) for tokens in prompts] == expected
     eventually(serve.idle)

@@ -38,7 +38,7 @@ def test_whatever_dies_under_load_every_client_gets_its_answer(platform: Platfor
         tour.happens(tour.kill_redis, "redis", 6)
         tour.mend()
         tour.happens(tour.drain_worker, "decode-b", 6)
-    eventually(platform.idle, 30, "nothing in flight")
+    eventually(platform.idle, what="nothing in flight")
 
 
 @pytest.mark.slow
@@ -65,8 +65,8 @@ def test_everything_dies_in_turn(platform: Platform) -> None:
                 tour.mend()
         tour.happens(tour.hang_worker, "decode-a")
         tour.mend()
-    eventually(platform.idle, 30, "nothing in flight")
-    eventually(platform.blocks_back, 30, "all blocks free")
+    eventually(platform.idle, what="nothing in flight")
+    eventually(platform.blocks_back, what="all blocks free")
 
 
 def leave(sock: socket.socket, *, rudely: bool) -> None:
@@ -102,7 +102,7 @@ def test_rubbish_leaves_nothing_behind(platform: Platform) -> None:
                 client.recv(1000)
             leave(client, rudely=i % 2 == 0)
 
-    eventually(platform.idle, 30, "nothing in flight before")
+    eventually(platform.idle, what="nothing in flight before")
     with httpx.Client(base_url=platform.url("one"), headers=bearer("acme"), timeout=60, trust_env=False) as http:
         expected = ask(http, "tiny", question, stream=False)
         storm(20)  # what is made once is made
@@ -127,7 +127,7 @@ def test_rubbish_leaves_nothing_behind(platform: Platform) -> None:
         for client in slow:
             leave(client, rudely=True)
         eventually(platform.idle, 60, "nothing in flight afterwards")
-        eventually(platform.blocks_back, 30, "all blocks free")
-        eventually(lambda: router.num_fds() <= descriptors + 2, 30, "connections closed")
+        eventually(platform.blocks_back, what="all blocks free")
+        eventually(lambda: router.num_fds() <= descriptors + 2, what="connections closed")
         assert router.memory_info().rss < memory + (48 << 20)
     assert not [line for line in log[lines:] if "lost worker" in line or "Traceback" in line]

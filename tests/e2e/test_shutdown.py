@@ -42,8 +42,8 @@ def test_a_killed_supervisor_leaves_no_orphans(tiny: Path) -> None:
         directory, children = run_directory(serve), list(serve.children().values())
         assert len(children) == 4
         serve.process.send_signal(signal.SIGKILL)
-        eventually(lambda: gone(children), 5, "children gone")
-        eventually(lambda: not directory.exists(), 5, "directory removed")
+        eventually(lambda: gone(children), what="children gone")
+        eventually(lambda: not directory.exists(), what="directory removed")
 
 
 def test_a_second_signal_stops_at_once(slow_model: Path, prompt: MakePrompt) -> None:

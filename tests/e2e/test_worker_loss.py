@@ -19,7 +19,7 @@ MakePrompt = Callable[[int], list[int]]
 def serve(serves: Callable[..., Serve], slow_model: Path) -> Serve:
     """All workers connected again, whatever the test before did to them."""
     serve = serves(slow_model, "--disaggregate", "always", "--dtype", "float32")
-    eventually(lambda: serve.metric("tandem_worker_up") == 2, 30, "both workers connected")
+    eventually(lambda: serve.metric("tandem_worker_up") == 2, what="both workers connected")
     return serve
 
 
@@ -38,7 +38,7 @@ def finish_despite(serve: Serve, prompt: list[int], happens: Callable[[], object
 def test_a_request_survives_the_death_of_its_prefill_worker(serve: Serve, prompt: MakePrompt) -> None:
     tokens = prompt(3000)
     survived = finish_despite(serve, tokens, lambda: serve.kill("prefill-0"))
-    eventually(lambda: serve.metric("tandem_worker_up", role="prefill") == 1, 30, "prefill worker restarted")
+    eventually(lambda: serve.metric("tandem_worker_up", role="prefill") == 1, what="prefill worker restarted")
     assert serve.tokens(tokens, 12) == survived
 
 
@@ -49,7 +49,7 @@ def test_a_request_survives_a_frozen_prefill_worker(serve: Serve, prompt: MakePr
         survived = finish_despite(serve, tokens, lambda: frozen.send_signal(signal.SIGSTOP))
     finally:
         frozen.send_signal(signal.SIGCONT)
-    eventually(lambda: serve.metric("tandem_worker_up", role="prefill") == 1, 30, "prefill worker is back")
+    eventually(lambda: serve.metric("tandem_worker_up", role="prefill") == 1, what="prefill worker is back")
     assert serve.tokens(tokens, 12) == survived
 
 
@@ -66,13 +66,13 @@ def test_a_client_that_goes_away_frees_everything(serve: Serve, prompt: MakeProm
     next(events)
     assert serve.metric("tandem_worker_running", role="decode") == 1
     events.close()
-    eventually(serve.idle, 5, "workers idle")
-    eventually(lambda: serve.metric("tandem_worker_free_blocks") == free, 5, "blocks free")
+    eventually(serve.idle, what="workers idle")
+    eventually(lambda: serve.metric("tandem_worker_free_blocks") == free, what="blocks free")
 
 
 def test_a_client_that_leaves_during_prefill_frees_both_sides(serve: Serve, prompt: MakePrompt) -> None:
     free = serve.metric("tandem_worker_total_blocks")
     with pytest.raises(httpx.ReadTimeout):
         serve.http.post("/v1/completions", json={"model": serve.model, "prompt": prompt(4000)}, timeout=0.3)
-    eventually(serve.idle, 5, "workers idle")
-    eventually(lambda: serve.metric("tandem_worker_free_blocks") == free, 5, "blocks free")
+    eventually(serve.idle, what="workers idle")
+    eventually(lambda: serve.metric("tandem_worker_free_blocks") == free, what="blocks free")

@@ -15,7 +15,7 @@ from tandem.kvstore.transport.frames import Frame, Hello, Kind, Open, checksum, 
 DIGEST = bytes(range(32))
 NUM_TOKENS, ROW_BYTES, NUM_LAYERS = 8, 16, 2
 LAYERS = [bytes([layer + 1]) * (NUM_TOKENS * ROW_BYTES) for layer in range(NUM_LAYERS)]
-ANSWER_S = 5.0
+ANSWER_S = 30.0
 
 FUZZ = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 SENDER = Path(__file__).with_name("sender_process.py")
-LOST_WITHIN_S = 1.0
 
 
 @pytest.fixture
@@ -44,13 +43,11 @@ def test_another_process_hands_over(rig, start_sender):
     assert len(rig.sink.data["r", 1]) == 4
 
 
-def test_a_killed_sender_is_lost_within_a_second(rig, start_sender, eventually):
+def test_a_killed_sender_is_lost_with_its_connection(rig, start_sender, eventually):
     process = start_sender("endless")
     rig.sink.wait_for(lambda: len(rig.sink.arrivals) > 20)
-    killed_at = time.monotonic()
     process.kill()
-    assert rig.sink.lost_code("r", timeout_s=LOST_WITHIN_S) == "peer_closed"
-    assert time.monotonic() - killed_at < LOST_WITHIN_S
+    assert rig.sink.lost_code("r") == "peer_closed"
     eventually(lambda: rig.server.stats().open_connections == 0)
     assert rig.server.stats().open_streams == 0
 

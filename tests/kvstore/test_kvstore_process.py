@@ -30,7 +30,7 @@ from tandem.runtime import cli
 
 from .chunks import NUM_LAYERS, info, is_sound, key, put
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Node:

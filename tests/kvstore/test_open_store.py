@@ -19,7 +19,7 @@ from tandem.kvstore.settings import StoreSettings
 from .chunks import NUM_LAYERS, is_sound, key, put, rows
 
 HOST_BYTES = 8 << 20
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 Open = Callable[..., OpenNode]
 
 

@@ -125,7 +125,7 @@ async def bare_client(model_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     router.model.text.close()
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

@@ -18,7 +18,7 @@ from tandem.kvstore.transport.peers import local_host_id
 from .scripted_node import ScriptedNode
 
 SECRET = b"a secret of at least 16 bytes"
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 
 
 class Rig:

@@ -17,7 +17,7 @@ from tests.kvstore.tiers.disk_writer import key_of
 from tests.kvstore.tiers.test_disk import get, put
 
 CAPACITY = 16 << 20
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture
