@@ -291,13 +291,8 @@ def _pairs(known: Known, prefills: int, mode: Disaggregate, pool: MockPool, repe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--dynamo", type=Path, help="a Python that can import ai-dynamo-runtime")
-    parser.add_argument("--repeats", type=int, default=3, help="of ours and Dynamo's, which break ties differently")
-    parser.add_argument("--parts", default="", help="parts whose name begins with one of these, by semicolons")
-    parser.add_argument("--policies", default="", help="policies whose name begins with one of these, by semicolons")
-    parser.add_argument("--json", type=Path, help="what it holds of other parts and policies is kept")
     options = parser.parse_args()
     trace = read_trace(options.trace)
     traces = [
@@ -319,11 +314,26 @@ def main() -> None:
     runs = [run for part in traces for run in unified(part, options.dynamo, options.repeats, move=True)]
     runs += [run for part in herds for run in unified(part, options.dynamo, options.repeats, move=False)]
     runs += [run for part in two_pools for run in pairs(part)]
+    measure_all(runs, options, {"requests": len(trace), "prompt_tokens": sum(r.prompt_tokens for r in trace)})
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Those that `measure_all` reads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dynamo", type=Path, help="a Python that can import ai-dynamo-runtime")
+    parser.add_argument("--repeats", type=int, default=3, help="of ours and Dynamo's, which break ties differently")
+    parser.add_argument("--parts", default="", help="parts whose name begins with one of these, by semicolons")
+    parser.add_argument("--policies", default="", help="policies whose name begins with one of these, by semicolons")
+    parser.add_argument("--json", type=Path, help="what it holds of other parts and policies is kept")
+    return parser
+
+
+def measure_all(runs: Sequence[Run], options: argparse.Namespace, about: dict[str, object]) -> None:
+    """Prints the table and the JSON, which begins with `about`."""
     parts, policies = tuple(options.parts.split(";")), tuple(options.policies.split(";"))
     print(f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * (len(COLUMNS) - 2)}", file=sys.stderr)
     report: dict[str, object] = {
-        "requests": len(trace),
-        "prompt_tokens": sum(request.prompt_tokens for request in trace),
+        **about,
         "hardware": {name: asdict(timing) for name, timing in HARDWARE.items()},
         "dynamo": DYNAMO,
         "machine": f"{platform.machine()}, Python {platform.python_version()}",

@@ -29,6 +29,9 @@ _PREFIX_KEY = blake3(b"tandem kv prefix chain v1").digest()
 _PASSAGE_KEY = blake3(b"tandem kv passage v1").digest()
 _TOKENS_KEY = blake3(b"tandem kv tokens v1").digest()
 _SALT_KEY = blake3(b"tandem kv tenant salt v1").digest()
+_SEGMENT_TOKENS = 512
+_SEGMENTS = 8192
+"""Remembered; with blocks of 16 tokens about 40 MB for 4M tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +82,34 @@ def extend_chain(parent: bytes, tokens: Sequence[int]) -> BlockHash:
 
 
 def prefix_chain(root: Namespace, tokens: Sequence[int], block_size: int) -> list[BlockHash]:
-    """Hashes of the full blocks of `tokens`; an unfilled last block has none."""
+    """Hashes of the full blocks of `tokens`; an unfilled last block has none. Segments of `_SEGMENT_TOKENS` that were
+    hashed before, after the same tokens, are remembered: prompts mostly begin like earlier ones."""
     raw = _token_bytes(tokens[: len(tokens) - len(tokens) % block_size])
+    width = 4 * block_size
+    step = _SEGMENT_TOKENS // block_size * width
+    chain: list[BlockHash] = []
+    parent: bytes = root
+    start = 0
+    while 0 < step <= len(raw) - start:
+        chain += _segment(parent, raw[start : start + step], width)
+        parent = chain[-1]
+        start += step
+    chain += _blocks(parent, raw[start:], width)
+    return chain
+
+
+@lru_cache(maxsize=_SEGMENTS)
+def _segment(parent: bytes, raw: bytes, width: int) -> tuple[BlockHash, ...]:
+    """Looked up by all of the bytes, so exact; `parent` stands for the tenant and all tokens before."""
+    return tuple(_blocks(parent, raw, width))
+
+
+def _blocks(parent: bytes, raw: bytes, width: int) -> list[BlockHash]:
     # One hasher for all blocks: making one, with its key, costs more than hashing a block.
     hasher = blake3(key=_PREFIX_KEY)
     update, digest, reset = hasher.update, hasher.digest, hasher.reset
-    parent: bytes = root
     chain: list[bytes] = []
-    for (block,) in struct.iter_unpack(f"{4 * block_size}s", raw):
+    for (block,) in struct.iter_unpack(f"{width}s", raw):
         update(parent + block)
         parent = digest()
         chain.append(parent)

@@ -42,6 +42,8 @@ Found in replays of a production trace (docs/placement.md): more raises the hit 
 STALL_WEIGHT = 0.05
 """Waiting for the first token weighs more than as many seconds taken from running requests, which are spread over all
 of them and over many tokens."""
+DECODE_WEIGHT = 0.5
+"""So does waiting for the later tokens, of this answer and of those that it slows down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class CandidateCost:
     """Name of the worker."""
     prefill: str | None
     total_s: float
-    """The sum, with `PREFILL_WEIGHT` and `STALL_WEIGHT`."""
+    """The sum, with `PREFILL_WEIGHT`, `STALL_WEIGHT` and `DECODE_WEIGHT`."""
     queue_s: float
     """Until its turn, on whichever worker computes the prompt, and for a place in the decode worker's batch."""
     prefill_s: float
@@ -248,7 +250,7 @@ def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _D
             memory_s = missing / max(taken, 1) * decode_s + model.prefill_s(missing)
     adapter_s = request.adapter_s.get(load.slot, 0.0) if request.adapter_s else 0.0
     handover_s = model.handover_s(max(request.prompt_tokens - hit[0] - hit[1], 0))
-    total_s = queue_s + decode_s + slowdown_s + memory_s + adapter_s
+    total_s = queue_s + DECODE_WEIGHT * (decode_s + slowdown_s) + memory_s + adapter_s
     return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, handover_s, total_s)
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tandem.kvstore.identity import KvIdentity, Namespace, _encode, extend_chain, namespace, prefix_chain, salted
@@ -75,12 +75,14 @@ def test_digests_do_not_depend_on_the_process():
     assert first[0] == namespace(EXAMPLE).hex()
 
 
+@settings(deadline=None)
 @given(st.lists(FIELD, max_size=6), st.lists(FIELD, max_size=6))
 def test_different_field_lists_never_share_an_encoding(left, right):
     same = left == right and [type(value) for value in left] == [type(value) for value in right]
     assert (_encode(left) == _encode(right)) == same
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.integers(0, 20))
 def test_moving_text_between_neighbouring_fields_changes_the_namespace(text, cut):
     assume(cut < len(text))
@@ -89,6 +91,7 @@ def test_moving_text_between_neighbouring_fields_changes_the_namespace(text, cut
     assert namespace(one) != namespace(other)
 
 
+@settings(deadline=None)
 @given(IDENTITIES, IDENTITIES)
 def test_namespaces_are_equal_only_for_equal_identities(left, right):
     assert (namespace(left) == namespace(right)) == (left == right)
@@ -101,6 +104,7 @@ def test_every_field_counts(name):
     assert namespace(replace(EXAMPLE, **{name: other})) != namespace(EXAMPLE)
 
 
+@settings(deadline=None)
 @given(TOKENS, st.integers(1, 9))
 def test_a_chain_has_one_hash_per_full_block(tokens, block_size):
     chain = prefix_chain(namespace(EXAMPLE), tokens, block_size)
@@ -109,6 +113,7 @@ def test_a_chain_has_one_hash_per_full_block(tokens, block_size):
     assert all(len(block) == 32 for block in chain)
 
 
+@settings(deadline=None)
 @given(TOKENS, st.integers(1, 9))
 def test_a_chain_is_its_blocks_extended_one_by_one(tokens, block_size):
     parent: bytes = namespace(EXAMPLE)
@@ -119,6 +124,23 @@ def test_a_chain_is_its_blocks_extended_one_by_one(tokens, block_size):
     assert prefix_chain(namespace(EXAMPLE), tokens, block_size) == expected
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 3), max_size=12), st.sampled_from([1, 3, 16, 256, 511, 512, 513]), st.integers(0, 600))
+def test_long_chains_are_their_blocks_too_where_their_beginnings_were_hashed_before(pieces, block_size, rest):
+    """Prompts of these begin alike, and so find some of their segments remembered."""
+    tokens = [token for piece in pieces for token in [piece] * 300] + [9] * rest
+    parent: bytes = namespace(EXAMPLE)
+    expected = []
+    for start in range(0, len(tokens) // block_size * block_size, block_size):
+        parent = extend_chain(parent, tokens[start : start + block_size])
+        expected.append(parent)
+    for _ in range(2):
+        assert prefix_chain(namespace(EXAMPLE), tokens, block_size) == expected
+    other = salted(namespace(EXAMPLE), b"tenant")
+    assert not set(prefix_chain(other, tokens, block_size)) & set(expected)
+
+
+@settings(deadline=None)
 @given(TOKENS, TOKENS, st.integers(1, 9))
 def test_chains_share_exactly_the_blocks_of_the_common_prefix(left, right, block_size):
     root = namespace(EXAMPLE)
@@ -127,6 +149,7 @@ def test_chains_share_exactly_the_blocks_of_the_common_prefix(left, right, block
         assert (one == other) == (left[: i * block_size] == right[: i * block_size])
 
 
+@settings(deadline=None)
 @given(TOKENS, st.integers(1, 9), st.data())
 def test_one_changed_token_changes_its_block_and_all_after_it(tokens, block_size, data):
     assume(len(tokens) >= block_size)
@@ -138,6 +161,7 @@ def test_one_changed_token_changes_its_block_and_all_after_it(tokens, block_size
     assert not set(before[at // block_size :]) & set(after[at // block_size :])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=8), st.binary(max_size=8))
 def test_tenants_never_share_a_root_or_a_block(left, right):
     root = namespace(EXAMPLE)
@@ -147,6 +171,7 @@ def test_tenants_never_share_a_root_or_a_block(left, right):
     assert (prefix_chain(one, range(4), 4) == prefix_chain(other, range(4), 4)) == (left == right)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_namespace_salt_and_chain_are_separate_domains(raw):
     root = Namespace(raw)

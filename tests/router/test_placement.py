@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from tandem.kvstore.identity import BlockHash
 from tandem.planner.perf_model import ModelShape, PerfModel
 from tandem.router.load import Work, WorkerLoad
-from tandem.router.placement import PREFILL_WEIGHT, REASONS, STALL_WEIGHT, CandidateCost, Placement, Request, place
+from tandem.router.placement import (
+    DECODE_WEIGHT,
+    PREFILL_WEIGHT,
+    REASONS,
+    STALL_WEIGHT,
+    CandidateCost,
+    Placement,
+    Request,
+    place,
+)
 from tandem.router.prefix_index import PrefixIndex
 
 MODEL = PerfModel("nvidia-h100", ModelShape(8 * 10**9, 16 * 10**9, 131_072))
@@ -82,6 +91,7 @@ def test_the_cheapest_candidate_wins_and_says_why(decodes, prefills, request, hi
         parts += [cost.slowdown_s, cost.memory_s, cost.adapter_s]
         assert min(parts) >= 0.0
         weighted = sum(parts) + (PREFILL_WEIGHT - 1) * cost.prefill_s - (1 - STALL_WEIGHT) * cost.stall_s
+        weighted -= (1 - DECODE_WEIGHT) * (cost.decode_s + cost.slowdown_s)
         assert cost.total_s == pytest.approx(weighted)
 
 
@@ -101,7 +111,8 @@ def reference(
     batch, after = decode.batch, decode.kv_tokens + request.prompt_tokens + request.output_tokens // 2
     step = MODEL.decode_step_s(batch + 1, after)
     answer = request.output_tokens * step
-    total += answer + request.output_tokens * batch * (step - MODEL.decode_step_s(batch, decode.kv_tokens))
+    slowdown = request.output_tokens * batch * (step - MODEL.decode_step_s(batch, decode.kv_tokens))
+    total += DECODE_WEIGHT * (answer + slowdown)
     if batch >= decode.max_requests:
         total += (batch - decode.max_requests + 1) / decode.max_requests * answer
     need = request.prompt_tokens - hits[decode.slot][0] + request.output_tokens

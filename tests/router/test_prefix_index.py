@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.prefix_index import PrefixIndex
+from tandem.router.prefix_runs import Run
 
 ROOT = Namespace(b"r" * 32)
 
@@ -26,19 +28,25 @@ chains = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(lambda tokens: 
 class Books(RuleBasedStateMachine):
     """Sets of blocks per worker say the same as the index's bits. Nothing is forgotten for lack of room here."""
 
+    max_blocks = 1000
+    capacity = 5
+    """Blocks that a worker without events keeps."""
+
     @initialize()
     def begin(self) -> None:
-        self.index = PrefixIndex()
-        self.present: dict[int, set[BlockHash]] = {}
+        self.index = PrefixIndex(self.max_blocks)
+        self.present: dict[int, OrderedDict[BlockHash, None]] = {}
         self.promised: dict[int, set[BlockHash]] = {}
+        self.guessed: set[int] = set()
         self.open: list[tuple[int, list[BlockHash], int]] = []
 
-    @rule()
-    def add(self) -> None:
+    @rule(guessed=st.booleans())
+    def add(self, guessed: bool) -> None:
         if len(self.present) < 4:
-            slot = self.index.add(None)
+            slot = self.index.add(self.capacity if guessed else None)
             assert slot not in self.present
-            self.present[slot], self.promised[slot] = set(), set()
+            self.present[slot], self.promised[slot] = OrderedDict(), set()
+            self.guessed.update([slot] * guessed)
 
     @rule(pick=st.integers(0, 9))
     def retire(self, pick: int) -> None:
@@ -46,6 +54,7 @@ class Books(RuleBasedStateMachine):
             slot = sorted(self.present)[pick % len(self.present)]
             self.index.retire(slot)
             del self.present[slot], self.promised[slot]
+            self.guessed.discard(slot)
             self.open = [entry for entry in self.open if entry[0] != slot]
 
     @rule(pick=st.integers(0, 9), blocks=chains)
@@ -58,39 +67,72 @@ class Books(RuleBasedStateMachine):
             self.open.append((slot, blocks, start))
 
     @rule(pick=st.integers(0, 9))
+    def compute(self, pick: int) -> None:
+        if self.open:
+            slot, blocks, _ = self.open[pick % len(self.open)]
+            self.index.computed(slot, blocks)
+            if slot in self.guessed:
+                present = self.present[slot]
+                self.promised[slot].difference_update(blocks)
+                for block in reversed(blocks):
+                    present[block] = None
+                    present.move_to_end(block)
+                while len(present) > self.capacity:
+                    present.popitem(last=False)
+
+    @rule(pick=st.integers(0, 9))
     def end(self, pick: int) -> None:
         if self.open:
             slot, blocks, start = self.open.pop(pick % len(self.open))
             self.index.ended(slot, blocks, start)
             self.promised[slot].difference_update(blocks[start:])
 
-    @rule(pick=st.integers(0, 9), blocks=chains, first=st.integers(0, 5), stored=st.booleans())
-    def event(self, pick: int, blocks: list[BlockHash], first: int, stored: bool) -> None:
-        if self.present:
-            slot = sorted(self.present)[pick % len(self.present)]
+    @rule(pick=st.integers(0, 9), blocks=chains, first=st.integers(0, 5), stored=st.booleans(), back=st.booleans())
+    def event(self, pick: int, blocks: list[BlockHash], first: int, stored: bool, back: bool) -> None:
+        told = sorted(self.present.keys() - self.guessed)
+        if told:
+            slot = told[pick % len(told)]
+            named = blocks[first:][:: -1 if back else 1]
             if stored:
-                self.index.stored(slot, blocks[first:])
-                self.present[slot].update(blocks[first:])
+                self.index.stored(slot, named)
+                self.present[slot].update(dict.fromkeys(named))
             else:
-                self.index.removed(slot, blocks[first:])
-                self.present[slot].difference_update(blocks[first:])
+                self.index.removed(slot, named)
+                for block in named:
+                    self.present[slot].pop(block, None)
 
     @invariant()
     def balanced(self) -> None:
         if hasattr(self, "index"):
             self.index.check_integrity()
 
-    @rule(blocks=chains)
-    def match(self, blocks: list[BlockHash]) -> None:
+    def expected(self, blocks: list[BlockHash]) -> dict[int, tuple[int, int]]:
         expected = {}
-        for slot in self.present:
-            present = leading(blocks, self.present[slot])
-            covered = leading(blocks, self.present[slot] | self.promised[slot])
+        for slot, held in self.present.items():
+            present = leading(blocks, set(held))
+            covered = leading(blocks, set(held) | self.promised[slot])
             if covered:
                 expected[slot] = (present, covered - present)
+        return expected
+
+    @rule(blocks=chains)
+    def match(self, blocks: list[BlockHash]) -> None:
         found = self.index.match(blocks)
-        assert {slot: (present, promised) for slot, present, promised in found} == expected
-        assert len(found) == len(expected)
+        assert {slot: (present, promised) for slot, present, promised in found} == self.expected(blocks)
+        assert len(found) == len(self.expected(blocks))
+
+
+class ForgetfulBooks(Books):
+    """What does not fit is forgotten: of the rest nothing is made up."""
+
+    max_blocks = 8
+
+    @rule(blocks=chains)
+    def match(self, blocks: list[BlockHash]) -> None:
+        expected = self.expected(blocks)
+        for slot, present, promised in self.index.match(blocks):
+            assert present <= expected[slot][0]
+            assert present + promised <= sum(expected[slot])
 
 
 def leading(blocks: Sequence[BlockHash], held: set[BlockHash]) -> int:
@@ -98,7 +140,46 @@ def leading(blocks: Sequence[BlockHash], held: set[BlockHash]) -> int:
 
 
 TestBooks = Books.TestCase
-TestBooks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestForgetfulBooks = ForgetfulBooks.TestCase
+TestForgetfulBooks.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def runs(index: PrefixIndex) -> int:
+    return len({value for value in index._entries.values() if isinstance(value, Run)})
+
+
+def test_a_conversation_is_few_runs_however_many_turns_and_evictions_it_has_had() -> None:
+    index = PrefixIndex()
+    here, there = index.add(None), index.add(None)
+    whole = chain(*range(300))
+    for turn in range(100, 301, 20):
+        prompt = whole[:turn]
+        start = next((a + b for slot, a, b in index.match(prompt) if slot == here), 0)
+        index.promise(here, prompt, start)
+        for first in range(start, turn, 7):
+            index.stored(here, prompt[first : first + 7])
+        index.ended(here, prompt, start)
+        for block in prompt[start:]:
+            index.stored(there, [block])
+    assert index.match(whole) == [(here, 300, 0), (there, 300, 0)]
+    for block in reversed(whole[120:]):
+        index.removed(there, [block])
+    assert index.match(whole) == [(there, 120, 0), (here, 300, 0)]
+    index.promise(here, whole, 300)
+    assert runs(index) == 2
+    index.check_integrity()
+
+
+def test_events_without_their_prompts_become_runs_with_the_next_prompt() -> None:
+    index = PrefixIndex()
+    slot = index.add(None)
+    blocks = chain(*range(50))
+    index.stored(slot, sorted(blocks))
+    assert (index.match(blocks), runs(index)) == ([(slot, 50, 0)], 0)
+    index.promise(slot, blocks, 50)
+    assert (index.match(blocks), runs(index)) == ([(slot, 50, 0)], 1)
+    index.check_integrity()
 
 
 def test_a_worker_without_events_is_believed_to_keep_its_last_blocks_first_ones_longest() -> None:
