@@ -7,8 +7,8 @@ one process that answers a chat request with three tokens, 2 ms apart: in gRPC f
 "Added" is against the same request sent straight to a worker, in the protocol that the router speaks to it.
 
 What differs: sglang-router reads the JSON and passes HTTP on, its workers would do the rest. Ours renders the chat
-template, tokenizes the 400 tokens, hashes them, admits and places by cost, keeps accounts, and turns what the workers
-produce into text and events.
+template, tokenizes what it has not met before of the 400 tokens (all requests share a system message of 300), hashes
+them, admits and places by cost, keeps accounts, and turns what the workers produce into text and events.
 
 Rounds of all alternate. Half load is half of what the router did in the same round with all clients waiting for it. The
 machine's cores are shared with the clients and the workers, so what a router can do by itself is told by its processor
@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -46,30 +47,28 @@ from router_targets import Ask, GrpcTarget, HttpTarget, Spread, Target, Times  #
 from router_workers import sockets  # noqa: E402
 from serve import percentile  # noqa: E402
 
-PROMPT_TOKENS = 400
-SHARED = 0.75
-"""Of each prompt, the same in all."""
-PROMPTS = 64
+SYSTEM_TOKENS = 300
+USER_TOKENS = 100
 OUTPUT_TOKENS = 3
 WORKERS = 2
 MODEL = ROOT / "examples/small_model/model"
 KINDS = {"streaming": True, "whole": False}
 
 
-def asks(seed: int = 0) -> list[Ask]:
+def asks(seed: int = 0) -> Iterator[Ask]:
+    """Chats without end: a system message of 300 tokens that all share, and a user message of 100 tokens that no other
+    request has, so that only the system message can be found in a cache. Their words are single tokens of the model's
+    vocabulary, drawn at random; the template adds about twelve tokens."""
     rng = random.Random(seed)
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    words = ["the", "river", "and", "a", "small", "house", "was", "found", "near", "old", "stone", "bridge", "where"]
-
-    def text(tokens: int) -> str:
-        made = rng.choices(words, k=tokens)
-        while len(tokenizer.encode(" ".join(made)).ids) > tokens:
-            made.pop()
-        return " ".join(made)
-
-    shared = text(round(PROMPT_TOKENS * SHARED))
-    texts = [shared + " " + text(round(PROMPT_TOKENS * (1 - SHARED))) for _ in range(PROMPTS)]
-    return [Ask(text, tokenizer.encode(text).ids, OUTPUT_TOKENS) for text in texts]
+    words = sorted(name[1:] for name in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]{2,}", name))
+    ids = [encoding.ids for encoding in tokenizer.encode_batch([f" {word}" for word in words])]
+    single = {word: tokens[0] for word, tokens in zip(words, ids, strict=True) if len(tokens) == 1}
+    words = list(single)
+    system = rng.choices(words, k=SYSTEM_TOKENS)
+    while True:
+        user = rng.choices(words, k=USER_TOKENS)
+        yield Ask(" ".join(system), " ".join(user), [single[word] for word in system + user], OUTPUT_TOKENS)
 
 
 @dataclass(slots=True)
@@ -121,28 +120,28 @@ class Side:
         return sum(each.user + each.system for each in times)
 
 
-async def one_by_one(target: Target, asked: list[Ask], count: int, *, streaming: bool) -> list[Times]:
-    return [await target.request(asked[index % len(asked)], streaming=streaming) for index in range(count)]
+async def one_by_one(target: Target, asked: Iterator[Ask], count: int, *, streaming: bool) -> list[Times]:
+    return [await target.request(next(asked), streaming=streaming) for _ in range(count)]
 
 
 async def all_waiting(
-    target: Target, asked: list[Ask], clients: int, seconds: float, *, streaming: bool
+    target: Target, asked: Iterator[Ask], clients: int, seconds: float, *, streaming: bool
 ) -> tuple[int, float]:
     """Clients that each wait for their answer and ask again: requests done, and the seconds it took."""
     done, started = 0, time.perf_counter()
 
-    async def client(index: int) -> None:
+    async def client() -> None:
         nonlocal done
         while time.perf_counter() - started < seconds:
-            await target.request(asked[(done + index) % len(asked)], streaming=streaming)
+            await target.request(next(asked), streaming=streaming)
             done += 1
 
-    await asyncio.gather(*map(client, range(clients)))
+    await asyncio.gather(*(client() for _ in range(clients)))
     return done, time.perf_counter() - started
 
 
 async def at_rate(
-    target: Target, asked: list[Ask], per_s: float, seconds: float, seed: int, *, streaming: bool
+    target: Target, asked: Iterator[Ask], per_s: float, seconds: float, seed: int, *, streaming: bool
 ) -> list[Times]:
     """Poisson arrivals, whatever is still running."""
     rng, at, loop = random.Random(seed), 0.0, asyncio.get_running_loop()
@@ -150,7 +149,7 @@ async def at_rate(
     while (at := at + rng.expovariate(per_s)) < seconds:
         if (pause := started + at - loop.time()) > 0:
             await asyncio.sleep(pause)
-        running.append(loop.create_task(target.request(rng.choice(asked), streaming=streaming)))
+        running.append(loop.create_task(target.request(next(asked), streaming=streaming)))
     return list(await asyncio.gather(*running))
 
 

@@ -20,8 +20,10 @@ from tandem.proto import worker_pb2, worker_pb2_grpc
 class Ask:
     """One chat request, in the form that each kind of target takes."""
 
-    text: str
+    system: str
+    user: str
     token_ids: list[int]
+    """Of both, without what a template adds."""
     output_tokens: int
 
 
@@ -49,12 +51,9 @@ class HttpTarget:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._idle: list[_Connection] = []
-        self._raw: dict[tuple[int, bool], bytes] = {}
 
     async def request(self, ask: Ask, *, streaming: bool) -> Times:
-        raw = self._raw.get((id(ask), streaming))
-        if raw is None:
-            raw = self._raw[id(ask), streaming] = self._encode(ask, streaming)
+        raw = self._encode(ask, streaming)
         if self._idle:
             connection = self._idle.pop()
         else:
@@ -71,7 +70,7 @@ class HttpTarget:
         body = json.dumps(
             {
                 "model": "bench",
-                "messages": [{"role": "user", "content": ask.text}],
+                "messages": [{"role": "system", "content": ask.system}, {"role": "user", "content": ask.user}],
                 "max_tokens": ask.output_tokens,
                 "temperature": 0,
                 "stream": streaming,

@@ -23,7 +23,7 @@ def main() -> None:
     client = OpenAI(base_url=options.base_url, api_key=options.api_key)
     model = client.models.list().data[0].id
 
-    # `pooling`: mean of all tokens' states (the default), or that of the last token. Vectors have length 1.
+    # `pooling`: mean of all tokens' states, or (the default) that of the last token. Vectors have length 1.
     answer = client.embeddings.create(model=model, input=[QUESTION, *TEXTS], extra_body={"pooling": "mean"})
     question, *texts = (item.embedding for item in answer.data)
     print(f"{len(question)} numbers each, {answer.usage.prompt_tokens} tokens read")

@@ -18,6 +18,7 @@ from tandem.router.batch.lane import BatchLane
 from tandem.router.caller import ANYBODY, Caller
 from tandem.router.grpc_api import GrpcServer
 from tandem.router.http_app import ROUTES, HttpApp
+from tandem.router.http_protocol import BoundedHttp
 from tandem.router.metrics import RouterMetrics
 from tandem.router.replicas import ALONE, Replica, listen
 from tandem.router.served_model import ServedModel
@@ -85,7 +86,7 @@ class Router:
         self._server = _Server(
             uvicorn.Config(
                 self.app,
-                http="httptools",
+                http=BoundedHttp,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -32,14 +32,15 @@ class Listener(Protocol):
 class Attempt:
     def __init__(
         self,
-        submit: worker_pb2.Submit,
+        message: worker_pb2.SessionRequest,
         decode: WorkerSession,
         prefill: WorkerSession | None,
         listener: Listener,
         placement: Placement,
     ) -> None:
-        """`submit` lacks the hand-over; this fills it in for each side and sends. `placement`: why these workers."""
-        self.key = submit.key
+        """The Submit in `message` lacks the hand-over; this fills it in for each side and sends. `placement`: why these
+        workers."""
+        self.key = message.submit.key
         self.decode = decode
         self.prefill = prefill
         self.placement = placement
@@ -50,16 +51,16 @@ class Attempt:
         """The prefill worker has said itself that there will be no hand-over, or was lost."""
         decode.health.started(self._started)
         if prefill is None:
-            decode.submit(submit, self)
+            decode.submit(message, self)
             return
         prefill.health.started(self._started)
-        to_decode = worker_pb2.Submit()
-        to_decode.CopyFrom(submit)
-        to_decode.expect_kv.worker_id = prefill.info.worker_id
-        to_decode.expect_kv.worker_epoch = prefill.info.worker_epoch
+        to_decode = worker_pb2.SessionRequest()
+        to_decode.CopyFrom(message)
+        to_decode.submit.expect_kv.worker_id = prefill.info.worker_id
+        to_decode.submit.expect_kv.worker_epoch = prefill.info.worker_epoch
         decode.submit(to_decode, self)
-        submit.send_kv_to.CopyFrom(decode.info.kv_endpoint)
-        prefill.submit(submit, _PrefillSide(self))
+        message.submit.send_kv_to.CopyFrom(decode.info.kv_endpoint)
+        prefill.submit(message, _PrefillSide(self))
 
     def cancel(self) -> None:
         """Frees the request on both workers. Idempotent."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.common.sampling import Constraint
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
 from tandem.router.constraints import constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import ChatBody, template_variables
 from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
+from tandem.router.served_model import Prompt
 from tandem.router.service import Service
 from tandem.router.tools.choice import ToolUse, tool_use
 from tandem.router.tools.events import PlainText, ToolParser
@@ -25,8 +27,14 @@ class ChatPlan:
         return PlainText() if self.tools is None else self.tools.parser()
 
 
-async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPlan:
-    """Raises TandemError naming the field."""
+async def chat_prompt(
+    body: ChatBody, service: Service, caller: Caller, *, any_length: bool = False
+) -> tuple[Prompt, ToolUse | None, Constraint | None]:
+    """What the model reads, the tools that it may call, and what its output must match. `any_length`: also what is too
+    long for the model.
+
+    Raises TandemError naming the field.
+    """
     model = service.model
     model.check_name(body.model)
     body.check()
@@ -45,7 +53,15 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         **template_variables(body.chat_template_kwargs),
         tools=None if tools is None else tools.for_template,
     )
-    prompt = await model.text_prompt(text, param="messages", add_special_tokens=False)
+    salt = caller.cache_salt(body.cache_salt or "")
+    prompt = await model.text_prompt(text, param="messages", add_special_tokens=False, salt=salt, any_length=any_length)
+    return prompt, tools, answer if tools is None else tools.constraint
+
+
+async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPlan:
+    """Raises TandemError naming the field."""
+    model = service.model
+    prompt, tools, constraint = await chat_prompt(body, service, caller)
     completion_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_tokens(
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
@@ -61,7 +77,7 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         vocab_size=model.vocab_size,
         max_tokens=max_tokens,
         logprobs=_logprobs(body),
-        constraint=answer if tools is None else tools.constraint,
+        constraint=constraint,
     )
     marked = tools is not None and any(map(model.text.is_special, tools.format.marks))
     spec = ChoiceSpec(

@@ -75,6 +75,12 @@ class CallSpec:
     arrived: float = field(default_factory=time.monotonic)
     traceparent: str = ""
     streaming: bool = False
+    prompt_tokens: int = field(init=False)
+    """Each prompt counts once however many choices it has."""
+
+    def __post_init__(self) -> None:
+        prompts = {id(choice.sequence.prompt): choice.sequence.prompt for choice in self.choices}
+        self.prompt_tokens = sum([len(prompt.token_ids) for prompt in prompts.values()])
 
 
 class Owner(Protocol):
@@ -166,10 +172,14 @@ class Choice:
     def cancel(self) -> None:
         if not self.finished:
             self.finished = True
-            self._call.context.metrics.completion_tokens.inc(self.num_tokens)
+            self._call.context.metrics.completion_tokens.inc(by=self.num_tokens)
         if self._attempt is not None:
             self._attempt.cancel()
             self._attempt = None
+
+    def close(self) -> None:
+        """After `cancel`: lets go of the call."""
+        del self._call
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
         if self.finished:
@@ -207,7 +217,7 @@ class Choice:
             self._call.produced(len(token_ids))
             self._output.extend(token_ids)
             self._feed(token_ids, logprobs, output)
-        if output.finish_reason:
+        if output.finish_reason or self._text.matched is not None:
             self._text.finish()
         if self._text.matched is not None:
             self._finish("stop", self._text.matched)
@@ -231,14 +241,13 @@ class Choice:
             self._text.feed(token_ids, logprobs)
 
     def _finish(self, finish_reason: str, stop_reason: int | str | None) -> None:
-        self._text.finish()
         self.finished = True
         self._finish_reason, self._stop_reason = finish_reason, stop_reason
         self._call.spec.record.ended(self.index, finish_reason)
         if self._attempt is not None:
             self._attempt.cancel()
             self._attempt = None
-        self._call.context.metrics.completion_tokens.inc(self.num_tokens)
+        self._call.context.metrics.completion_tokens.inc(by=self.num_tokens)
         self._call.choice_ready(self)
 
     def _on_error(self, output: worker_pb2.RequestOutput) -> None:
@@ -309,7 +318,7 @@ class Choice:
             self.prompt_logprobs = list(output.prompt_logprobs)
             self._call.prompt_computed(self)
             for tier, tokens in self.cached_by_tier.items():
-                metrics.cached_tokens.labels(tier).inc(tokens)
+                metrics.cached_tokens.inc(tier, by=tokens)
         if report.recompute_reason:
             metrics.handover_recomputes.inc()
             log.info(

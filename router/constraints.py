@@ -1,29 +1,25 @@
 """What the output must match: OpenAI's `response_format` and vLLM's guided fields, as one checked `Constraint`.
 
-The worker enforces it by token masks. The router builds it and checks it with the same library, so that a schema that
-cannot be used is a 400 that names the field, and never a failure in mid-stream.
+The worker enforces it by token masks. The router builds it and has it checked with the same library, so that a schema
+that cannot be used is a 400 that names the field, and never a failure in mid-stream.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
-from llguidance import LLMatcher
 
 from tandem.common.sampling import Constraint
+from tandem.router.constraint_check import CHECK
 from tandem.router.sampling_fields import SamplingFields, invalid
 from tandem.router.tools.grammar import literal
 
 MAX_CONSTRAINT_CHARACTERS = 128 * 1024
 """Of a schema, expression or grammar. OpenAI's limit on schemas is about the same."""
 MAX_CHOICES_LISTED = 1024
-INLINE_CHARACTERS = 4096
-"""Up to this size a check takes a millisecond or two and is made on the event loop; above it, in a thread."""
 
 _WHITESPACE = r"[ \n\r\t]{0,16}"
 """Between two tokens of JSON. Bounded: a weak model left alone likes to write blanks for ever."""
@@ -81,10 +77,7 @@ async def check(constraint: Constraint, param: str) -> None:
     size = len(constraint.text)
     if size > MAX_CONSTRAINT_CHARACTERS:
         raise invalid(param, f"may have at most {MAX_CONSTRAINT_CHARACTERS} characters, got {size}")
-    if size <= INLINE_CHARACTERS:
-        problem = _problem(constraint)
-    else:
-        problem = await asyncio.get_running_loop().run_in_executor(None, _problem, constraint)
+    problem = await CHECK.problem(constraint)
     if problem:
         raise invalid(param, f"cannot be used: {problem}")
 
@@ -157,20 +150,3 @@ def _choice(param: str, given: Sequence[str] | None) -> Constraint | None:
     if not given or not all(given) or len(given) > MAX_CHOICES_LISTED:
         raise invalid(param, f"must hold 1 to {MAX_CHOICES_LISTED} strings, none of them empty")
     return Constraint("lark", "start: " + " | ".join(map(literal, given)))
-
-
-@lru_cache(maxsize=128)
-def _problem(constraint: Constraint) -> str:
-    """Empty if it can be used. Tokens named by id are left to the worker, which knows the vocabulary."""
-    try:
-        match constraint.kind:
-            case "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(constraint.text)
-            case "regex":
-                grammar = LLMatcher.grammar_from_regex(constraint.text)
-            case "lark":
-                grammar = LLMatcher.grammar_from_lark(constraint.text)
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    except ValueError as error:
-        return str(error)[:200]
-    return " ".join(messages[0].split())[:200] or "it is malformed" if wrong else ""

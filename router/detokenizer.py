@@ -26,9 +26,10 @@ class Detokenizer:
         self._text = text
         self._skip_special = skip_special_tokens
         self._ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
-        self._returned = len(self._decode().rstrip(REPLACEMENT))
+        decoded = self._decode()
+        self._returned = len(decoded.rstrip(REPLACEMENT))
         self._stuck = 0
-        self.holding = False
+        self.holding = self._returned < len(decoded)
         """Whether the last token has text that is still held back."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
@@ -50,6 +51,8 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is left at the end: broken characters stay U+FFFD."""
+        if not self.holding:
+            return ""
         decoded = self._decode()
         new = decoded[self._returned :]
         self._returned = max(self._returned, len(decoded))

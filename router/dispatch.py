@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tandem.common.sampling import SamplingParams
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain, salted
@@ -92,24 +93,24 @@ class Dispatcher:
             disaggregate=self._disaggregate,
             turn=self._turn,
         )
-        self._metrics.placements.labels(placement.reason).inc()
+        self._metrics.placements.inc(placement.reason)
         decode = decoding[placement.decode]
         prefill = None if placement.prefill is None else prefilling[placement.prefill]
         self._account(key, request, placement, decode, prefill, chain, hits, block_size, bool(output_token_ids))
-        submit = worker_pb2.Submit(
-            key=key,
-            prompt_token_ids=sequence.prompt.token_ids,
-            sampling=sequence.sampling.to_proto(),
-            priority=sequence.priority,
-            timeout_s=timeout_s,
-            cache_salt=sequence.cache_salt,
-            tenant=sequence.caller.tenant,
-            traceparent=traceparent,
-            weight=sequence.caller.weight,
-            output_token_ids=output_token_ids,
-            pooling=sequence.pooling,
-        )
-        return Attempt(submit, decode.session, None if prefill is None else prefill.session, listener, placement)
+        message = worker_pb2.SessionRequest()
+        submit = message.submit  # filled in place: a message that is put into another one is encoded and decoded
+        submit.key.CopyFrom(key)
+        submit.prompt_token_ids.extend(sequence.prompt.token_ids)
+        submit.sampling.CopyFrom(sequence.sampling.to_proto())
+        submit.priority = sequence.priority
+        submit.timeout_s = timeout_s
+        submit.cache_salt = sequence.cache_salt
+        submit.tenant = sequence.caller.tenant
+        submit.traceparent = traceparent
+        submit.weight = sequence.caller.weight
+        submit.output_token_ids.extend(output_token_ids)
+        submit.pooling = sequence.pooling
+        return Attempt(message, decode.session, None if prefill is None else prefill.session, listener, placement)
 
     def room(self, waiting_tokens: int) -> bool:
         """Whether a worker can begin with a prompt of `waiting_tokens` soon, rather than keep it in its queue. True
@@ -159,11 +160,13 @@ class Dispatcher:
         )
 
     def _stored(self, sequence: SequenceSpec, states: Sequence[WorkerState]) -> Stored:
+        if self._store is None or not len(self._store):
+            return {}
         nodes = {state.load.store_node for state in states if state.load.store_node}
         chunk_tokens = max(state.session.info.chunk_tokens for state in states)
-        if self._store is None or not nodes or not chunk_tokens or not len(self._store):
+        if not nodes or not chunk_tokens:
             return {}
-        root = salted(Namespace(states[0].session.info.namespace), sequence.cache_salt)
+        root = _root(states[0].session.info.namespace, sequence.cache_salt)
         keys = [ObjectKey(key) for key in prefix_chain(root, sequence.prompt.token_ids, chunk_tokens)]
         return self._store.reach(keys, chunk_tokens, nodes)
 
@@ -197,5 +200,9 @@ class Dispatcher:
             state.session.watch(key, placed)
 
     def _chain(self, sequence: SequenceSpec, worker: WorkerSession) -> list[BlockHash]:
-        root = salted(Namespace(worker.info.namespace), sequence.cache_salt)
-        return sequence.prompt.chain(root, worker.info.block_size)
+        return sequence.prompt.chain(_root(worker.info.namespace, sequence.cache_salt), worker.info.block_size)
+
+
+@lru_cache(maxsize=1024)
+def _root(namespace: bytes, cache_salt: bytes) -> Namespace:
+    return salted(Namespace(namespace), cache_salt)

@@ -128,7 +128,10 @@ class Record:
         }
 
     def _latest(self, choice: int) -> AttemptNote | None:
-        return next((note for note in reversed(self.attempts) if note.choice == choice), None)
+        for note in reversed(self.attempts):
+            if note.choice == choice:
+                return note
+        return None
 
     def _now(self) -> float:
         return time.monotonic() - self.arrived

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,11 +28,11 @@ MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_by_tier: Counter[str] = field(default_factory=Counter)
+    cached_by_tier: dict[str, int] = field(default_factory=dict)
 
     @property
     def cached_tokens(self) -> int:
-        return self.cached_by_tier.total()
+        return sum(self.cached_by_tier.values())
 
 
 class Call:
@@ -54,7 +53,7 @@ class Call:
         self._heard = False
         self._silent = False
         self._closed = False
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._ticket = self._make_ticket()
         self._uncached_tokens = 0
         self._retries: set[asyncio.Task[None]] = set()
@@ -68,9 +67,7 @@ class Call:
         """Joins the queue before the workers; where there is room every choice is submitted at once.
 
         Raises TandemError `overloaded`, or `unavailable` without a decode worker."""
-        self._timers.append(self._loop.call_later(max(0.0, self.deadline - time.monotonic()), self._expire))
-        if self.spec.streaming:
-            self._timers.append(self._loop.call_later(self.context.keepalive_s, self._tick))
+        self._set_timer()
         self.context.admission.submit(self._ticket)
 
     async def next(self) -> list[Delta]:
@@ -97,14 +94,10 @@ class Call:
 
     def usage(self) -> Usage:
         """Each prompt counts once however many choices it has."""
-        usage = Usage(completion_tokens=sum(choice.num_tokens for choice in self.choices))
-        seen: set[int] = set()
-        for choice in self.choices:
-            prompt = choice.spec.sequence.prompt
-            if id(prompt) not in seen:
-                seen.add(id(prompt))
-                usage.prompt_tokens += len(prompt.token_ids)
-                usage.cached_by_tier.update(choice.cached_by_tier)
+        usage = Usage(self.spec.prompt_tokens, sum([choice.num_tokens for choice in self.choices]))
+        for choice in {id(choice.spec.sequence.prompt): choice for choice in reversed(self.choices)}.values():
+            for tier, tokens in choice.cached_by_tier.items():
+                usage.cached_by_tier[tier] = usage.cached_by_tier.get(tier, 0) + tokens
         return usage
 
     def fail(self, error: TandemError) -> None:
@@ -117,10 +110,13 @@ class Call:
                 self.on_failed()
 
     def close(self) -> None:
-        """Frees everything here and on the workers. Idempotent."""
+        """Frees everything here and on the workers. What it has come to can still be read. Idempotent."""
         if not self._closed:
             self._closed = True
             self._release()
+            del self._ticket  # it holds methods of this: a cycle would wait for the garbage collector
+            for choice in self.choices:
+                choice.close()
 
     def choice_ready(self, choice: Choice) -> None:
         self._heard = True
@@ -173,12 +169,11 @@ class Call:
 
     def _make_ticket(self) -> Waiting:
         sequence = self.spec.choices[0].sequence
-        prompts = {id(choice.sequence.prompt): choice.sequence.prompt for choice in self.spec.choices}
         return Waiting(
             tenant=sequence.caller.tenant,
             weight=sequence.caller.weight,
             priority=sequence.priority,
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts.values()),
+            prompt_tokens=self.spec.prompt_tokens,
             deadline=self.deadline,
             cached_tokens=lambda: self.context.dispatcher.cached_tokens(sequence),
             granted=self._granted,
@@ -202,12 +197,20 @@ class Call:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def _set_timer(self) -> None:
+        """For the deadline, or the next time to look whether a stream is silent."""
+        left_s = max(0.0, self.deadline - time.monotonic())
+        if self.spec.streaming and self.context.keepalive_s < left_s:
+            self._timer = self._loop.call_later(self.context.keepalive_s, self._tick)
+        else:
+            self._timer = self._loop.call_later(left_s, self._expire)
+
     def _tick(self) -> None:
         if self._closed or self.error is not None:
             return
         self._silent = not self._heard
         self._heard = False
-        self._timers[-1] = self._loop.call_later(self.context.keepalive_s, self._tick)
+        self._set_timer()
         if self._silent:
             self._wake()
 
@@ -216,8 +219,8 @@ class Call:
 
     def _release(self) -> None:
         self.context.admission.cancel(self._ticket)
-        for timer in self._timers:
-            timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._retries:
             task.cancel()
         for choice in self.choices:

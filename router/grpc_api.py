@@ -138,7 +138,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         in_range("n", fields.n, 1, MAX_N)
         logprobs = request.logprobs if request.HasField("logprobs") else None
         in_range("logprobs", logprobs, 0, MAX_LOGPROBS)
-        prompt = await self._prompt(request)
+        prompt = await self._prompt(request, caller)
         max_tokens = output_tokens(
             fields.max_tokens,
             default=None,
@@ -154,7 +154,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         spec = ChoiceSpec(sequence, stop=stop_strings(fields), keep_tokens=True)
         return with_seeds(spec, fields.n or 1)
 
-    async def _prompt(self, request: inference_pb2.GenerateRequest) -> Prompt:
+    async def _prompt(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Prompt:
         model = self._service.model
         match request.WhichOneof("input"):
             case "prompt":
@@ -164,7 +164,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             case "chat":
                 messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
                 text = model.render_chat(messages)
-                return await model.text_prompt(text, param="chat", add_special_tokens=False)
+                return await model.text_prompt(text, param="chat", add_special_tokens=False, salt=caller.cache_salt(""))
             case _:
                 raise invalid("input", "is required: prompt, prompt_token_ids or chat")
 

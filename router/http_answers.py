@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -14,6 +12,8 @@ from tandem.common.errors import TandemError
 from tandem.router.choice import Choice, Delta
 from tandem.router.generate import Call, Usage
 from tandem.router.http_exchange import ClientGone, Exchange
+
+T = TypeVar("T")
 
 KEEPALIVE = b": keep-alive\n\n"
 STALLED_S = 30.0
@@ -44,46 +44,43 @@ class Format(Protocol):
 async def answer(exchange: Exchange, call: Call, shapes: Format) -> None:
     """Streams if the call does. A client that goes away ends the call. Raises TandemError before the first byte."""
     if call.spec.streaming:
-        async with _watched(exchange, call):
-            await _stream(exchange, call, shapes)
+        await _while_connected(exchange, call, _stream(exchange, call, shapes))
     else:
         content = shapes.answer(await whole(exchange, call), call.usage())
-        if _wants_account(exchange):
-            content["explain"] = _account(call)
+        if wants_account(exchange):
+            content["explain"] = account_of(call)
         await exchange.reply_json(content)
 
 
 async def whole(exchange: Exchange, call: Call) -> list[tuple[Choice, Delta]]:
     """All of a call that does not stream. A client that goes away ends it. Raises TandemError, ClientGone."""
-    async with _watched(exchange, call):
-        return list(zip(call.choices, await call.result(), strict=True))
+    deltas = await _while_connected(exchange, call, call.result())
+    return list(zip(call.choices, deltas, strict=True))
 
 
-@asynccontextmanager
-async def _watched(exchange: Exchange, call: Call) -> AsyncIterator[None]:
+async def _while_connected(exchange: Exchange, call: Call, work: Coroutine[Any, Any, T]) -> T:
+    """`work` on the call, which a client that goes away ends with ClientGone."""
     watcher = asyncio.create_task(_watch(exchange, call))
     try:
-        yield
-    except TandemError as error:
-        if isinstance(error, _Disconnected):
-            raise ClientGone from error
-        raise
+        return await work
+    except _Disconnected as error:
+        raise ClientGone from error
     finally:
         watcher.cancel()
 
 
-def _wants_account(exchange: Exchange) -> bool:
+def wants_account(exchange: Exchange) -> bool:
     return exchange.header(b"x-tandem-explain") == "1"
 
 
-def _account(call: Call) -> dict[str, Any]:
+def account_of(call: Call) -> dict[str, Any]:
     call.spec.record.finished("ok")
     return call.spec.record.describe()
 
 
 def _account_event(exchange: Exchange, call: Call) -> bytes:
     """Clients of APIs with typed events look at the type; those of completions expect choices."""
-    account = {"type": "tandem.explain", "object": "tandem.explain", "choices": [], "explain": _account(call)}
+    account = {"type": "tandem.explain", "object": "tandem.explain", "choices": [], "explain": account_of(call)}
     typed = exchange.path in TYPED_EVENTS
     return (b"event: tandem.explain\n" if typed else b"") + b"data: " + msgspec.json.encode(account) + b"\n\n"
 
@@ -104,7 +101,7 @@ async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
     started = False
     try:
         try:
-            async with asyncio.timeout(max(0.0, call.deadline - time.monotonic()) + STALLED_S) as patience:
+            async with asyncio.timeout(None) as patience:
                 call.on_failed = lambda: patience.reschedule(asyncio.get_running_loop().time() + STALLED_S)
                 while not call.finished:
                     deltas = await call.next()
@@ -114,7 +111,7 @@ async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
                         started = True
                         await exchange.start_events()
                     if call.finished:
-                        if _wants_account(exchange):
+                        if wants_account(exchange):
                             events += _account_event(exchange, call)
                         events += shapes.ending(call.usage())
                     await exchange.send_events(events, last=call.finished)

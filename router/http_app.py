@@ -14,8 +14,8 @@ from tandem.router.http_chat import chat_completions
 from tandem.router.http_completions import completions
 from tandem.router.http_embeddings import embeddings
 from tandem.router.http_exchange import ClientGone, Exchange, Headers
-from tandem.router.http_messages import messages
-from tandem.router.http_responses import responses
+from tandem.router.http_messages import count_tokens, messages
+from tandem.router.http_responses import input_tokens, responses
 from tandem.router.service import Service
 from tandem.router.tenants import Tenants
 
@@ -31,7 +31,9 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/chat/completions": {"POST": chat_completions},
     "/v1/embeddings": {"POST": embeddings},
     "/v1/responses": {"POST": responses},
+    "/v1/responses/input_tokens": {"POST": input_tokens},
     "/v1/messages": {"POST": messages},
+    "/v1/messages/count_tokens": {"POST": count_tokens},
     "/v1/contexts": {"GET": http_contexts.list_contexts, "POST": http_contexts.create},
     "/v1/files": {"GET": http_files.list_files, "POST": http_files.upload},
     "/v1/batches": {"GET": http_batches.list_batches, "POST": http_batches.create},
@@ -72,8 +74,9 @@ class HttpApp:
             exchange.status = 499
             metrics.disconnects.inc()
         finally:
+            exchange.release()
             endpoint = exchange.path if exchange.path in ROUTES else "other"
-            metrics.requests.labels(endpoint, str(exchange.status)).inc()
+            metrics.requests.inc(endpoint, str(exchange.status))
 
     async def _answer(self, exchange: Exchange) -> None:
         headers: Headers = []
@@ -98,7 +101,7 @@ class HttpApp:
         except ClientGone:
             raise
         except Exception:
-            log.exception("request %s to %s failed", exchange.request_id, exchange.path)
+            log.exception("request %s to %.64r failed", exchange.request_id, exchange.path)
             if exchange.status:
                 raise
             await exchange.reply_error(TandemError("internal", "an internal error; the router's log has more"))

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.proto import worker_pb2
 from tandem.router.choice import ChoiceSpec
 from tandem.router.dispatch import SequenceSpec
-from tandem.router.http_answers import whole
+from tandem.router.http_answers import account_of, wants_account, whole
 from tandem.router.http_exchange import Exchange
 from tandem.router.sampling_fields import in_range, invalid, output_tokens
 from tandem.router.served_model import Prompt
@@ -23,6 +24,8 @@ MAX_INPUTS = 2048
 """OpenAI's."""
 AT_ONCE = 64
 """Inputs of one request that are on the workers at a time."""
+
+Vector = npt.NDArray[np.float32]
 
 _POOLING = {"mean": worker_pb2.POOLING_MEAN, "last": worker_pb2.POOLING_LAST}
 
@@ -43,15 +46,14 @@ _DECODER = msgspec.json.Decoder(EmbeddingsBody)
 
 
 async def embeddings(exchange: Exchange, service: Service) -> None:
-    """Vectors of length 1, as OpenAI's."""
+    """Vectors of length 1, as OpenAI's. `explain` is of the last `AT_ONCE` inputs."""
     body = await exchange.decode(_DECODER)
     service.model.check_name(body.model)
-    if body.dimensions is not None:
-        raise invalid("dimensions", "is not supported: vectors have the model's hidden size")
     in_range("priority", body.priority, -(2**31), 2**31 - 1)
     prompts = await _prompts(body.input, service)
     specs = [_spec(prompt, body, service, exchange) for prompt in prompts]
     data: list[dict[str, Any]] = []
+    explain: dict[str, Any] = {}
     prompt_tokens = 0
     for start in range(0, len(specs), AT_ONCE):
         group = specs[start : start + AT_ONCE]
@@ -60,11 +62,17 @@ async def embeddings(exchange: Exchange, service: Service) -> None:
         ) as call:
             await whole(exchange, call)
             for choice in call.choices:
-                vector = _shape(choice.embedding, body.encoding_format)
-                data.append({"object": "embedding", "index": len(data), "embedding": vector})
+                vector = _unit(choice.embedding)
+                if body.dimensions not in (None, len(vector)):
+                    raise invalid("dimensions", f"must be left out or {len(vector)}: this model's vectors are not cut")
+                data.append(
+                    {"object": "embedding", "index": len(data), "embedding": _shape(vector, body.encoding_format)}
+                )
             prompt_tokens += call.usage().prompt_tokens
+            if wants_account(exchange):
+                explain = {"explain": account_of(call)}
     usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
-    await exchange.reply_json({"object": "list", "data": data, "model": service.model.name, "usage": usage})
+    await exchange.reply_json({"object": "list", "data": data, "model": service.model.name, "usage": usage, **explain})
 
 
 async def _prompts(given: str | list[str | int | list[int]], service: Service) -> list[Prompt]:
@@ -112,12 +120,17 @@ def _spec(prompt: Prompt, body: EmbeddingsBody, service: Service, exchange: Exch
     )
 
 
-def _shape(embedding: bytes, encoding_format: str | None) -> str | list[float]:
+def _unit(embedding: bytes) -> Vector:
+    """The worker's vector with length 1."""
     vector = np.frombuffer(embedding, "<f4")
     length = float(np.linalg.norm(vector))
     if not np.isfinite(length) or not length:
         raise TandemError("internal", "the worker's embedding of this input is empty or not finite")
-    vector = vector / np.float32(length)
+    unit: Vector = np.divide(vector, np.float32(length), dtype=np.float32)
+    return unit
+
+
+def _shape(vector: Vector, encoding_format: str | None) -> str | list[float]:
     if encoding_format == "base64":
         return base64.b64encode(vector.tobytes()).decode()
     values: list[float] = vector.tolist()

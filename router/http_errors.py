@@ -14,6 +14,7 @@ from tandem.common.errors import TandemError
 
 MAX_MESSAGE_CHARACTERS = 500
 ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_HEADER = b"anthropic-version"
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -31,10 +32,7 @@ _STEP = re.compile(r"\[[^\]]*\]|[^.\[]+")
 """Of a path such as `messages[0].role`."""
 
 
-def error_body(error: TandemError, path: str = "") -> dict[str, Any]:
-    """`path`: of the request; Anthropic's clients get errors in their own shape."""
-    if path == ANTHROPIC_PATH:
-        return anthropic_error(error)
+def error_body(error: TandemError) -> dict[str, Any]:
     return {
         "error": {
             "message": error.message[:MAX_MESSAGE_CHARACTERS],
@@ -45,9 +43,10 @@ def error_body(error: TandemError, path: str = "") -> dict[str, Any]:
     }
 
 
-def anthropic_error(error: TandemError) -> dict[str, Any]:
+def anthropic_error(error: TandemError, request_id: str) -> dict[str, Any]:
     kind = _ANTHROPIC_TYPES.get(error.kind.http_status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message[:MAX_MESSAGE_CHARACTERS]}}
+    message = error.message[:MAX_MESSAGE_CHARACTERS]
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def renamed(error: TandemError, names: Sequence[tuple[str, str]]) -> TandemError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
@@ -15,14 +15,26 @@ import msgspec
 from tandem.common.errors import TandemError
 from tandem.router.accounts import Accounts
 from tandem.router.caller import ANYBODY
-from tandem.router.http_errors import error_body, error_headers, from_decode_error
+from tandem.router.http_errors import (
+    ANTHROPIC_HEADER,
+    ANTHROPIC_PATH,
+    anthropic_error,
+    error_body,
+    error_headers,
+    from_decode_error,
+)
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
 
+LARGE_BODY_BYTES = 256 * 1024
+MAX_HELD_BYTES = 128 << 20
+"""Of bodies larger than that, from arrival to the end of the answer; what is made of them can be 20 times as large."""
+
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
 
+_held_bytes = 0
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -49,12 +61,18 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
+        self._held = 0
         given = self.header(b"x-request-id")
-        self.request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
     def header(self, name: bytes) -> str:
         """Empty where it is absent."""
         return self._headers.get(name, b"").decode("latin-1")
+
+    @property
+    def anthropic(self) -> bool:
+        """Whether the client speaks Anthropic's API, in which errors and models have other shapes."""
+        return self.path.startswith(ANTHROPIC_PATH) or ANTHROPIC_HEADER in self._headers
 
     @property
     def traceparent(self) -> str:
@@ -80,9 +98,15 @@ class Exchange:
             size += len(part)
             if size > self._max_body_bytes:
                 raise self._too_large()
+            if size > LARGE_BODY_BYTES:
+                self._hold(size)
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+    def release(self) -> None:
+        """The request is over, and what was made of its body is gone."""
+        self._hold(0)
 
     def query(self) -> dict[str, str]:
         """Parameters of the URL; the last one of a name counts."""
@@ -150,7 +174,8 @@ class Exchange:
     async def reply_error(self, error: TandemError, headers: Headers | None = None) -> None:
         """The rest of an unread body is discarded by the server: closing at once could destroy the answer."""
         all_headers = error_headers(error) + (headers or [])
-        await self.reply_json(error_body(error, self.path), status=error.kind.http_status, headers=all_headers)
+        body = anthropic_error(error, self.request_id) if self.anthropic else error_body(error)
+        await self.reply_json(body, status=error.kind.http_status, headers=all_headers)
 
     async def start_events(self) -> None:
         await self._start(
@@ -168,9 +193,20 @@ class Exchange:
     async def _start(self, status: int, headers: Headers) -> None:
         self.status = status
         headers.append((b"x-request-id", self.request_id.encode()))
+        if self.anthropic:
+            headers.append((b"request-id", self.request_id.encode()))
         if self.accounts is not None and not self.caller.rates.unlimited:
             headers += self.accounts.limits.headers(self.caller)
         await self._send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
+
+    def _hold(self, size: int) -> None:
+        global _held_bytes
+        more = size - self._held
+        if more > 0 and _held_bytes + more > MAX_HELD_BYTES:
+            problem = "large requests fill the memory that this router has for them; try again shortly"
+            raise TandemError("overloaded", problem, retry_after_s=1.0)
+        self._held = size
+        _held_bytes += more
 
     def _too_large(self) -> TandemError:
         return TandemError("request_too_large", f"the body is larger than {self._max_body_bytes} bytes")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import msgspec
 
 import tandem
 from tandem.common.errors import TandemError
+from tandem.router.batch.paging import page
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages, template_variables
 from tandem.router.metrics import CONTENT_TYPE
@@ -22,7 +24,8 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
 async def models(exchange: Exchange, service: Service) -> None:
     """Those that the caller may use."""
     allowed = exchange.caller.models is None or service.model.name in exchange.caller.models
-    await exchange.reply_json({"object": "list", "data": [_model(service)] if allowed else []})
+    data = [_model(exchange, service)] if allowed else []
+    await exchange.reply_json(page(data, False) if exchange.anthropic else {"object": "list", "data": data})
 
 
 async def model(exchange: Exchange, service: Service) -> None:
@@ -31,7 +34,7 @@ async def model(exchange: Exchange, service: Service) -> None:
         raise TandemError("not_found", "name a model, or ask /v1/models for all", param="model")
     service.model.check_name(name)
     exchange.caller.check_model(service.model.name)
-    await exchange.reply_json(_model(service))
+    await exchange.reply_json(_model(exchange, service))
 
 
 async def tokenize(exchange: Exchange, service: Service) -> None:
@@ -103,13 +106,24 @@ async def metrics(exchange: Exchange, service: Service) -> None:
     await exchange.reply(text, content_type=CONTENT_TYPE.encode())
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(exchange: Exchange, service: Service) -> dict[str, Any]:
+    name, created = service.model.name, service.model.created
+    if exchange.anthropic:
+        return {
+            "type": "model",
+            "id": name,
+            "display_name": name,
+            "created_at": datetime.datetime.fromtimestamp(created, datetime.UTC),
+            "lifecycle": "active",
+            "max_input_tokens": service.max_model_len,
+            "max_tokens": service.max_model_len,
+        }
     return {
-        "id": service.model.name,
+        "id": name,
         "object": "model",
-        "created": service.model.created,
+        "created": created,
         "owned_by": "tandem",
-        "root": service.model.name,
+        "root": name,
         "parent": None,
         "max_model_len": service.max_model_len,
     }

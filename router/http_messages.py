@@ -1,4 +1,4 @@
-"""POST /v1/messages: Anthropic's API over the same chat: text and tools."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API over the same chat: text and tools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Literal
 import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.router.chat_request import plan_chat
+from tandem.router.chat_request import chat_prompt, plan_chat
+from tandem.router.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.http_answers import answer
 from tandem.router.http_errors import renamed
 from tandem.router.http_exchange import Exchange
@@ -19,6 +20,8 @@ from tandem.router.tools.choice import FunctionSpec, NamedFunction, NamedTool, T
 
 _NAMES = [
     ("stop", "stop_sequences"),
+    (r"response_format\.json_schema\.schema", "output_config.format.schema"),
+    ("response_format", "output_config.format"),
     (r"(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),
     (r"(tools\[\d+\])\.function", r"\1"),
 ]
@@ -46,6 +49,7 @@ class AnthropicTool(msgspec.Struct):
     name: str
     input_schema: dict[str, Any]
     description: str | None = None
+    strict: bool | None = None
     type: Literal["custom"] | None = None
 
 
@@ -55,41 +59,74 @@ class AnthropicChoice(msgspec.Struct):
     disable_parallel_tool_use: bool = False
 
 
-class MessagesBody(msgspec.Struct, kw_only=True):
+class JsonOutput(msgspec.Struct):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct):
+    format: JsonOutput | None = None
+
+
+class CountBody(msgspec.Struct, kw_only=True):
+    """What the model reads."""
+
     messages: list[Turn]
-    max_tokens: int
     model: str | None = None
     system: str | list[Block] | None = None
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    output_config: OutputConfig | None = None
     tools: list[AnthropicTool] | None = None
     tool_choice: AnthropicChoice | None = None
 
     def chat(self) -> ChatBody:
         """The chat request that it stands for. Raises TandemError on what is not supported."""
-        in_range("temperature", self.temperature, 0, 1)
         messages = [] if self.system is None else [Message("system", _text(self.system, "system"))]
         for index, turn in enumerate(self.messages):
             messages += _turn(turn, f"messages[{index}].content")
+        wanted = self.output_config and self.output_config.format
         return ChatBody(
-            messages=messages,
+            messages=_in_turns(messages),
             model=self.model,
-            max_tokens=self.max_tokens,
-            stop=self.stop_sequences,
-            stream=self.stream,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            tools=[Tool(FunctionSpec(tool.name, tool.description, tool.input_schema)) for tool in self.tools or []],
+            response_format=ResponseFormat("json_schema", JsonSchemaFormat(schema=wanted.schema)) if wanted else None,
+            tools=[
+                Tool(FunctionSpec(tool.name, tool.description, tool.input_schema, tool.strict))
+                for tool in self.tools or []
+            ],
             tool_choice=_choice(self.tool_choice),
             parallel_tool_calls=not (self.tool_choice and self.tool_choice.disable_parallel_tool_use),
         )
 
 
+class MessagesBody(CountBody, kw_only=True):
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def chat(self) -> ChatBody:
+        in_range("temperature", self.temperature, 0, 1)
+        body = CountBody.chat(self)
+        if self.messages and self.messages[-1].role == "assistant":
+            raise invalid("messages", "must not end with a turn of the assistant: prefill is not supported")
+        body.max_tokens, body.stop, body.stream = self.max_tokens, self.stop_sequences, self.stream
+        body.temperature, body.top_p, body.top_k = self.temperature, self.top_p, self.top_k
+        return body
+
+
 _DECODER = msgspec.json.Decoder(MessagesBody)
+_COUNT_DECODER = msgspec.json.Decoder(CountBody)
+
+
+async def count_tokens(exchange: Exchange, service: Service) -> None:
+    body = await exchange.decode(_COUNT_DECODER)
+    exchange.caller.check_model(service.model.name)
+    try:
+        prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
+    except TandemError as error:
+        raise renamed(error, _NAMES) from error
+    await exchange.reply_json({"input_tokens": len(prompt.token_ids)})
 
 
 async def messages(exchange: Exchange, service: Service) -> None:
@@ -144,6 +181,20 @@ def _turn(turn: Turn, param: str) -> list[Message]:
     if texts or calls or not results:
         results.append(Message(turn.role, _text(texts, param), tool_calls=calls or None))
     return results
+
+
+def _in_turns(messages: list[Message]) -> list[Message]:
+    """Turns of the same side that follow each other are one, as Anthropic has it; many templates take no others."""
+    turns: list[Message] = []
+    for message in messages:
+        if turns and message.role == turns[-1].role and message.role in ("user", "assistant"):
+            before = turns[-1]
+            text = "\n".join(str(part) for part in (before.content, message.content) if part)
+            calls = [*(before.tool_calls or []), *(message.tool_calls or [])]
+            turns[-1] = Message(message.role, text, tool_calls=calls or None)
+        else:
+            turns.append(message)
+    return turns
 
 
 def _text(content: str | list[Block], param: str) -> str:

@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's newer API over the same chat, without state: a client sends the whole conversation."""
+"""POST /v1/responses and /v1/responses/input_tokens: OpenAI's newer API over the same chat, without state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.router.chat_request import plan_chat
+from tandem.router.chat_request import chat_prompt, plan_chat
 from tandem.router.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.http_answers import answer
 from tandem.router.http_errors import renamed
@@ -79,7 +79,10 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
 
     def chat(self) -> ChatBody:
         """The chat request that it stands for. Raises TandemError on what is not supported."""
-        refuse(self, "previous_response_id", "conversation", "background", "prompt")
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name):
+                raise invalid(name, "is not supported: nothing is kept here; send the whole conversation as input")
+        refuse(self, "background", "prompt")
         wanted = self.text.format if self.text and self.text.format else None
         schema = JsonSchemaFormat(schema=wanted.schema, strict=wanted.strict) if wanted else None
         choice = self.tool_choice
@@ -118,6 +121,16 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
 
 
 _DECODER = msgspec.json.Decoder(ResponsesBody)
+
+
+async def input_tokens(exchange: Exchange, service: Service) -> None:
+    body = await exchange.decode(_DECODER)
+    exchange.caller.check_model(service.model.name)
+    try:
+        prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
+    except TandemError as error:
+        raise renamed(error, _NAMES) from error
+    await exchange.reply_json({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
 
 
 async def responses(exchange: Exchange, service: Service) -> None:

@@ -53,14 +53,15 @@ class Issuer:
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "iss", "aud"]},
             )
+            end = float(claims["exp"])
         except jwt.ExpiredSignatureError as error:
             raise _refused("it has expired") from error
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise _refused(f"{type(error).__name__.removesuffix('Error')}") from error
         value = claims.get(self.claim)
         if not isinstance(value, str) or not value:
             raise _refused(f"it has no claim `{self.claim}`")
-        return value, float(claims["exp"])
+        return value, end
 
 
 def issuer_of(token: str) -> str | None:

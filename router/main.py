@@ -69,7 +69,9 @@ def _run_one(config: RouterConfig, replica: Replica) -> None:
 async def _serve(config: RouterConfig, replica: Replica) -> None:
     from tandem.common import telemetry
     from tandem.router.app import Router
+    from tandem.router.http_protocol import allow_many_connections
 
+    allow_many_connections()
     name = "router" if replica.count == 1 else f"router/{replica.index}"
     telemetry.set_up_logging(name, config.log_level)
     telemetry.set_up_tracing("router", f"router-{os.getpid()}")
@@ -93,8 +95,8 @@ def spare_collector() -> None:
     """Makes Python's garbage collection cheap for a process that serves from now on.
 
     Everything made so far stays, so it need never be looked at again: full collections of it stopped a busy router for
-    36 to 84 ms. Young objects are looked at in larger groups, as few of a request's are left to the collector. Together
-    they took its work from 240 to 65 us per request, with no full collection in a thousand requests.
+    36 to 84 ms. Young objects are looked at in larger groups, as a request leaves none to the collector (`Call.close`).
+    Together that took its work from 240 to 12 us per request, with no full collection in a thousand requests.
     """
     gc.collect()
     gc.freeze()

@@ -21,6 +21,7 @@ class MessageShapes:
     """Text, and uses of tools, in the order in which they were written."""
 
     def __init__(self, request_id: str, service: Service, plan: ChatPlan, call: Call) -> None:
+        self._request_id = request_id
         self._plan = plan
         self._parser = plan.parser()
         self._call = call
@@ -54,7 +55,7 @@ class MessageShapes:
         )
 
     def failure(self, error: TandemError) -> bytes:
-        return b"event: error\ndata: %b\n\n" % msgspec.json.encode(anthropic_error(error))
+        return b"event: error\ndata: %b\n\n" % msgspec.json.encode(anthropic_error(error, self._request_id))
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
         text, calls = collect([event for _, delta in deltas for event in self._parsed(delta)])

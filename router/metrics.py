@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tandem.router.admission import Admission
+from tandem.router.counting import Counter, Histogram
 from tandem.router.workers import Fleet
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -27,17 +28,15 @@ class RouterMetrics:
             "tandem_router_requests", "Answered requests", ["endpoint", "status"], registry=registry
         )
         self.in_flight = Gauge("tandem_router_sequences_in_flight", "Sequences being generated", registry=registry)
-        self.ttft = Histogram(
-            "tandem_router_ttft_seconds", "Arrival to first token", buckets=_TTFT_BUCKETS, registry=registry
-        )
+        self.ttft = Histogram("tandem_router_ttft_seconds", "Arrival to first token", _TTFT_BUCKETS, registry=registry)
         self.itl = Histogram(
             "tandem_router_inter_token_seconds",
             "Time between outputs of a sequence, divided by their tokens",
-            buckets=_ITL_BUCKETS,
+            _ITL_BUCKETS,
             registry=registry,
         )
         self.request_seconds = Histogram(
-            "tandem_router_request_seconds", "Arrival to end of answer", buckets=_REQUEST_BUCKETS, registry=registry
+            "tandem_router_request_seconds", "Arrival to end of answer", _REQUEST_BUCKETS, registry=registry
         )
         self.prompt_tokens = Counter("tandem_router_prompt_tokens", "Prompt tokens", registry=registry)
         self.cached_tokens = Counter(
@@ -56,7 +55,7 @@ class RouterMetrics:
         self.handover_seconds = Histogram(
             "tandem_router_handover_seconds",
             "First token computed until the KV was complete on the decode worker",
-            buckets=_ITL_BUCKETS,
+            _ITL_BUCKETS,
             registry=registry,
         )
         self.retries = Counter("tandem_router_retries", "Sequences started again on another worker", registry=registry)

@@ -20,6 +20,12 @@ MAX_HASHED_BLOCKS = 1024
 """Prefix affinity looks at this many blocks of a prompt; hashing them takes one or two milliseconds."""
 
 
+CHARACTERS_PER_TOKEN = 8
+"""Where a prompt has more for each token of the context, its tokens are counted before it is taken as a whole."""
+CUT_TOKENS = 16
+"""What cutting a text may add, at the most."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
     """What `generation_config.json` recommends where a request is silent; as vLLM reads it."""
@@ -91,11 +97,37 @@ class ServedModel:
             )
         return self.template.render(messages, **variables)
 
-    async def text_prompt(self, text: str, *, param: str, add_special_tokens: bool = True) -> Prompt:
-        token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens)
+    async def text_prompt(
+        self,
+        text: str,
+        *,
+        param: str,
+        add_special_tokens: bool = True,
+        salt: bytes | None = None,
+        any_length: bool = False,
+    ) -> Prompt:
+        """`salt`: of the tenant's KV cache, where parts of the text are expected to come again. `any_length`: also what
+        the model cannot read."""
+        if not any_length and len(text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
+            await self._refuse_too_long(text, param)
+        token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens, salt=salt)
         if not token_ids:
             raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
         return Prompt(token_ids, text)
+
+    async def _refuse_too_long(self, text: str, param: str) -> None:
+        """Counts a piece after the other: a megabyte of text takes the tokenizer a second and 150 MB."""
+        most = self.max_position_embeddings
+        counted = 0
+        for start in range(0, len(text), CHARACTERS_PER_TOKEN * most):
+            piece = text[start : start + CHARACTERS_PER_TOKEN * most]
+            counted += len(await self.text.encode(piece, add_special_tokens=False)) - CUT_TOKENS
+            if counted > most:
+                raise TandemError(
+                    "context_length_exceeded",
+                    f"This model's maximum context length is {most} tokens, but the prompt has more than {counted}.",
+                    param=param,
+                )
 
     def token_prompt(self, token_ids: list[int], *, param: str) -> Prompt:
         """Raises TandemError `invalid_request` on an id outside the vocabulary."""

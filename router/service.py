@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode
 
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
@@ -67,6 +67,7 @@ class Service:
         self._router_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._in_flight = 0
+        metrics.in_flight.set_function(lambda: self._in_flight)
         siblings.on("metrics", lambda _: metrics.text().decode())
         siblings.on("usage", lambda question: accounts.usage.report(question["tenant"]))
         siblings.on("request", lambda question: _account(self.explain, question))
@@ -125,12 +126,7 @@ class Service:
     ) -> Iterator[Call]:
         """A started call, which is closed on the way out. Raises TandemError `overloaded` or `unavailable`."""
         self.check_load(len(choices))
-        span = telemetry.tracer().start_span(
-            "router.generate",
-            context=telemetry.context_from_traceparent(traceparent) if self._tracing else None,
-            kind=SpanKind.SERVER,
-            attributes={"tandem.request_id": request_id, "tandem.choices": len(choices)} if self._tracing else None,
-        )
+        span = self._span(request_id, len(choices), traceparent)
         sequence = choices[0].sequence
         record = self.explain.begin(
             request_id, sequence.caller.tenant, arrived, len(sequence.prompt.token_ids), len(choices)
@@ -146,7 +142,6 @@ class Service:
         call = Call(spec, self._context)
         charge: Charge | None = None
         self._in_flight += len(choices)
-        self.metrics.in_flight.set(self._in_flight)
         try:
             charge = self.accounts.open(self.model.name, choices)
             call.start()
@@ -166,11 +161,20 @@ class Service:
                 charge.close(usage, call.error)
             span.end()
             self._in_flight -= len(choices)
-            self.metrics.in_flight.set(self._in_flight)
-            self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+            self.metrics.prompt_tokens.inc(by=usage.prompt_tokens)
             self.metrics.request_seconds.observe(time.monotonic() - arrived)
             if self.admission.waiting_requests:
                 asyncio.get_running_loop().call_soon(self.pump)
+
+    def _span(self, request_id: str, choices: int, traceparent: str) -> Span:
+        if not self._tracing:
+            return INVALID_SPAN
+        return telemetry.tracer().start_span(
+            "router.generate",
+            context=telemetry.context_from_traceparent(traceparent),
+            kind=SpanKind.SERVER,
+            attributes={"tandem.request_id": request_id, "tandem.choices": choices},
+        )
 
     def pump(self) -> None:
         """Lets those who wait go on, as far as the workers have room."""

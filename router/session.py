@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from typing import Protocol
 
@@ -69,6 +70,8 @@ class WorkerSession:
     ) -> None:
         """`health` outlives the session, where the same worker had one before."""
         self.info = info
+        self.name: str = info.worker_id
+        self.identity: tuple[str, int] = (info.worker_id, info.worker_epoch)
         self.health = health or WorkerHealth()
         self.status = worker_pb2.WorkerStatus()
         self.alive = True
@@ -84,14 +87,10 @@ class WorkerSession:
         """What it holds, until somebody wants to know: as much as its cache has blocks."""
         self._outbox: deque[worker_pb2.SessionRequest] = deque()
         self._outbox_filled = asyncio.Event()
-
-    @property
-    def name(self) -> str:
-        return self.info.worker_id
-
-    @property
-    def identity(self) -> tuple[str, int]:
-        return self.info.worker_id, self.info.worker_epoch
+        self._heard_at = 0.0
+        """time.monotonic() at the last message."""
+        self._frozen = False
+        """Nothing was heard for `silence_s`."""
 
     @property
     def usable(self) -> bool:
@@ -113,19 +112,19 @@ class WorkerSession:
         """`watcher` follows the request that will be submitted as `key`."""
         self._watchers[key.request_id, key.epoch] = watcher
 
-    def submit(self, submit: worker_pb2.Submit, handler: Handler) -> None:
-        """Registers `handler` until the request's last output, `forget`, or the loss of the session."""
-        key = submit.key.request_id, submit.key.epoch
+    def submit(self, message: worker_pb2.SessionRequest, handler: Handler) -> None:
+        """Sends a Submit. Registers `handler` until the request's last output, `cancel`, or the loss of the session."""
+        key = message.submit.key.request_id, message.submit.key.epoch
         self._handlers[key] = (handler, self._watchers.pop(key, None))
-        self._send(worker_pb2.SessionRequest(submit=submit))
+        self._send(message)
 
     def cancel(self, key: worker_pb2.RequestKey) -> None:
         """Ends a request here and on the worker. Nothing happens if it has ended already."""
-        if self.forget(key):
+        if self._end((key.request_id, key.epoch)):
             self._send(worker_pb2.SessionRequest(cancel=worker_pb2.Cancel(key=key)))
 
-    def forget(self, key: worker_pb2.RequestKey) -> bool:
-        entry = self._handlers.pop((key.request_id, key.epoch), None)
+    def _end(self, key: Key) -> bool:
+        entry = self._handlers.pop(key, None)
         if entry is None:
             return False
         if entry[1] is not None:
@@ -142,10 +141,13 @@ class WorkerSession:
         """Reads and writes until the session ends. Returns why it ended; every open request has been told."""
         writer = asyncio.create_task(self._write())
         reason = "router is stopping"
+        self._heard_at = time.monotonic()
+        self._expect_message(self._silence_s)
         try:
             reason = await self._read()
         finally:
             self.alive = False
+            self._patience.cancel()
             writer.cancel()
             self._call.cancel()
             handlers, self._handlers = self._handlers, {}
@@ -175,26 +177,35 @@ class WorkerSession:
             self._call.cancel()
 
     async def _read(self) -> str:
-        while True:
-            try:
-                async with asyncio.timeout(self._silence_s):
-                    response = await self._call.read()
-            except TimeoutError:
-                return f"no message for {self._silence_s:g} s"
-            except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {(error.details() or '')[:200]}"
-            except asyncio.CancelledError:
-                if self._call.cancelled() and not _being_cancelled():
-                    return "the connection broke while writing"
+        try:
+            async for response in self._call:
+                self._heard_at = time.monotonic()
+                self._dispatch(response)
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {(error.details() or '')[:200]}"
+        except asyncio.CancelledError:
+            if not self._call.cancelled() or _being_cancelled():
                 raise
-            if not isinstance(response, worker_pb2.SessionResponse):  # grpc.aio.EOF
-                return "the worker closed the session"
-            self._dispatch(response)
+            if self._frozen:
+                return f"no message for {self._silence_s:g} s"
+            return "the connection broke while writing"
+        return "the worker closed the session"
+
+    def _expect_message(self, within_s: float) -> None:
+        self._patience = asyncio.get_running_loop().call_later(within_s, self._look_for_silence)
+
+    def _look_for_silence(self) -> None:
+        left_s = self._heard_at + self._silence_s - time.monotonic()
+        if left_s > 0:
+            self._expect_message(left_s)
+        else:
+            self._frozen = True
+            self._call.cancel()
 
     def _dispatch(self, response: worker_pb2.SessionResponse) -> None:
         for output in response.outputs:
-            key = output.key
-            entry = self._handlers.get((key.request_id, key.epoch))
+            key = output.key.request_id, output.key.epoch
+            entry = self._handlers.get(key)
             if entry is None:
                 self.stale_outputs += 1
                 continue
@@ -202,7 +213,7 @@ class WorkerSession:
             if watcher is not None:
                 watcher.on_output(output)
             if output.finish_reason:
-                self.forget(key)
+                self._end(key)
             handler.on_output(output)
         if response.HasField("cache"):
             self._take_cache(response.cache)

@@ -27,6 +27,8 @@ POLL_S = 2.0
 MAX_TOKENS = 4096
 """Verified tokens that are remembered; the oldest go first."""
 
+_HOW_TO_SEND = "Send it as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+
 _Entry = tuple[bytes, Caller | None, float]
 """Digest, holder, and the time at which it ends."""
 _NOBODY: _Entry = (bytes(32), None, 0.0)
@@ -118,9 +120,7 @@ class Tenants:
         scheme, _, credential = authorization.partition(" ")
         credential = credential.strip()
         if scheme.lower() != "bearer" or not credential:
-            raise TandemError(
-                "invalid_api_key", "You did not provide an API key. Send it as `Authorization: Bearer KEY`."
-            )
+            raise TandemError("invalid_api_key", f"You did not provide an API key. {_HOW_TO_SEND}")
         book = self._book
         caller = book.holder(credential)
         if caller is not None:
@@ -136,7 +136,7 @@ class Tenants:
                     raise TandemError("permission_denied", f"The token's `{issuer.claim}` names no tenant here.")
                 book.remember(credential, caller, end)
                 return caller
-        raise TandemError("invalid_api_key", "Incorrect API key provided. Send it as `Authorization: Bearer KEY`.")
+        raise TandemError("invalid_api_key", f"Incorrect API key provided. {_HOW_TO_SEND}")
 
     def reload(self) -> bool:
         """Reads the files again if one has changed; a file that cannot be used changes nothing. Blocks on the disk."""
@@ -159,7 +159,12 @@ class Tenants:
         return True
 
     async def watch(self) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled. A file is read when it has stopped changing: half of one can be a good file that lacks
+        tenants, or their limits."""
+        before: Files = {}
         while True:
             await asyncio.sleep(POLL_S)
-            await asyncio.to_thread(self.reload)
+            now = await asyncio.to_thread(lambda: {path: stamp(path) for path in self._files})
+            if now == before:
+                await asyncio.to_thread(self.reload)
+            before = now

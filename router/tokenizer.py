@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tandem.common.errors import ConfigError
+from tandem.router.text_cuts import cut, cut_pattern, steps
+from tandem.router.token_cache import TokenCache
 
 INLINE_CHARACTERS = 4000
 """Text up to this long (about 1 ms) is tokenized on the event loop, longer text in a thread."""
@@ -20,7 +24,7 @@ THREADS = 2
 
 
 class ModelText:
-    """Tokenizer of one model. Safe to use from several threads."""
+    """Tokenizer of one model. Safe to use from several threads, but for `encode`."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -31,6 +35,9 @@ class ModelText:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        self._cuts = cut_pattern(self._tokenizer)
+        self._around = self._tokenizer.num_special_tokens_to_add(False) > 0
+        self._cache = TokenCache()
         self._bytes_of_char = _bytes_of_char() if _is_byte_level(self._tokenizer) else None
         self._special_ids = frozenset(
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
@@ -38,10 +45,25 @@ class ModelText:
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         """Bytes that a token stands for; a special token stands for its name."""
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) <= INLINE_CHARACTERS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, text, add_special_tokens)
+    async def encode(self, text: str, *, add_special_tokens: bool, salt: bytes | None = None) -> list[int]:
+        """`salt`: of the tenant's KV cache. With one, parts between special tokens that the same salt has brought
+        before (earlier turns, a system message) are not tokenized again. To be called on one event loop."""
+        if salt is None or self._cuts is None or (add_special_tokens and self._around):
+            return (await self._ids([text], add_special_tokens))[0]
+        parts = cut(text, self._cuts)
+        if len(parts) == 1:  # no conversation
+            return (await self._ids(parts, False))[0]
+        found: dict[str, bytes] = {}
+        missing: list[str] = []
+        for part in dict.fromkeys(parts):
+            if (known := self._cache.get(salt, part)) is None:
+                missing.append(part)
+            else:
+                found[part] = known
+        for part, ids in zip(missing, await self._ids(missing, False) if missing else [], strict=True):
+            found[part] = array("I", ids).tobytes()
+            self._cache.put(salt, part, found[part])
+        return array("I", b"".join(map(found.__getitem__, parts))).tolist()
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -61,9 +83,16 @@ class ModelText:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The call for one text keeps the interpreter lock, and counts offsets that nobody wants.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    async def _ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return self._encode(texts, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, texts, add_special_tokens)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        # The call without "batch" keeps the interpreter lock, and counts offsets that nobody wants. Several texts in
+        # one call would go to the library's own threads, which costs more than tokenizing a short one.
+        encode = self._tokenizer.encode_batch_fast
+        return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
@@ -93,10 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    if tokenizer.decoder is None:
-        return False
-    decoder = json.loads(tokenizer.decoder.__getstate__())
-    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+    return any(step.get("type") == "ByteLevel" for step in steps(tokenizer.decoder))
 
 
 def _bytes_of_char() -> dict[str, int]:

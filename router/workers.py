@@ -150,6 +150,7 @@ class Fleet:
             WorkerClient(target, role, router_id, check=self._check, changed=self._wake, silence_s=silence_s)
             for target, role in targets
         ]
+        self._by_role = {role: [client for client in self.clients if client.role == role] for role in _ROLE_NAMES}
         self._changed = asyncio.Event()
         self._compared_at = 0.0
 
@@ -167,9 +168,7 @@ class Fleet:
             self._compared_at = now
             self._eject_outliers(now)
         usable = [
-            client.session
-            for client in self.clients
-            if client.role == role and client.session is not None and client.session.usable
+            session for client in self._by_role[role] if (session := client.session) is not None and session.usable
         ]
         return [session for session in usable if session.health.available(now)] or usable
 
@@ -180,7 +179,7 @@ class Fleet:
     @property
     def max_model_lens(self) -> list[int]:
         """Of the connected decode workers, healthy or not."""
-        sessions = (client.session for client in self.clients if client.role == worker_pb2.ROLE_DECODE)
+        sessions = [client.session for client in self._by_role[worker_pb2.ROLE_DECODE]]
         return [
             session.info.max_model_len for session in sessions if session is not None and session.info.max_model_len
         ]

@@ -69,6 +69,8 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
             router[name] = str(path.absolute())
     if config.redis:
         router["redis"] = config.redis
+    if config.tool_format:
+        router["tool_format"] = config.tool_format
     if config.routers > 1:
         router["replicas"] = config.routers
     return [*store, *workers, ChildPlan("router", "router", router)]

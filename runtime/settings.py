@@ -41,6 +41,8 @@ class ServeConfig(EngineConfig, StoreSettings):
     """URL of a Redis in which routers share service counters and rate limits. Empty: each counts by itself."""
     routers: int = 1
     """Router processes, which share the port."""
+    tool_format: str = ""
+    """How the model writes tool calls: hermes, llama3_json, mistral, mistral_named. Empty: as its template says."""
     roles: Literal["disaggregated", "unified"] = "disaggregated"
     """unified: no prefill workers; decode workers compute prompts themselves."""
     prefill: int = 1

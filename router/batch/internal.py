@@ -71,6 +71,8 @@ class Inside:
         except Exception:
             log.exception("request %s of a batch failed", request_id)
             error = TandemError("internal", "an internal error; the router's log has more")
+        finally:
+            exchange.release()
         if error is not None:
             sent.clear()
             await exchange.reply_error(error)
@@ -89,6 +91,8 @@ class Inside:
             pass  # its result will say the same
         except Exception:
             log.exception("a request of a batch could not be looked at")
+        finally:
+            exchange.release()
         return Item()
 
     def _exchange(

@@ -6,6 +6,7 @@ in flight, and nothing is run again or written twice. Everything here blocks; se
 
 from __future__ import annotations
 
+import codecs
 import os
 import secrets
 from collections.abc import Collection
@@ -21,6 +22,8 @@ from tandem.router.http_errors import from_decode_error
 
 MAX_LINES = 50_000
 MAX_CUSTOM_ID = 512
+MAX_DEPTH = 500
+"""Of objects and lists in a line. What can just be read here might be too deep where the request is run."""
 MAX_ERRORS = 20
 """Bad lines that are reported; there may be more."""
 
@@ -60,6 +63,8 @@ def read_lines(file: BinaryIO, endpoint: str, max_line_bytes: int) -> tuple[list
         if not raw:
             break
         number += 1
+        if number == 1 and raw.startswith(codecs.BOM_UTF8):  # editors on Windows put it there
+            offset, raw = len(codecs.BOM_UTF8), raw.removeprefix(codecs.BOM_UTF8)
         if len(raw) > max_line_bytes:
             errors.append(BatchError("request_too_large", f"the line is longer than {max_line_bytes} bytes", number))
             break
@@ -85,7 +90,10 @@ def _checked(raw: bytes, endpoint: str, seen: Collection[str], number: int) -> s
         line = _INPUT.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         wrong = from_decode_error(error)
-        return BatchError("invalid_json_line", wrong.message, number, wrong.param)
+        problem = wrong.message.replace("the body is", "the line is", 1) if wrong.param is None else wrong.message
+        return BatchError("invalid_json_line", problem, number, wrong.param)
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _deeper(line.body, MAX_DEPTH):
+        return BatchError("invalid_json_line", f"body is nested deeper than {MAX_DEPTH} levels", number, "body")
     if not 0 < len(line.custom_id) <= MAX_CUSTOM_ID:
         problem = f"custom_id must have 1 to {MAX_CUSTOM_ID} characters"
         return BatchError("invalid_custom_id", problem, number, "custom_id")
@@ -99,6 +107,14 @@ def _checked(raw: bytes, endpoint: str, seen: Collection[str], number: int) -> s
         problem = f"url must be the batch's endpoint {endpoint}, not {line.url[:64]!r}"
         return BatchError("mismatched_endpoint", problem, number, "url")
     return line.custom_id
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    rows: list[Any] = [value]
+    for _ in range(levels):
+        rows = [inner for each in rows for inner in (each.values() if isinstance(each, dict) else each)]
+        rows = [each for each in rows if isinstance(each, dict | list)]
+    return bool(rows)
 
 
 def request_body(file: BinaryIO, line: Line) -> dict[str, Any]:

@@ -110,7 +110,6 @@ async def test_a_worker_that_answers_nonsense_is_an_error(house: House) -> None:
         ({"input": [[1], [999]]}, "input[1]"),
         ({"input": ["a"] * 2049}, "input"),
         ({"input": [1] * 2000}, "input"),
-        ({"input": "a", "dimensions": 8}, "dimensions"),
         ({"input": "a", "pooling": "cls"}, "pooling"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "priority": 2**40}, "priority"),
@@ -119,3 +118,20 @@ async def test_a_worker_that_answers_nonsense_is_an_error(house: House) -> None:
 async def test_bad_fields_are_named(bare_client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
     response = await bare_client.post(URL, json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+async def test_the_true_number_of_dimensions_may_be_asked_for(client: openai.AsyncOpenAI) -> None:
+    answer = await client.embeddings.create(model="tiny", input="a", dimensions=2)
+    assert len(answer.data[0].embedding) == 2
+    with pytest.raises(openai.BadRequestError, match="must be left out or 2") as wrong:
+        await client.embeddings.create(model="tiny", input="a", dimensions=1)
+    assert wrong.value.param == "dimensions"
+
+
+async def test_explain_tells_where_they_were_computed(house: House) -> None:
+    _, client = await house.pair()
+    headers = {"x-tandem-explain": "1"}
+    answer = (await client.post(URL, json={"input": ["a", "b"]}, headers=headers)).json()
+    assert (answer["explain"]["outcome"], answer["explain"]["choices"]) == ("ok", 2)
+    assert {attempt["decode"] for attempt in answer["explain"]["attempts"]} == {"decode-0"}
+    assert "explain" not in (await client.post(URL, json={"input": "a"})).json()

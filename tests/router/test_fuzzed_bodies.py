@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
@@ -154,7 +155,9 @@ messages = st.lists(
     ),
     max_size=3,
 )
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+"""Of each test; more of them find more."""
+quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check(response: httpx.Response) -> None:
@@ -263,6 +266,7 @@ message_fields = some(
     temperature=st.floats(-1, 2),
     top_k=small,
     tools=st.lists(some(name=st.sampled_from(["clock", ""]), input_schema=schemas) | junk, max_size=2) | junk,
+    output_config=some(format=some(type=st.sampled_from(["json_schema", "x"]), schema=schemas) | junk) | junk,
     tool_choice=some(type=st.sampled_from(["auto", "any", "tool", "none"]), name=st.text(max_size=5)) | junk,
 )
 
@@ -279,6 +283,8 @@ def test_messages(client: httpx.Client, given_turns: object, more: dict[str, obj
         assert "event: message_stop" in response.text
     else:
         assert response.json()["stop_reason"]
+    counted = client.post("/v1/messages/count_tokens", content=msgspec.json.encode(body))
+    assert counted.status_code in (200, 400), counted.text
 
 
 PATHS = [
@@ -287,6 +293,8 @@ PATHS = [
     "/v1/embeddings",
     "/v1/responses",
     "/v1/messages",
+    "/v1/responses/input_tokens",
+    "/v1/messages/count_tokens",
     "/tokenize",
     "/detokenize",
 ]

@@ -11,6 +11,9 @@ import httpx
 import pytest
 
 from tandem.common.errors import ConfigError
+from tandem.router import http_info
+from tandem.router.http_exchange import Exchange
+from tandem.router.service import Service
 from tandem.router.tenants import Tenants
 from tests.router.conftest import House
 
@@ -212,3 +215,17 @@ async def test_half_a_request_and_then_nothing(house: House) -> None:
     writer.close()
     assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
     assert len(worker.submits) == 1
+
+
+async def test_the_log_repeats_no_secrets_and_starts_no_lines(
+    bare_client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(exchange: Exchange, service: Service) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(http_info, "model", broken)
+    headers = {"authorization": "Bearer sk-secret", "x-request-id": "1\x1b[31m"}
+    response = await bare_client.get("/v1/models/a%0A2026-01-01%20INFO%20forged?api_key=sk-secret", headers=headers)
+    check_shape(response, 500, "internal")
+    assert "sk-secret" not in caplog.text
+    assert not [line for line in caplog.text.splitlines() if line.startswith("2026-01-01") or "\x1b" in line]

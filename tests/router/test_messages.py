@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from pathlib import Path
@@ -179,6 +180,9 @@ async def test_a_client_that_goes_away_cancels(house: House) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "output_config.format"),
         ({"temperature": 1.5}, "temperature"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
@@ -195,3 +199,56 @@ async def test_bad_fields_are_named(model_with_tools: Path, change: dict[str, An
     assert error["type"] == "error"
     assert error["error"]["type"] == "invalid_request_error"
     assert error["error"]["message"].startswith(field)
+
+
+async def test_tokens_are_counted_as_they_will_be_read(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
+    worker, client = await pair(house, tmp_path_factory, "Hello")
+    body = {"messages": HELLO["messages"], "system": "Be brief.", "tools": [TOOL]}
+    counted = await client.post(f"{URL}/count_tokens", json=body)
+    await ask(client, **body)
+    assert counted.json() == {"input_tokens": len(worker.submits[0].prompt_token_ids)}
+    long = {"messages": [{"role": "user", "content": "Hello " * 3000}]}
+    assert (await client.post(f"{URL}/count_tokens", json=long)).json()["input_tokens"] > 3000
+
+
+async def test_output_config_is_a_schema(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
+    worker, client = await pair(house, tmp_path_factory, '{"ok": true}')
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    await ask(client, output_config={"effort": "low", "format": {"type": "json_schema", "schema": schema}})
+    constraint = Constraint.from_proto(worker.submits[0].sampling.constraint)
+    assert constraint is not None
+    assert accepts(house.model, constraint, '{"ok": true}')
+    assert not accepts(house.model, constraint, "yes")
+
+
+async def test_turns_of_one_side_become_one(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
+    worker, client = await pair(house, tmp_path_factory, "Hello")
+    used = {"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Paris"}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": [used]},
+        {"role": "user", "content": "d"},
+    ]
+    await ask(client, messages=turns)
+    prompt = prompt_of(house.model, worker.submits[0])
+    assert prompt.count("<|im_start|>") == 4
+    assert "user\na\nb<|im_end|>" in prompt
+    assert "assistant\nc<tool_call>" in prompt.replace("c\n<tool_call>", "c<tool_call>")
+
+
+async def test_anthropics_clients_get_their_shapes_everywhere(bare_client: httpx.AsyncClient) -> None:
+    """As its Python client asks: it takes the id of a request from `request-id`, and pages from `has_more`."""
+    version = {"anthropic-version": "2023-06-01"}
+    for path, headers in ((f"{URL}/batches", {}), ("/v1/models/claude", version), ("/v1/nothing", version)):
+        missing = await bare_client.get(path, headers=headers)
+        assert (missing.status_code, missing.json()["type"]) == (404, "error")
+        assert missing.json()["error"]["type"] == "not_found_error"
+        assert missing.json()["request_id"] == missing.headers["request-id"] == missing.headers["x-request-id"]
+    listed = (await bare_client.get("/v1/models", headers=version)).json()
+    assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "tiny", "tiny")
+    (model,) = listed["data"]
+    assert (model["type"], model["id"], model["display_name"]) == ("model", "tiny", "tiny")
+    assert datetime.datetime.fromisoformat(model["created_at"]).utcoffset() == datetime.timedelta(0)
+    assert (await bare_client.get("/v1/models/tiny", headers=version)).json() == model

@@ -214,3 +214,14 @@ async def test_bad_fields_are_named(model_with_tools: Path, change: dict[str, An
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
     assert "messages" not in error["message"]
+
+
+async def test_tokens_are_counted_as_they_will_be_read(house: House) -> None:
+    worker, client = await house.pair(Script())
+    body = {"input": "Hello", "instructions": "Be brief."}
+    counted = await client.post("/v1/responses/input_tokens", json=body)
+    await client.post("/v1/responses", json={**body, "max_output_tokens": 1})
+    tokens = len(worker.submits[0].prompt_token_ids)
+    assert counted.json() == {"object": "response.input_tokens", "input_tokens": tokens}
+    refused = await client.post("/v1/responses/input_tokens", json={"input": []})
+    assert refused.json()["error"]["param"] == "input"

@@ -127,6 +127,19 @@ async def test_nothing_is_kept_of_clients_that_went_away(house: House) -> None:
     await until(lambda: calls() == 0)
 
 
+async def test_a_finished_request_leaves_nothing_to_the_garbage_collector(house: House) -> None:
+    _, client = await house.pair()
+    gc.collect()
+    gc.disable()
+    try:
+        for stream in (True, False):
+            response = await client.post("/v1/completions", json={**PROMPT, "stream": stream, "n": 2})
+            assert response.status_code == 200
+            await until(lambda: not any(isinstance(thing, Call) for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+
+
 async def test_client_that_goes_away_before_a_whole_answer_cancels_too(house: House) -> None:
     worker, client = await house.pair(Script(mute=True))
     request = asyncio.create_task(client.post("/v1/completions", json={"prompt": "Hello"}))

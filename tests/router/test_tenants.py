@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
+import itertools
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -182,6 +185,23 @@ def test_tokens_of_an_issuer(full: Path) -> None:
 )
 def test_tokens_that_are_not_accepted(full: Path, changed: dict[str, Any]) -> None:
     assert refused(opened(full), token(**changed)) == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    "expiry", [math.inf, -math.inf, 10**400, "9" * 5000, [], True], ids=["inf", "-inf", "huge", "text", "list", "true"]
+)
+def test_odd_times_are_no_times(full: Path, expiry: Any) -> None:
+    """An issuer may sign anything."""
+    assert refused(opened(full), token(exp=expiry)) == "invalid_api_key"
+
+
+def test_tokens_of_any_depth_get_an_answer(full: Path) -> None:
+    tenants = opened(full)
+    header, _, signature = token().removeprefix("Bearer ").split(".")
+    for depth in range(800, 1000):
+        deep = f'{{"iss": "https://login.example", "deep": {"[" * depth}{"]" * depth}}}'
+        payload = base64.urlsafe_b64encode(deep.encode()).decode().rstrip("=")
+        assert refused(tenants, f"Bearer {header}.{payload}.{signature}") == "invalid_api_key"
 
 
 def test_good_tokens_are_remembered_until_they_end(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,6 +432,23 @@ async def test_the_watch_finds_a_change(tmp_path: Path, monkeypatch: pytest.Monk
     watch = asyncio.create_task(tenants.watch())
     write(tmp_path, one("bob", "sk-bob"))
     await until(lambda: tenants.roster.callers[0].tenant == "bob")
+    watch.cancel()
+
+
+async def test_a_file_is_read_when_it_has_stopped_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a file may be a good one."""
+    monkeypatch.setattr(module, "POLL_S", 0.001)
+    tenants = opened(write(tmp_path, one("ann", "sk-ann") + one("bob", "sk-bob").partition("\n")[2]))
+    assert len(tenants.roster.callers) == 2
+    stamps = itertools.count()
+    true_stamp = module.stamp
+    monkeypatch.setattr(module, "stamp", lambda path: (next(stamps), 0, 0))
+    watch = asyncio.create_task(tenants.watch())
+    write(tmp_path, one("ann", "sk-ann"))
+    await until(lambda: next(stamps) > 100)
+    assert len(tenants.roster.callers) == 2
+    monkeypatch.setattr(module, "stamp", true_stamp)
+    await until(lambda: len(tenants.roster.callers) == 1, 30)
     watch.cancel()
 
 

@@ -68,9 +68,11 @@ def test_every_process_can_read_the_file_it_gets(tmp_path: Path) -> None:
 
 
 def test_the_router_gets_what_serve_says_about_it(tmp_path: Path) -> None:
-    config = ServeConfig(model="m", grpc_port=9001, api_keys_file=Path("keys"), disaggregate="never")
+    config = ServeConfig(
+        model="m", grpc_port=9001, api_keys_file=Path("keys"), disaggregate="never", tool_format="hermes"
+    )
     router = plan_children(config, RUN, 81)[-1].settings
-    assert (router["grpc_port"], router["disaggregate"]) == (9001, "never")
+    assert (router["grpc_port"], router["disaggregate"], router["tool_format"]) == (9001, "never", "hermes")
     assert router["api_keys_file"] == str(Path("keys").absolute())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tandem.proto import worker_pb2
 from tandem.router.batch import lane as lane_module
 from tandem.router.batch import lines, store
 from tandem.router.batch.internal import PRIORITY
+from tandem.router.batch.lines import read_lines
 from tandem.router.batch.order import BLOCK_TOKENS
 from tandem.router.caller import ANYBODY, Caller
 from tests.router.batch.conftest import Desk, OpenDesk, completion
@@ -467,3 +470,25 @@ async def test_a_tenant_that_is_no_more_ends_its_batch(desk: OpenDesk, house: Ho
     assert [error["code"] for error in batch["errors"]["data"]] == ["permission_denied"]
     _, bad = await office.results(batch)
     assert bad["a"]["error"]["code"] == "batch_failed"
+
+
+def can_be_read(row: str) -> bool:
+    return not read_lines(io.BytesIO(row.encode()), "/v1/completions", 9999)[1]
+
+
+async def test_lines_of_any_depth_get_an_answer(desk: OpenDesk, house: House) -> None:
+    """What can just be read may be too deep to be written."""
+    office = await desk(await house.decode())
+    rows = []
+    for depth in [*range(100, 900, 100), *range(490, 510), *range(900, 1000)]:
+        row = json.dumps(completion(str(depth), deep="DEEP"))
+        rows.append(row.replace('"DEEP"', "[" * depth + "]" * depth))
+    readable = [row for row in rows if await asyncio.to_thread(can_be_read, row)]
+    assert len(readable) < len(rows)
+    file_id = (await office.upload("\n".join(readable).encode())).json()["id"]
+    body = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = await office.ended((await office.http.post("/v1/batches", json=body)).json()["id"])
+    assert batch["status"] == "completed"
+    assert batch["request_counts"]["completed"] + batch["request_counts"]["failed"] == len(readable)
+    _, errors = await office.results(batch)
+    assert {row["response"]["status_code"] for row in errors.values()} <= {400}

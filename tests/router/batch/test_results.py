@@ -37,6 +37,20 @@ def test_lines_are_found_by_place(tmp_path: Path) -> None:
         assert [request_body(file, line)["prompt"] for line in found] == ["x", "äöü", "x"]
 
 
+def test_files_from_windows_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_bytes(b"\xef\xbb\xbf" + (line("a") + line("b")).replace(b"\n", b"\r\n"))
+    with path.open("rb") as file:
+        found, errors = read_lines(file, URL, 10_000)
+        assert errors == []
+        assert [request_body(file, line)["prompt"] for line in found] == ["x", "x"]
+
+
+def test_depth_is_counted_where_there_is_some() -> None:
+    wide = line("a", body={"prompt": "[" * 2000, "x": [[], {}] * 1000, "y": json.loads("[" * 400 + "]" * 400)})
+    assert read(wide, 20_000)[1] == []
+
+
 @pytest.mark.parametrize(
     ("bad", "code", "param"),
     [
@@ -45,6 +59,7 @@ def test_lines_are_found_by_place(tmp_path: Path) -> None:
         (b"[" * 5000 + b"\n", "invalid_json_line", None),
         (b'{"custom_id": "b"}\n', "invalid_json_line", "method"),
         (line("b", body=[]), "invalid_json_line", "body"),
+        (line("b", body={"x": "DEEP"}).replace(b'"DEEP"', b"[" * 700 + b"]" * 700), "invalid_json_line", "body"),
         (line(""), "invalid_custom_id", "custom_id"),
         (line("x" * 600), "invalid_custom_id", "custom_id"),
         (line("a"), "duplicate_custom_id", "custom_id"),

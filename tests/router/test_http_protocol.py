@@ -1,0 +1,140 @@
+"""What comes before a request is one: sizes, slow senders and odd framing, on raw connections."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from tandem.router import http_protocol
+from tandem.router.app import Router
+from tests.router.conftest import House
+from tests.router.fake_worker import Script
+
+BODY = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+async def router(house: House) -> Router:
+    return await house.router(await house.decode(script=Script()))
+
+
+async def exchanged(router: Router, *parts: bytes, until: bytes = b"") -> bytes:
+    """What comes back up to `until`, or to the end of the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+    except ConnectionError:
+        pass
+    answer = b""
+    async with asyncio.timeout(30):
+        while not until or until not in answer:
+            try:
+                part = await reader.read(65536)
+            except ConnectionError:
+                break
+            if not part:
+                break
+            answer += part
+    writer.close()
+    return answer
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz HTTP/1.1\r\nx: " + b"a" * 2_000_000,
+        b"GET /healthz?" + b"a" * 400_000,
+        b"GET /healthz HTTP/1.1\r\n" + b"".join(b"h%d: y\r\n" % index for index in range(50_000)),
+    ],
+)
+async def test_headers_are_bounded(router: Router, head: bytes) -> None:
+    answer = await exchanged(router, *(head[start : start + 16384] for start in range(0, len(head), 16384)))
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")  # a reset may overtake the answer
+
+
+async def test_the_refusal_of_large_headers_names_the_bound(router: Router) -> None:
+    answer = await exchanged(router, b"GET /healthz HTTP/1.1\r\nx: " + b"a" * 65_536)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].endswith("larger than 65536 bytes")
+
+
+@pytest.mark.parametrize("tail", [b"1;" + b"x" * 1_000_000, b"0\r\n" + b"t: y\r\n" * 200_000])
+async def test_extensions_and_trailers_of_chunks_are_bounded(router: Router, tail: bytes) -> None:
+    request = POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(BODY) + tail
+    answer = await exchanged(router, *(request[start : start + 16384] for start in range(0, len(request), 16384)))
+    assert answer.count(b"HTTP/1.1") <= 1
+
+
+async def test_a_body_in_tiny_chunks_is_taken(router: Router) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 40_000}).encode()
+    pieces = chunked(*(body[index : index + 1] for index in range(len(body)))) + b"0\r\n\r\n"
+    answer = await exchanged(router, POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces, until=b"usage")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_large_body_in_one_piece_is_no_header(router: Router) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 300_000}).encode()
+    request = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    answer = await exchanged(router, request + request + HEALTH, until=b'"ok"')
+    assert answer.count(b"HTTP/1.1 200 ") == 3
+
+
+async def test_who_never_ends_the_headers_is_cut_off(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "RECEIVE_S", 0.2)
+    assert (await exchanged(router, b"")).startswith(b"HTTP/1.1 408 ")
+    assert (await exchanged(router, b"GET /healthz HTTP/1.1\r\nA: ")).startswith(b"HTTP/1.1 408 ")
+    after_an_answer = await exchanged(router, HEALTH, b"GET /hea")
+    assert [after_an_answer.count(b"HTTP/1.1 %d " % status) for status in (200, 408)] == [1, 1]
+
+
+async def test_who_never_ends_the_body_is_cut_off(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "RECEIVE_S", 0.2)
+    assert await exchanged(router, POST + b"Content-Length: 100\r\n\r\n{") == b""
+    refused = await exchanged(router, POST + b"Content-Length: 99999999999\r\n\r\n{")
+    assert refused.startswith(b"HTTP/1.1 413 ")
+
+
+async def test_a_slow_answer_is_no_slow_request(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "RECEIVE_S", 0.1)
+    router = await house.router(await house.decode(script=Script(delay_s=0.5)))
+    answer = await exchanged(router, POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY, until=b"usage")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_an_offer_of_http_2_is_passed_over(router: Router) -> None:
+    """Java's client makes it with every first request."""
+    head = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % len(BODY)
+    assert (await exchanged(router, request + BODY, until=b"usage")).startswith(b"HTTP/1.1 200 ")
+    assert (await exchanged(router, request, BODY, until=b"usage")).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+        b"Content-Length: 5\r\nContent-Length: 6\r\n",
+        b"Content-Length: +5\r\n",
+        b"Transfer-Encoding: xchunked\r\n",
+        b"Transfer-Encoding: chunked, identity\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"A: b\r\n c\r\n",
+    ],
+)
+async def test_ambiguous_framing_ends_the_connection(router: Router, headers: bytes) -> None:
+    """Else what one server takes for a body another one could take for a request."""
+    answer = await exchanged(router, POST + headers + b"\r\n0\r\n\r\n" + HEALTH)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
