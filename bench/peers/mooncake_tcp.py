@@ -2,14 +2,15 @@
 
 Run with the Python of an environment of its own: pip install mooncake-transfer-engine-non-cuda numpy
 
-Two processes with one engine each. Every line `COUNT SIZE` on stdin reads COUNT objects of SIZE bytes from the other
-process's memory into registered memory of this one, and is answered by `done`.
+Two processes with one engine each. Every line `get COUNT SIZE` on stdin reads COUNT objects of SIZE bytes from the
+other process's memory into registered memory of this one, `put` writes them there; the answer is `done SECONDS`.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -45,16 +46,19 @@ def main() -> None:
     print("ready", flush=True)
     start = 0
     for line in sys.stdin:
-        count, size = map(int, line.split())
+        operation, *numbers = line.split()
+        count, size = map(int, numbers)
+        move = engine.batch_transfer_sync_read if operation == "get" else engine.batch_transfer_sync_write
         start = start if start + count * size <= BUFFER_BYTES else 0
         offsets = [start + index * size for index in range(count)]
         start += count * size
-        failed = engine.batch_transfer_sync_read(
+        began = time.perf_counter()
+        failed = move(
             session, [local + offset for offset in offsets], [remote + offset for offset in offsets], [size] * count
         )
         if failed:
-            raise RuntimeError(f"a read failed with {failed}")
-        print("done", flush=True)
+            raise RuntimeError(f"a {operation} failed with {failed}")
+        print(f"done {time.perf_counter() - began}", flush=True)
     pipe.send(None)
     other.join()
 

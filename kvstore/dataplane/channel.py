@@ -17,30 +17,19 @@ from typing import TypeVar
 from tandem.kvstore.dataplane import protocol
 from tandem.kvstore.dataplane.link import Link, expect
 from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_KEYS, Body, Header, Kind, ProtocolError
-from tandem.kvstore.interfaces import Fetch, Located, ObjectInfo, ObjectKey, PutTicket, Refusal
+from tandem.kvstore.dataplane.puts import Call, RemotePuts
+from tandem.kvstore.interfaces import Fetch, Located, ObjectKey
 from tandem.kvstore.node.pages import PageWarmer
-from tandem.kvstore.node.settings import PUT_LEASE_S
 
 logger = logging.getLogger(__name__)
 
 CALL_S = 3.0
 """A node that does not answer for this long is taken for dead: the connection is given up."""
-SURE_S = PUT_LEASE_S / 3
-"""A put that is committed within this time cannot have lapsed."""
 _LOOK_S = 0.1
 """How often `run` looks for what came while nobody waited (progress of prefetches), and readers at what others did."""
+BEGUN_S = 0.1
+"""A fetch that a look-up began ends if nobody asks for it for so long."""
 _Answer = TypeVar("_Answer", bound=Body)
-
-
-class _Call:
-    """One request that waits for its answer."""
-
-    __slots__ = ("answer", "ended")
-
-    def __init__(self) -> None:
-        self.answer: Body | None = None
-        self.ended = False
-        """The answer is here, or will not come."""
 
 
 class Channel:
@@ -48,33 +37,48 @@ class Channel:
 
     def __init__(self, link: Link, arena: memoryview) -> None:
         self._link = link
+        link.look_every(_LOOK_S)
         self._changed = threading.Condition(threading.Lock())
         """Guards what follows; notified when any of it changes."""
         self._is_read = False
         """A thread has the connection's reading end."""
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._fetches: dict[int, RemoteFetch] = {}
-        self._tickets: dict[int, RemoteTicket] = {}
+        self._begun: tuple[RemoteFetch, float] | None = None
+        """The fetch that the last look-up began, and when; nobody has asked for it so far."""
         self._ids = itertools.count(1)
         self.arena = arena
         self._pages = PageWarmer(arena)
+        self.puts = RemotePuts(self)
         self.alive = True
         self.reason = ""
         """Why it is not alive any more."""
 
     def call(self, kind: Kind, body: Body, wanted: type[_Answer], frame_id: int = 0) -> _Answer | None:
         """None: the connection is gone, or gone by now."""
-        call = _Call()
-        frame_id = frame_id or next(self._ids)
+        return self.answer(self.ask(kind, body, frame_id), wanted)
+
+    def new_id(self) -> int:
+        return next(self._ids)
+
+    def ask(self, kind: Kind, body: Body, frame_id: int = 0) -> Call:
+        """Sends it; `answer` waits."""
+        call = Call()
+        frame_id = frame_id or self.new_id()
         with self._changed:
-            if not self.alive:
-                return None
+            call.ended = not self.alive
             self._calls[frame_id] = call
-        if self.post(kind, frame_id, body) and not self.wait(lambda: call.ended, CALL_S):
+        if call.ended or not self.post(kind, frame_id, body):
+            with self._changed:
+                call.ended = True
+                self._calls.pop(frame_id, None)
+        return call
+
+    def answer(self, call: Call, wanted: type[_Answer]) -> _Answer | None:
+        """None: the connection is gone, or gone by now."""
+        if not call.ended and not self.wait(lambda: call.ended, CALL_S):
             logger.warning("the store node does not answer")
             self.fail("the store node does not answer")
-        with self._changed:
-            self._calls.pop(frame_id, None)
         return call.answer if isinstance(call.answer, wanted) else None
 
     def post(self, kind: Kind, frame_id: int, body: Body | None = None) -> bool:
@@ -109,6 +113,7 @@ class Channel:
         """Until the connection is gone, and nobody uses it any more. Keeps pages ready meanwhile."""
         while self.alive:
             self._link.wait_for_end(0.0 if self._pages.warm() else _LOOK_S)
+            self.tidy()
             self.wait(lambda: False, 0.0)
         with self._changed:
             self._changed.wait_for(lambda: not self._is_read)
@@ -134,29 +139,45 @@ class Channel:
                 if fetch is not None:
                     progress = expect(body, protocol.Progress)
                     fetch.update(progress.layers, failed=progress.failed)
-            elif (call := self._calls.get(header.id)) is not None:
+            elif (call := self._calls.pop(header.id, None)) is not None:
                 call.answer, call.ended = body, True
             self._changed.notify_all()
 
-    def begin_put(self, key: ObjectKey, info: ObjectInfo) -> PutTicket | Refusal:
-        number = next(self._ids)
-        asked_at = time.monotonic()
-        answer = self.call(Kind.BEGIN_PUT, protocol.BeginPut(key, info), protocol.Ticket, number)
-        if answer is None:
-            return Refusal.CLOSED
-        if answer.refusal is not None:
-            return answer.refusal
-        if not 0 <= answer.offset <= len(self.arena) - info.size:
-            self.post(Kind.ABORT, number)
-            return Refusal.CLOSED
-        self.used_up_to(answer.offset + info.size)
-        buffer = self.arena[answer.offset : answer.offset + info.size]
-        ticket = RemoteTicket(self, number, key, buffer, asked_at)
+    def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
+        fetch = RemoteFetch(self, self.new_id())
         with self._changed:
-            self._tickets[number] = ticket
-        return ticket
+            self._fetches[fetch.number] = fetch
+        order = protocol.Locate(list(keys[:MAX_KEYS]), fetch.number)
+        answer = self.call(Kind.LOCATE, order, protocol.LocatedRun)
+        has_begun = answer is not None and bool(answer.offsets)
+        with self._changed:
+            if answer is not None and has_begun:
+                fetch.start(protocol.Fetching(answer.located, answer.offsets, ALL_LAYERS))
+                last, self._begun = self._begun, (fetch, time.monotonic())
+            else:
+                self._fetches.pop(fetch.number, None)
+                last = None
+        if last is not None:
+            last[0].close()
+        return [] if answer is None else answer.located
+
+    def tidy(self) -> None:
+        """Ends what was begun ahead and is not wanted."""
+        self.puts.tidy()
+        with self._changed:
+            begun = self._begun
+            if begun is None or time.monotonic() - begun[1] < BEGUN_S:
+                return
+            self._begun = None
+        begun[0].close()
 
     def fetch(self, located: Sequence[Located], overlap_s: float) -> Fetch:
+        with self._changed:
+            begun, self._begun = self._begun, None
+        if begun is not None:
+            if list(begun[0].sources) == list(located):
+                return begun[0]
+            begun[0].close()
         fetch = RemoteFetch(self, next(self._ids))
         with self._changed:
             self._fetches[fetch.number] = fetch  # before the answer, which progress may follow at once
@@ -171,11 +192,6 @@ class Channel:
 
     def used_up_to(self, end: int) -> None:
         self._pages.used_up_to(end)
-
-    def end_ticket(self, number: int) -> bool:
-        """False: it had ended."""
-        with self._changed:
-            return self._tickets.pop(number, None) is not None
 
     def end_fetch(self, fetch: RemoteFetch) -> None:
         with self._changed:
@@ -192,45 +208,18 @@ class Channel:
                 self.alive, self.reason = False, reason
             for call in self._calls.values():
                 call.ended = True
+            self._calls.clear()
             for fetch in self._fetches.values():
                 fetch.lose()
             self._fetches.clear()
-            self._tickets.clear()
             self._changed.notify_all()
+        self.puts.lose()
         self._link.shutdown()
 
     def close(self) -> None:
         """Gives back what is still open, so that the node need not wait for late writers."""
-        with self._changed:
-            tickets = list(self._tickets.values())
-        for ticket in tickets:
-            ticket.abort()
+        self.puts.close()
         self.fail("closed")
-
-
-class RemoteTicket:
-    """A `PutTicket` whose buffer is the node's own memory."""
-
-    def __init__(self, channel: Channel, number: int, key: ObjectKey, buffer: memoryview, asked_at: float) -> None:
-        self._channel = channel
-        self._number = number
-        self.key = key
-        self.buffer = buffer
-        self._sure_until = asked_at + SURE_S
-
-    def commit(self) -> bool:
-        """Waits for the node only if the put took so long that it may have lapsed: a round trip costs as much as
-        copying a megabyte. Look-ups through the same connection see the object at once."""
-        if not self._channel.end_ticket(self._number):
-            return False
-        if time.monotonic() < self._sure_until:
-            return self._channel.post(Kind.COMMIT, 0, protocol.Commit(self._number, answer=False))
-        answer = self._channel.call(Kind.COMMIT, protocol.Commit(self._number, answer=True), protocol.Done)
-        return answer is not None and answer.done
-
-    def abort(self) -> None:
-        if self._channel.end_ticket(self._number):
-            self._channel.post(Kind.ABORT, self._number)
 
 
 class RemoteFetch:

@@ -8,7 +8,6 @@ reach every call fails at once, as a miss.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from tandem.kvstore.dataplane import protocol
 from tandem.kvstore.dataplane.auth import HandshakeRefused, greet
 from tandem.kvstore.dataplane.channel import Channel
 from tandem.kvstore.dataplane.link import Link, connect_unix
-from tandem.kvstore.dataplane.protocol import MAX_KEYS, Kind, ProtocolError
+from tandem.kvstore.dataplane.protocol import Kind, ProtocolError
 from tandem.kvstore.interfaces import Fetch, Located, ObjectInfo, ObjectKey, PutTicket, Refusal
+from tandem.kvstore.node.mapping import map_shared
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +73,11 @@ class RemoteHomeNode:
 
     def begin_put(self, key: ObjectKey, info: ObjectInfo) -> PutTicket | Refusal:
         channel = self._channel
-        return Refusal.CLOSED if channel is None else channel.begin_put(key, info)
+        return Refusal.CLOSED if channel is None else channel.puts.begin(key, info)
 
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
         channel = self._channel
-        if channel is None or not keys:
-            return []
-        answer = channel.call(Kind.LOCATE, protocol.Locate(list(keys[:MAX_KEYS])), protocol.LocatedRun)
-        return [] if answer is None else answer.located
+        return [] if channel is None or not keys else channel.locate(keys)
 
     def fetch(self, located: Sequence[Located], overlap_s: float = 0.0) -> Fetch:
         channel = self._channel
@@ -155,6 +152,6 @@ def map_arena(descriptor: int, size: int) -> memoryview:
     try:
         if os.fstat(descriptor).st_size < size:
             raise ProtocolError(f"the arena has {os.fstat(descriptor).st_size} bytes, {size} were announced")
-        return memoryview(mmap.mmap(descriptor, size))
+        return map_shared(descriptor, size)
     finally:
         os.close(descriptor)

@@ -25,6 +25,10 @@ class ServedTicket(PutTicket, Protocol):
     def offset(self) -> int:
         """Of `buffer` in the arena."""
 
+    def commit_as(self, key: ObjectKey, info: ObjectInfo) -> bool:
+        """`commit` as another object than the put was begun for. True also if that is there or is being put already.
+        Raises ValueError for another size or owner than it was begun with."""
+
 
 class ServedFetch(Fetch, Protocol):
     def offset(self, index: int) -> int:
@@ -40,6 +44,9 @@ class ServedNode(Protocol):
     def begin_put(self, key: ObjectKey, info: ObjectInfo) -> ServedTicket | Refusal: ...
 
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]: ...
+
+    def locate_here(self, keys: Sequence[ObjectKey]) -> list[Located] | None:
+        """What `locate` says, if this node has all of them; None: others have to be asked. Never waits."""
 
     def fetch(self, located: Sequence[Located], overlap_s: float, lease_s: float | None) -> ServedFetch:
         """`lease_s` None: until `close`."""

@@ -32,7 +32,8 @@ STALL_S = 5.0
 CONNECT_S = 2.0
 """To connect, and to answer each step of the handshake."""
 _TICK_S = 1.0
-_BUFFER_BYTES = 4 << 20
+_AHEAD_BYTES = 4096
+"""Read at a time where a frame starts: most are smaller, and take one system call."""
 _CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(STALL_S * 1000)}
 _Body = TypeVar("_Body", bound=Body)
@@ -51,7 +52,6 @@ class Link:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_TICK_S))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(STALL_S))
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,13 +61,21 @@ class Link:
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.sock = sock
         self._process = _process_of(sock)
-        self._header = bytearray(HEADER_BYTES)
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead_from = self._ahead_to = 0
+        """What has been received and not read."""
+        self.look_every(_TICK_S)
         self._incoming, self._end = select.poll(), select.poll()
         self._incoming.register(sock, select.POLLIN)
         self._end.register(sock, getattr(select, "POLLRDHUP", 0))
         self._sending = threading.Lock()
         self._closing = threading.Lock()
         self._closed = False
+
+    def look_every(self, seconds: float) -> None:
+        """How long the reading thread sleeps at most; `wait_for_frame` for as long needs one system call less."""
+        self._tick_s = seconds
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
     @property
     def is_unix(self) -> bool:
@@ -108,17 +116,20 @@ class Link:
 
         None: waits for the start of a frame for as long as it takes.
         """
-        view = memoryview(self._header)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        count = 0
-        while not count:
+        while not self._read_ahead():
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"the peer sent nothing for {timeout_s:g} s") from None
+        return self._finish(self._read(HEADER_BYTES))
+
+    def _read_ahead(self) -> bool:
+        """Whether there is something to read, after a while."""
+        if self._ahead_from == self._ahead_to:
             try:
-                count = self._receive_some(view)
+                self._ahead_from, self._ahead_to = 0, self._receive_some(self._ahead, 0)
             except BlockingIOError:
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise TimeoutError(f"the peer sent nothing for {timeout_s:g} s") from None
-        self.read_into(view[count:])
-        return self._finish()
+                return False
+        return True
 
     def receive_with_descriptor(self, timeout_s: float) -> tuple[Header, Body, int | None]:
         """`receive` for a frame that may carry a file descriptor, which the caller then owns."""
@@ -131,24 +142,28 @@ class Link:
         try:
             if not first:
                 raise LinkClosed("the peer closed the connection")
-            self._header[: len(first)] = first
-            self.read_into(memoryview(self._header)[len(first) :])
-            header, body = self._finish()
+            header, body = self._finish(bytearray(first) + self._read(HEADER_BYTES - len(first)))
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
             raise
         return header, body, descriptor
 
-    def _finish(self) -> tuple[Header, Body]:
-        header = parse(self._header)
-        raw = bytearray(header.body_length)
-        if raw:
-            self.read_into(memoryview(raw))
-        return header, decode(header, raw)
+    def _finish(self, head: bytearray) -> tuple[Header, Body]:
+        header = parse(head)
+        return header, decode(header, self._read(header.body_length))
+
+    def _read(self, length: int) -> bytearray:
+        raw = bytearray(length)
+        self.read_into(memoryview(raw))
+        return raw
 
     def read_into(self, target: memoryview) -> None:
         """Fills `target`. Raises TimeoutError when nothing at all comes for `STALL_S`."""
+        count = min(len(target), self._ahead_to - self._ahead_from)
+        target[:count] = self._ahead[self._ahead_from : self._ahead_from + count]
+        self._ahead_from += count
+        target = target[count:]
         heard = time.monotonic()
         while target:
             try:
@@ -158,8 +173,8 @@ class Link:
                 if time.monotonic() - heard >= STALL_S:
                     raise TimeoutError(f"the peer stopped in the middle of a frame for {STALL_S:g} s") from None
 
-    def _receive_some(self, target: memoryview) -> int:
-        count = self.sock.recv_into(target, len(target), socket.MSG_WAITALL)
+    def _receive_some(self, target: memoryview, flags: int = socket.MSG_WAITALL) -> int:
+        count = self.sock.recv_into(target, len(target), flags)
         if count == 0:
             raise LinkClosed("the peer closed the connection")
         return count
@@ -173,8 +188,14 @@ class Link:
             length -= len(piece)
 
     def wait_for_frame(self, timeout_s: float) -> bool:
-        """Whether `receive` has something to read: a frame, or the end. For the reading thread."""
-        return bool(self._incoming.poll(timeout_s * 1000))
+        """Whether `receive` has something to read. May return early. For the reading thread."""
+        if (
+            timeout_s < self._tick_s
+            and self._ahead_from == self._ahead_to
+            and not self._incoming.poll(timeout_s * 1000)
+        ):
+            return False
+        return self._read_ahead()
 
     def wait_for_end(self, timeout_s: float) -> None:
         """Until the connection is gone, or time is up; incoming frames do not wake it (Linux; elsewhere it may only

@@ -18,8 +18,8 @@ from msgspec import Meta
 
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal
 
-PROTOCOL_VERSION = 1
-"""1: first version.
+PROTOCOL_VERSION = 2
+"""1: first version. 2: memory is held for puts to come, look-ups may begin the fetch.
 
 In every version the first 8 bytes are magic, version and kind, and a server answers a Hello of a version it does not
 speak with a Refuse of its own version, so that both sides can name the two."""
@@ -33,6 +33,8 @@ MAX_BODY_BYTES = 1 << 20
 MAX_OBJECT_BYTES = 1 << 30
 MAX_KEYS = 4096
 """Of one Locate or Fetch: with chunks of 256 tokens, a million tokens."""
+MAX_HELD = 4
+"""Of one Commit."""
 MAX_RANGES = 4096
 """Of one Read or Lease."""
 
@@ -108,8 +110,21 @@ class Ticket(Body, frozen=True):
 
 class Commit(Body, frozen=True):
     ticket: int
+    """Or held memory, of the size and owner of `info`."""
     answer: bool
     """False: the client does not wait for a Done."""
+    key: _Key | None = None
+    """What held memory was filled with."""
+    info: ObjectInfo | None = None
+    hold: Annotated[list[int], Meta(max_length=MAX_HELD)] = []
+    """Numbers under which to hold as much memory again as `info` says; a Held answers."""
+
+
+class Held(Body, frozen=True):
+    """Answers a Commit that says `hold`."""
+
+    offsets: Annotated[list[_Offset], Meta(max_length=MAX_HELD)]
+    """-1: nothing is held."""
 
 
 class Done(Body, frozen=True):
@@ -118,10 +133,14 @@ class Done(Body, frozen=True):
 
 class Locate(Body, frozen=True):
     keys: Annotated[list[_Key], Meta(max_length=MAX_KEYS)]
+    fetch: int
+    """Number of a fetch that begins at once if all are in host memory: it saves the question that mostly follows."""
 
 
 class LocatedRun(Body, frozen=True):
     located: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
+    offsets: Annotated[list[_Offset], Meta(max_length=MAX_KEYS)] = []
+    """In the arena, if the fetch has begun: it is complete."""
 
 
 class Fetch(Body, frozen=True):
@@ -220,7 +239,7 @@ class Kind(enum.IntEnum):
     COMMIT = 12
     DONE = 13
     ABORT = 14
-    """id: of the BeginPut. No answer."""
+    """id: of the Ticket, or of held memory. No answer."""
     LOCATE = 15
     LOCATED = 16
     FETCH = 17
@@ -228,6 +247,7 @@ class Kind(enum.IntEnum):
     PROGRESS = 19
     CLOSE_FETCH = 23
     """id: of the Fetch. No answer."""
+    HELD = 24
     INTACT = 20
     COUNT = 21
     QUARANTINE = 22
@@ -253,6 +273,7 @@ _BODIES: dict[Kind, type[Body]] = {
     Kind.BEGIN_PUT: BeginPut,
     Kind.TICKET: Ticket,
     Kind.COMMIT: Commit,
+    Kind.HELD: Held,
     Kind.DONE: Done,
     Kind.LOCATE: Locate,
     Kind.LOCATED: LocatedRun,

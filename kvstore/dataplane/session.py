@@ -1,6 +1,6 @@
 """The serving end of one connection: a worker's home node, a peer that reads, or both.
 
-One thread reads and answers. Look-ups ask the directory and may take milliseconds, so they have a thread of their own
+One thread reads and answers. Look-ups that ask the directory may take milliseconds, so they have a thread of their own
 from the first one on; a fetch that is not complete at once gets one that tells the client about its layers. When the
 connection ends, so does everything that was opened through it.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import socket
 import threading
@@ -25,7 +26,7 @@ from tandem.kvstore.dataplane.interfaces import ServedFetch, ServedNode, ServedT
 from tandem.kvstore.dataplane.link import Link, expect
 from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_OBJECT_BYTES, Body, Header, Kind, ProtocolError
 from tandem.kvstore.dataplane.stats import Counters
-from tandem.kvstore.interfaces import ObjectKey, Refusal
+from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, TierName
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ MAX_FETCHES = 256
 MAX_LEASES = 64
 MAX_LOOKUPS = 64
 """Of one connection at a time. Beyond: the put is refused, the fetch fails, the lease and the look-up find nothing."""
+MIN_HELD_OBJECTS = 32
+"""Memory is held for the next put only of objects of which the node has room for so many."""
 SCRATCH_BYTES = 64 << 20
 """Longest range read from disk for a peer: its loader asks layer by layer."""
 FETCH_S = 60.0
@@ -155,24 +158,45 @@ class Session:
 
     def _begin_put(self, header: Header, body: Body) -> None:
         put = expect(body, protocol.BeginPut)
-        ticket: ServedTicket | Refusal = Refusal.NO_SPACE
-        if header.id in self._tickets:
-            raise ProtocolError("two puts have one id")
         if not 0 < put.info.size <= MAX_OBJECT_BYTES:
             raise ProtocolError(f"an object of {put.info.size} bytes")
-        if len(self._tickets) < MAX_TICKETS:
-            ticket = self._node.begin_put(put.key, put.info)
-        if isinstance(ticket, Refusal):
-            self._link.send(Kind.TICKET, header.id, protocol.Ticket(-1, ticket))
-            return
-        self._tickets[header.id] = ticket
-        self._link.send(Kind.TICKET, header.id, protocol.Ticket(ticket.offset))
+        ticket = self._open(header.id, put.key, put.info)
+        answer = protocol.Ticket(-1, ticket) if isinstance(ticket, Refusal) else protocol.Ticket(ticket.offset)
+        self._link.send(Kind.TICKET, header.id, answer)
+
+    def _open(self, number: int, key: ObjectKey, info: ObjectInfo) -> ServedTicket | Refusal:
+        if number in self._tickets:
+            raise ProtocolError("two puts have one id")
+        if len(self._tickets) >= MAX_TICKETS:
+            return Refusal.NO_SPACE
+        ticket = self._node.begin_put(key, info)
+        if not isinstance(ticket, Refusal):
+            self._tickets[number] = ticket
+        return ticket
+
+    def _hold(self, number: int, info: ObjectInfo) -> int:
+        """Offset of memory for a put of which only that much is known; -1: none."""
+        if not 0 < info.size <= self._node.arena.capacity_bytes // MIN_HELD_OBJECTS:
+            return -1
+        ticket = self._open(number, ObjectKey(os.urandom(32)), info)
+        return -1 if isinstance(ticket, Refusal) else ticket.offset
 
     def _commit(self, header: Header, body: Body) -> None:
         order = expect(body, protocol.Commit)
         ticket = self._tickets.pop(order.ticket, None)
-        done = ticket is not None and ticket.commit()
-        if order.answer:
+        try:
+            if ticket is None:
+                done = False
+            elif order.key is None or order.info is None:
+                done = ticket.commit()
+            else:
+                done = ticket.commit_as(order.key, order.info)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        if order.hold and order.info is not None:
+            held = [self._hold(number, order.info) for number in order.hold]
+            self._link.send(Kind.HELD, header.id, protocol.Held(held))
+        elif order.answer:
             self._link.send(Kind.DONE, header.id, protocol.Done(done))
 
     def _abort(self, header: Header, body: Body) -> None:
@@ -183,7 +207,12 @@ class Session:
     # Look-ups
 
     def _locate(self, header: Header, body: Body) -> None:
-        keys = expect(body, protocol.Locate).keys
+        order = expect(body, protocol.Locate)
+        keys = order.keys
+        here = self._node.locate_here(keys)
+        if here is not None:
+            self._link.send(Kind.LOCATED, header.id, protocol.LocatedRun(here, self._fetch_resident(order.fetch, here)))
+            return
         if not self._num_lookups.acquire(blocking=False):
             self._link.send(Kind.LOCATED, header.id, protocol.LocatedRun([]))
             return
@@ -206,6 +235,19 @@ class Session:
             self._link.shutdown()
 
     # Fetches
+
+    def _fetch_resident(self, number: int, located: list[Located]) -> list[int]:
+        """Begins a fetch of what lies in host memory; nothing if anything else would have to be done."""
+        if len(self._fetches) >= MAX_FETCHES or any(place.tier is not TierName.HOST for place in located):
+            return []
+        if number in self._fetches:
+            raise ProtocolError("two fetches have one id")
+        fetch = self._node.fetch(located, 0.0, lease_s=None)
+        if not len(located) == len(fetch.sources) == fetch.intact():
+            fetch.close()
+            return []
+        self._fetches[number] = fetch
+        return [fetch.offset(i) for i in range(len(located))]
 
     def _fetch(self, header: Header, body: Body) -> None:
         if header.id in self._fetches:

@@ -15,6 +15,7 @@ from bisect import bisect_left, insort
 
 from tandem.common.errors import ConfigError
 from tandem.kvstore.interfaces import StoreIntegrityError
+from tandem.kvstore.node.mapping import map_shared
 from tandem.kvstore.node.pages import PageWarmer
 
 ALIGNMENT = 4096
@@ -36,10 +37,9 @@ class HostArena:
         self.fd = -1
         """Of the memfd, sealed against a change of size; -1 where there is none and the memory is this process's."""
         try:
-            self._map = self._map_memory()
+            self._view = self._map_memory()
         except OSError as error:
             raise ConfigError(f"kv_host_bytes is {capacity_bytes} and cannot be mapped ({error}): give less") from error
-        self._view = memoryview(self._map)
         self.pages = PageWarmer(self._view)
         self._runs: dict[int, int] = {}
         """Size by offset, of what is handed out."""
@@ -49,19 +49,19 @@ class HostArena:
         self._free_ending_at: dict[int, int] = {self.capacity_bytes: 0}
         self.used_bytes = 0
 
-    def _map_memory(self) -> mmap.mmap:
+    def _map_memory(self) -> memoryview:
         if not hasattr(os, "memfd_create"):
-            return mmap.mmap(-1, self.capacity_bytes)
+            return memoryview(mmap.mmap(-1, self.capacity_bytes))
         fd = os.memfd_create("tandem-kv-host", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, self.capacity_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            mapping = mmap.mmap(fd, self.capacity_bytes)
+            view = map_shared(fd, self.capacity_bytes)
         except BaseException:
             os.close(fd)
             raise
         self.fd = fd
-        return mapping
+        return view
 
     def allocate(self, size: int) -> int | None:
         """Offset of a run of `size` bytes; None if no free run is long enough. Raises ValueError for no bytes."""
@@ -145,7 +145,6 @@ class HostArena:
             self.fd = -1
         with contextlib.suppress(BufferError):
             self._view.release()
-            self._map.close()
 
     def _add_free(self, offset: int, size: int) -> None:
         insort(self._free_by_size, (size, offset))

@@ -131,22 +131,38 @@ class NodeCore:
             raise ValueError(f"ObjectInfo.size is {info.size}: an object has bytes")
         with self._lock:
             now = self._clock()
-            item: HostObject | Refusal
-            if self._closed:
-                item = Refusal.CLOSED
-            elif self._host.get(key, now) is not None or self._host.pending(key) is not None:
-                item = Refusal.EXISTS
-            else:
+            item: HostObject | Refusal | None = self._why_not(key, now)
+            if item is None:
                 self._drop_expired(key)
                 item = self._host.reserve(key, info, Phase.WRITING)
             if isinstance(item, Refusal):
-                self._counters.refused[item] = self._counters.refused.get(item, 0) + 1
+                self._counters.refuse(item)
                 outcome: Ticket | Refusal = item
             else:
                 outcome = Ticket(self, item, self._host.view(item), now + PUT_LEASE_S)
                 self._tickets.add(outcome)
         self._announcer.publish()
         return outcome
+
+    def rename_put(self, ticket: Ticket, key: ObjectKey, info: ObjectInfo) -> Refusal | None:
+        """Of `Ticket.commit_as`. None: it is the put of that object from now on."""
+        with self._lock:
+            now = self._clock()
+            refusal = self._why_not(key, now) if ticket.state is TicketState.OPEN else Refusal.CLOSED
+            if refusal is None:
+                self._drop_expired(key)
+                self._host.rename(ticket.item, key, info)
+            elif ticket.state is TicketState.OPEN:
+                self._counters.refuse(refusal)
+        self._announcer.publish()
+        return refusal
+
+    def _why_not(self, key: ObjectKey, now: float) -> Refusal | None:
+        if self._closed:
+            return Refusal.CLOSED
+        if self._host.get(key, now) is not None or self._host.pending(key) is not None:
+            return Refusal.EXISTS
+        return None
 
     def commit_put(self, ticket: Ticket) -> bool:
         """Of `Ticket.commit`."""

@@ -93,6 +93,13 @@ class HostTier:
         self._pending[key] = item
         return item
 
+    def rename(self, item: HostObject, key: ObjectKey, info: ObjectInfo) -> None:
+        """What is being written becomes another object. `info` has the size and owner that `reserve` was told."""
+        del self._pending[item.key]
+        item.key, item.info = key, info
+        item.place = Located(key, TierName.HOST, TierName.HOST.value, info.size)
+        self._pending[key] = item
+
     def complete(self, item: HostObject, info: ObjectInfo, now: float) -> bool:
         """All bytes are there: it can be found from now on. `info` may name the owner that `reserve` did not know;
         False: that owner's quota has no room, and the object is detached."""

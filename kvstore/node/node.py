@@ -147,6 +147,14 @@ class KvNode(NodeCore):
 
     # Look-ups
 
+    def locate_here(self, keys: Sequence[ObjectKey]) -> list[Located] | None:
+        """What `locate` says, if this node has all of them; None: others have to be asked. Never waits."""
+        with self._lock:
+            now = self._clock()
+            places = [] if self._closed else [self._locate_here(key, now) for key in keys]
+        found = [place for place in places if place is not None]
+        return found if len(found) == len(places) else None
+
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
         places: list[Located | None]
         with self._lock:
@@ -154,8 +162,6 @@ class KvNode(NodeCore):
                 return []
             now = self._clock()
             places = [self._locate_here(key, now) for key in keys]
-        if None not in places:
-            return [place for place in places if place is not None]
         missing = [index for index, place in enumerate(places) if place is None]
         if missing and self._directory is not None and self._peers is not None:
             answers = self._directory.lookup([keys[index] for index in missing])

@@ -35,6 +35,10 @@ class NodeCounters:
     peer_hit_bytes: int = 0
     refused: dict[str, int] = field(default_factory=dict)
 
+    def refuse(self, reason: str) -> None:
+        """Counts a put that does not begin."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:

@@ -4,6 +4,8 @@ open ── commit ──> done       the object can be found
   │ └── abort ───> done       the memory is free
   └─ lapses (PUT_LEASE_S) ──> zombie: the key is free for others, the memory is not: the writer may still write.
                               It is used again after abort or commit (which fails), or after ZOMBIE_GRACE_S.
+
+Memory that is held for a put to come is a ticket for a key that nobody asks for; `commit_as` says what it became.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import enum
 from typing import Protocol
 
-from tandem.kvstore.interfaces import ObjectKey
+from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, Refusal
 from tandem.kvstore.node.host import HostObject
 
 
@@ -28,6 +30,8 @@ class TicketOffice(Protocol):
     def commit_put(self, ticket: Ticket) -> bool: ...
 
     def abort_put(self, ticket: Ticket) -> None: ...
+
+    def rename_put(self, ticket: Ticket, key: ObjectKey, info: ObjectInfo) -> Refusal | None: ...
 
 
 class Ticket:
@@ -62,6 +66,17 @@ class Ticket:
     def commit(self) -> bool:
         self._close_buffer()
         return self._office.commit_put(self)
+
+    def commit_as(self, key: ObjectKey, info: ObjectInfo) -> bool:
+        """`commit` as another object than the put was begun for. True also if that is there or is being put already.
+        Raises ValueError for another size or owner than it was begun with."""
+        if (info.size, info.owner) != (self.item.info.size, self.item.info.owner):
+            raise ValueError(f"memory for {self.size} bytes of {self.item.info.owner!r} holds something else")
+        refusal = self._office.rename_put(self, key, info)
+        if refusal is None:
+            return self.commit()
+        self.abort()
+        return refusal is Refusal.EXISTS
 
     def abort(self) -> None:
         self._close_buffer()

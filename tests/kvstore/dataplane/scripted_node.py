@@ -20,6 +20,15 @@ class ScriptedTicket:
         self.buffer = node.arena.view(offset, info.size)
         self.ending = ""
 
+    def commit_as(self, key: ObjectKey, info: ObjectInfo) -> bool:
+        if (info.size, info.owner) != (self.info.size, self.info.owner):
+            raise ValueError("other memory")
+        if key in self.node.objects:
+            self.ending = "refused"
+            return True
+        self.key, self.info = key, info
+        return self.commit()
+
     def commit(self) -> bool:
         if self.ending or self.node.lapsed:
             return False
@@ -83,6 +92,8 @@ class ScriptedNode:
         self.lapsed = False
         self.instant = True
         """Fetches are complete at once."""
+        self.answers_here = False
+        """What is in memory is located without waiting, and its fetch may begin with that."""
         self.look_up = threading.Event()
         """Cleared: `locate` waits."""
         self.look_up.set()
@@ -105,6 +116,10 @@ class ScriptedNode:
     def content(self, key: ObjectKey) -> bytes:
         info, offset = self.objects[key]
         return bytes(self.arena.view(offset, info.size))
+
+    def locate_here(self, keys: Sequence[ObjectKey]) -> list[Located] | None:
+        located = self.locate(keys) if self.answers_here else []
+        return located if len(located) == len(keys) else None
 
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
         assert self.look_up.wait(10)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tandem.kvstore.dataplane import channel as connection
+from tandem.kvstore.dataplane import puts
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.interfaces import Located, ObjectInfo, Refusal, TierName
 
@@ -46,7 +47,7 @@ def test_an_aborted_put_is_aborted_on_the_node(rig: Rig, eventually: Eventually)
 
 
 def test_a_put_that_took_too_long_is_not_committed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SURE_S", 0.0)
+    monkeypatch.setattr(puts, "SURE_S", 0.0)
     ticket = rig.home().begin_put(key(1), INFO)
     assert not isinstance(ticket, Refusal)
     rig.node.lapsed = True
@@ -54,7 +55,7 @@ def test_a_put_that_took_too_long_is_not_committed(rig: Rig, monkeypatch: pytest
 
 
 def test_a_slow_put_that_has_not_lapsed_is_committed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SURE_S", 0.0)
+    monkeypatch.setattr(puts, "SURE_S", 0.0)
     ticket = rig.home().begin_put(key(1), INFO)
     assert not isinstance(ticket, Refusal)
     assert ticket.commit()
@@ -211,7 +212,7 @@ def test_a_broken_connection_of_a_living_client_leaves_its_puts_to_lapse(rig: Ri
     """Its threads may still be writing, so the memory must not be given to another object now."""
     home = rig.home()
     ticket = home.begin_put(key(1), INFO)
-    assert isinstance(ticket, connection.RemoteTicket)
+    assert isinstance(ticket, puts.RemoteTicket)
     channel = home._channel
     assert channel is not None
     channel.fail("a test")

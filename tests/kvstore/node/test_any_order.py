@@ -13,6 +13,7 @@ from tandem.kvstore.eviction import DEFAULT_POLICY, Shares
 from tandem.kvstore.interfaces import ObjectKey, TierName
 from tandem.kvstore.node import KvNode, NodeFetch, Ticket
 from tandem.kvstore.node.settings import PUT_LEASE_S, READ_LEASE_S, ZOMBIE_GRACE_S
+from tandem.kvstore.node.tickets import TicketState
 from tests.kvstore.node.fakes import (
     LAYERS,
     SIZE,
@@ -95,6 +96,20 @@ class AnyOrder(RuleBasedStateMachine):
         if isinstance(ticket, Ticket):
             ticket.buffer[:] = CONTENT[key_of(number)]
             self.tickets.append(ticket)
+
+    @rule(pick=st.integers(0, 9), number=numbers)
+    def finish_put_as(self, pick: int, number: int) -> None:
+        if self.tickets:
+            ticket = self.tickets.pop(pick % len(self.tickets))
+            info = info_of(spec(number))
+            if info.owner != ticket.item.info.owner:
+                with pytest.raises(ValueError, match="something else"):
+                    ticket.commit_as(key_of(number), info)
+                ticket.abort()
+                return
+            if ticket.state is not TicketState.DONE:  # else its memory may be another's
+                self.node.arena.view(ticket.offset, ticket.size)[:] = CONTENT[key_of(number)]
+            ticket.commit_as(key_of(number), info)
 
     @rule(pick=st.integers(0, 9), commit=st.booleans())
     def finish_put(self, pick: int, commit: bool) -> None:

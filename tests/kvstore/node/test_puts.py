@@ -54,6 +54,46 @@ def test_a_key_is_taken_while_somebody_writes_it_and_after(node: KvNode) -> None
     assert node.stats().refused == {"exists": 2}
 
 
+def test_memory_is_filled_with_another_object_than_it_was_begun_for(node: KvNode) -> None:
+    ticket = begin(node, 1)
+    ticket.buffer[:] = bundle_of(spec_of(2))
+    assert ticket.commit_as(key_of(2), info_of(spec_of(2)))
+    assert node.contains(key_of(1)) == []
+    with node.view(key_of(2)) as view:
+        assert view is not None
+        assert bytes(view) == bundle_of(spec_of(2))
+    assert [(place.key, place.size) for place in node.locate([key_of(2)])] == [(key_of(2), SIZE)]
+    assert put(node, spec_of(1))
+    assert not ticket.commit_as(key_of(3), info_of(spec_of(3)))
+    assert node.contains(key_of(3)) == []
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_the_first_to_put_a_key_has_it_and_the_other_gives_its_memory_back(node: KvNode, committed: bool) -> None:
+    held = begin(node, 1)
+    first = begin(node, 2)
+    first.buffer[:] = bundle_of(spec_of(2))
+    if committed:
+        assert first.commit()
+    held.buffer[:] = bundle_of(spec_of(3))
+    assert held.commit_as(key_of(2), info_of(spec_of(2)))
+    assert node.arena.used_bytes == SIZE
+    assert node.stats().refused == {"exists": 1}
+    assert committed or first.commit()
+    with node.view(key_of(2)) as view:
+        assert view is not None
+        assert bytes(view) == bundle_of(spec_of(2))
+
+
+def test_held_memory_that_lapsed_becomes_nothing(node: KvNode, clock: Clock) -> None:
+    ticket = begin(node, 1)
+    clock.now += PUT_LEASE_S
+    node.reap()
+    assert not ticket.commit_as(key_of(2), info_of(spec_of(2)))
+    assert node.contains(key_of(2)) == []
+    assert node.arena.used_bytes == 0
+
+
 def test_abort_gives_key_and_memory_back_and_may_be_repeated(node: KvNode) -> None:
     ticket = begin(node, 1)
     ticket.abort()
