@@ -1,19 +1,22 @@
 """Replay of a trace of prompts against capacity, for each eviction policy.
 
     python bench/eviction.py --trace TRACE.jsonl.gz [--json FILE] [--svg FILE] [--capacities 500,1000,...]
+    python bench/eviction.py --stream chat|agents|documents|azure|servegen [--trace TRACE.csv.gz]
 
 The trace is in Mooncake's format (one JSON object a line: `input_length`, `hash_ids` of blocks of 512 tokens on a
-prefix chain). Prints a table on stderr and JSON on stdout.
+prefix chain); a stream is one of `prompt_streams.py`. Prints a table on stderr and JSON on stdout.
 
 Every request looks up its chain; only the leading run counts as hits. The blocks after it are computed and stored one
 by one, evicting what has to leave; blocks beyond a gap that are still there count as used, but not as hits. The
-capacity is in blocks of equal size. No policy looks ahead; the ceiling is a store that forgets nothing.
+capacity is in blocks of equal size. No policy looks ahead; ceilings are Belady's rule, which does, and a store that
+forgets nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import heapq
 import json
 import math
 import platform
@@ -24,13 +27,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from tandem.kvstore.eviction import DEFAULT_POLICY, POLICIES, make_policy
-from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+from bench.prompt_streams import SESSIONS, azure, servegen  # noqa: E402
+from tandem.kvstore.eviction import DEFAULT_POLICY, POLICIES, make_policy  # noqa: E402
+from tandem.kvstore.interfaces import ObjectInfo, ObjectKey  # noqa: E402
 
 BLOCK_TOKENS = 512
+BELADY = "belady"
 BLOCK = ObjectInfo(size=BLOCK_TOKENS * 2560, num_tokens=BLOCK_TOKENS, recompute_s=0.05)
 """A block of a small model. Sizes and times are equal, so that only reuse decides."""
 CAPACITIES = (350, 500, 700, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12000, 16000, 24000, 32000, 40000)
+
+CAPACITIES_FOR = 43_924
+"""Distinct blocks of the trace that these were chosen for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,21 @@ def read_trace(path: Path) -> list[Request]:
     ]
 
 
+def read_requests(stream: str | None, trace: Path | None) -> list[Request]:
+    if stream in SESSIONS:
+        prompts = SESSIONS[stream].prompts()
+    elif trace is None:
+        raise ValueError(f"{stream} needs a trace")
+    elif stream is None:
+        return read_trace(trace)
+    else:
+        prompts = {"azure": azure, "servegen": servegen}[stream](trace)
+    return [
+        Request(BLOCK_TOKENS * len(prompt), tuple(ObjectKey(block.to_bytes(32, "big")) for block in prompt))
+        for prompt in prompts
+    ]
+
+
 def replay(requests: Iterable[Request], policy_name: str, capacity_blocks: int | None) -> Result:
     """`capacity_blocks` None: nothing ever leaves, whatever the policy."""
     policy = make_policy(policy_name, (capacity_blocks or 0) * BLOCK.size)
@@ -92,24 +117,58 @@ def replay(requests: Iterable[Request], policy_name: str, capacity_blocks: int |
     return Result(policy_name, capacity_blocks, hits / blocks, token_hits / tokens, seconds)
 
 
+def belady(requests: Sequence[Request], capacity_blocks: int) -> Result:
+    """What leaves is what is used next after everything else, and of one prompt the deepest."""
+    next_use: dict[ObjectKey, int] = {}
+    uses: list[list[int]] = []
+    for index in range(len(requests) - 1, -1, -1):
+        uses.append([next_use.get(key, len(requests)) for key in requests[index].blocks])
+        next_use.update(dict.fromkeys(requests[index].blocks, index))
+    resident: dict[ObjectKey, tuple[int, int, ObjectKey]] = {}
+    heap: list[tuple[int, int, ObjectKey]] = []
+    blocks = hits = tokens = token_hits = 0
+    for request, coming in zip(requests, reversed(uses), strict=True):
+        run = next((i for i, key in enumerate(request.blocks) if key not in resident), len(request.blocks))
+        hits += run
+        blocks += len(request.blocks)
+        token_hits += min(run * BLOCK_TOKENS, request.tokens)
+        tokens += request.tokens
+        for depth, (key, index) in enumerate(zip(request.blocks, coming, strict=True)):
+            while key not in resident and len(resident) >= capacity_blocks:
+                worst = heapq.heappop(heap)
+                if resident.get(worst[-1]) is worst:
+                    del resident[worst[-1]]
+            resident[key] = (-index, -depth, key)
+            heapq.heappush(heap, resident[key])
+    return Result(BELADY, capacity_blocks, hits / blocks, token_hits / tokens)
+
+
 def table(results: Sequence[Result], ceiling: Result) -> str:
     """Markdown: hit rates in percent, and their change against LRU."""
     capacities = sorted({item.capacity_blocks for item in results if item.capacity_blocks is not None})
     rates = {(item.policy, item.capacity_blocks): item.block_hits for item in results}
-    lines = [f"| blocks | {' | '.join(POLICIES)} |", "|---:|" + "---:|" * len(POLICIES)]
+    names = [name for name in (*POLICIES, BELADY) if (name, capacities[0]) in rates]
+    lines = [f"| blocks | {' | '.join(names)} |", "|---:|" + "---:|" * len(names)]
     for capacity in capacities:
         base = rates["lru", capacity]
         cells = [
             f"{100 * rates[name, capacity]:.1f}"
             + ("" if name == "lru" else f" ({100 * (rates[name, capacity] / base - 1):+.1f} %)")
-            for name in POLICIES
+            for name in names
         ]
         lines.append(f"| {capacity:,} | {' | '.join(cells)} |")
-    lines.append(f"| no limit | {' | '.join([f'{100 * ceiling.block_hits:.1f}'] * len(POLICIES))} |")
+    lines.append(f"| no limit | {' | '.join([f'{100 * ceiling.block_hits:.1f}'] * len(names))} |")
     return "\n".join(lines)
 
 
-COLOURS = {"lru": "#888888", "s3fifo": "#1f77b4", "arc": "#2ca02c", "cost": "#d62728", "marking": "#9467bd"}
+COLOURS = {
+    "lru": "#888888",
+    "s3fifo": "#1f77b4",
+    "arc": "#2ca02c",
+    "cost": "#ff7f0e",
+    "reuse": "#d62728",
+    "marking": "#9467bd",
+}
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 60, 20, 110, 50
 
 
@@ -158,27 +217,38 @@ def curve(results: Sequence[Result], ceiling: Result) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--capacities", default=",".join(map(str, CAPACITIES)))
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--stream", choices=(*SESSIONS, "azure", "servegen"))
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--capacities", help="default: those of docs/eviction.md, in proportion to the distinct blocks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     options = parser.parse_args()
-    requests = read_trace(options.trace)
+    if options.trace is None and options.stream not in SESSIONS:
+        parser.error("--trace is needed, unless --stream is one that is invented")
+    requests = read_requests(options.stream, options.trace)
     ceiling = replay(requests, "lru", None)
-    capacities = [int(item) for item in options.capacities.split(",")]
-    results = [replay(requests, name, capacity) for capacity in capacities for name in POLICIES]
+    distinct = len({key for request in requests for key in request.blocks})
+    capacities = (
+        [int(item) for item in options.capacities.split(",")]
+        if options.capacities
+        else [round(capacity * distinct / CAPACITIES_FOR) for capacity in CAPACITIES]
+    )
+    names = options.policies.split(",")
+    results = [replay(requests, name, capacity) for capacity in capacities for name in names]
+    results += [belady(requests, capacity) for capacity in capacities]
     print(table(results, ceiling), file=sys.stderr)
     uses = sum(len(request.blocks) for request in requests)
     report = {
         "requests": len(requests),
         "blocks": uses,
-        "distinct_blocks": len({key for request in requests for key in request.blocks}),
+        "distinct_blocks": distinct,
         "ceiling": {"block_hits": round(ceiling.block_hits, 4), "token_hits": round(ceiling.token_hits, 4)},
         "microseconds_per_block": {
             name: round(
                 1e6 * sum(item.seconds for item in results if item.policy == name) / (uses * len(capacities)), 2
             )
-            for name in POLICIES
+            for name in names
         },
         "default": DEFAULT_POLICY,
         "machine": f"{platform.machine()}, Python {platform.python_version()}",

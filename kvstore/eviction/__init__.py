@@ -14,6 +14,7 @@ from tandem.kvstore.eviction.cost_aware import CostAware
 from tandem.kvstore.eviction.lru import Lru
 from tandem.kvstore.eviction.marking import Marking
 from tandem.kvstore.eviction.quotas import Quotas, Shares
+from tandem.kvstore.eviction.reuse import Reuse
 from tandem.kvstore.eviction.s3fifo import S3Fifo
 from tandem.kvstore.interfaces import EvictionPolicy
 
@@ -24,11 +25,12 @@ POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "s3fifo": S3Fifo,
     "arc": Arc,
     "cost": CostAware,
+    "reuse": Reuse,
     "marking": Marking,
 }
 """Makes an empty policy for a tier of so many bytes."""
 
-DEFAULT_POLICY = "cost"
+DEFAULT_POLICY = "reuse"
 
 
 def make_policy(name: str, capacity_bytes: int) -> EvictionPolicy:

@@ -17,9 +17,11 @@ MAX_GHOSTS = 1 << 18
 class Ghosts(Generic[Note]):
     """Keys with their sizes and a note each, oldest first. Bounded in the bytes that the objects had, and in number."""
 
-    def __init__(self, limit_bytes: int, forgotten: Callable[[Note], None] | None = None) -> None:
-        """`forgotten` is told the note of a key that is dropped for want of room."""
+    def __init__(self, limit_bytes: int, forgotten: Callable[[Note], None] | None = None, least: int = 0) -> None:
+        """`forgotten` is told the note of a key that is dropped for want of room. `least` keys are kept, whatever their
+        bytes."""
         self.limit_bytes = limit_bytes
+        self._least = least
         self.used_bytes = 0
         self._forgotten = forgotten
         self._entries: OrderedDict[ObjectKey, tuple[int, Note]] = OrderedDict()
@@ -38,8 +40,8 @@ class Ghosts(Generic[Note]):
         return entry
 
     def trim(self, limit_bytes: int) -> None:
-        """Drops the oldest until they are within `limit_bytes`."""
-        while self._entries and (self.used_bytes > limit_bytes or len(self._entries) > MAX_GHOSTS):
+        """Drops the oldest until they are within `limit_bytes`, but for the `least` latest."""
+        while len(self._entries) > (self._least if self.used_bytes > limit_bytes else MAX_GHOSTS):
             _, (size, note) = self._entries.popitem(last=False)
             self.used_bytes -= size
             if self._forgotten is not None:

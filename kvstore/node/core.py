@@ -158,11 +158,14 @@ class NodeCore:
         return refusal
 
     def _why_not(self, key: ObjectKey, now: float) -> Refusal | None:
+        """Why a put cannot begin. Offering what is there counts as a use of it: a worker has it cached, and so does not
+        ask for it."""
         if self._closed:
             return Refusal.CLOSED
-        if self._host.get(key, now) is not None or self._host.pending(key) is not None:
+        if (found := self._host.get(key, now)) is not None:
+            self._host.shelf.hit(found)
             return Refusal.EXISTS
-        return None
+        return Refusal.EXISTS if self._host.pending(key) is not None else None
 
     def commit_put(self, ticket: Ticket) -> bool:
         """Of `Ticket.commit`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tandem.kvstore.eviction import reuse
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
 
 MayLeave = Callable[[ObjectKey], bool]
@@ -301,4 +303,161 @@ class SlowCost:
         return len(self.items)
 
 
-REFERENCES = {"lru": SlowLru, "s3fifo": SlowS3Fifo, "arc": SlowArc, "marking": SlowMarking, "cost": SlowCost}
+@dataclass
+class Chunk:
+    key: ObjectKey
+    size: int
+    uses: int
+    used_at: int
+    worth: int
+    order: tuple[int, int, int]
+
+
+@dataclass
+class Observation:
+    use_class: int
+    step: int
+    reused: bool
+    weight: float = 1.0
+
+
+class SlowReuse:
+    """Keeps every observation and sums over all of them. The constants are those of the module, so that a test can
+    make them small."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.items: list[Chunk] = []
+        self.ghosts: list[Chunk] = []
+        self.clock = self.turn = self.fresh = 0
+        self.batch = self.in_batch = self.last_position = 0
+        self.usual = 0.0
+        self.seen: list[Observation] = []
+        self.learned: list[Observation] = []
+
+    def use_class(self, uses: int) -> int:
+        return max(index for index, least in enumerate(reuse.USE_CLASSES) if uses >= least)
+
+    def step(self, age: int) -> int:
+        return min(int(4 * math.log2(age / max(self.capacity / 64, 1.0) + 1.0)), 63)
+
+    def observe(self, chunk: Chunk, reused: bool) -> None:
+        self.seen.append(Observation(self.use_class(chunk.uses), self.step(self.clock - chunk.used_at), reused))
+        self.fresh += 1
+        if self.fresh >= max(len(self.items) // 4, reuse.LEAST_OBSERVATIONS):
+            self.fresh = 0
+            self.learned = [Observation(o.use_class, o.step, o.reused, o.weight) for o in self.seen]
+            for each in self.seen:
+                each.weight *= 0.97
+
+    def uses(self, step: int, use_class: int | None = None) -> float:
+        return sum(o.weight for o in self.learned if o.reused and o.step == step and use_class in (None, o.use_class))
+
+    def time(self, step: int, use_class: int | None = None) -> float:
+        width = 2 ** ((step + 1) / 4) - 2 ** (step / 4)
+        return sum(
+            o.weight * width * (1.0 if o.step > step else 0.5)
+            for o in self.learned
+            if o.step >= step and use_class in (None, o.use_class)
+        )
+
+    def tables(self) -> tuple[list[float], list[float]]:
+        """Rates by age, from the definition of isotonic regression, and factors by class."""
+        if not self.learned:
+            return [1.0] * 64, [1.0] * len(reuse.USE_CLASSES)
+        uses, times = [self.uses(step) for step in range(64)], [self.time(step) for step in range(64)]
+
+        def average(first: int, last: int) -> float:
+            time = sum(times[first : last + 1])
+            return sum(uses[first : last + 1]) / time if time else 0.0
+
+        oldest = max(o.step for o in self.learned)
+        curve = [
+            min(max(average(first, last) for last in range(step, oldest + 1)) for first in range(step + 1))
+            for step in range(oldest + 1)
+        ]
+        factors = []
+        for use_class in range(len(reuse.USE_CLASSES)):
+            own = sum(self.uses(step, use_class) for step in range(64))
+            expected = sum(
+                uses[step] / times[step] * self.time(step, use_class) for step in range(64) if times[step] > 0
+            )
+            factors.append(math.sqrt((own + reuse.DOUBT) / (expected + reuse.DOUBT)))
+        return curve + [0.0] * (63 - oldest), factors
+
+    def insert(self, key: ObjectKey, info: ObjectInfo) -> None:
+        self.remove(key)
+        self.clock += info.size
+        uses = 1
+        for ghost in [ghost for ghost in self.ghosts if ghost.key == key]:
+            self.ghosts.remove(ghost)
+            self.observe(ghost, True)
+            uses = ghost.uses + 1
+        worth = 0
+        if info.recompute_s > 0:
+            cost = info.recompute_s / info.size
+            self.usual = 0.99 * self.usual + 0.01 * cost if self.usual else cost
+            worth = min(max(round(math.log2(cost / self.usual)), -4), 4)
+        self.use(Chunk(key, info.size, uses, 0, worth, (0, -info.start_position, 0)))
+
+    def use(self, chunk: Chunk) -> None:
+        self.turn += 1
+        position = -chunk.order[1]
+        if position <= self.last_position and self.in_batch >= self.capacity // 32:
+            self.batch += 1
+            self.in_batch = 0
+        self.in_batch += chunk.size
+        self.last_position = position
+        chunk.used_at, chunk.order = self.clock, (self.batch, -position, self.turn)
+        self.items.append(chunk)
+
+    def hit(self, key: ObjectKey) -> None:
+        for chunk in [chunk for chunk in self.items if chunk.key == key]:
+            self.clock += chunk.size
+            self.observe(chunk, True)
+            self.items.remove(chunk)
+            chunk.uses += 1
+            self.use(chunk)
+
+    def remove(self, key: ObjectKey) -> None:
+        self.items = [chunk for chunk in self.items if chunk.key != key]
+
+    def values(self, may_leave: MayLeave) -> dict[ObjectKey, tuple[float, int]]:
+        """Of the first that may leave in each queue: value and last use. The least leaves."""
+        curve, factors = self.tables()
+        heads: dict[tuple[int, int], Chunk] = {}
+        for chunk in sorted(self.items, key=lambda each: each.order):
+            if may_leave(chunk.key):
+                heads.setdefault((self.use_class(chunk.uses), chunk.worth), chunk)
+        return {
+            chunk.key: (2.0**worth * factors[use_class] * curve[self.step(self.clock - chunk.used_at)], chunk.used_at)
+            for (use_class, worth), chunk in heads.items()
+        }
+
+    def left(self, key: ObjectKey) -> None:
+        chunk = next(chunk for chunk in self.items if chunk.key == key)
+        self.items.remove(chunk)
+        self.ghosts.append(chunk)
+        while len(self.ghosts) > reuse.LEAST_GHOSTS and sum(each.size for each in self.ghosts) > 2 * self.capacity:
+            self.observe(self.ghosts.pop(0), False)
+
+    def evict(self, may_leave: MayLeave) -> ObjectKey | None:
+        values = self.values(may_leave)
+        if not values:
+            return None
+        victim = min(values, key=lambda key: values[key])
+        self.left(victim)
+        return victim
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+REFERENCES = {
+    "lru": SlowLru,
+    "s3fifo": SlowS3Fifo,
+    "arc": SlowArc,
+    "marking": SlowMarking,
+    "cost": SlowCost,
+    "reuse": SlowReuse,
+}

@@ -54,6 +54,15 @@ def test_a_key_is_taken_while_somebody_writes_it_and_after(node: KvNode) -> None
     assert node.stats().refused == {"exists": 2}
 
 
+def test_what_is_offered_again_counts_as_used(node: KvNode) -> None:
+    for number in range(1, 5):
+        put(node, spec_of(number))
+    assert node.begin_put(key_of(1), info_of(spec_of(1))) is Refusal.EXISTS
+    put(node, spec_of(5))
+    assert [place.key for place in node.locate([key_of(1)])] == [key_of(1)]
+    assert node.locate([key_of(2)]) == []
+
+
 def test_memory_is_filled_with_another_object_than_it_was_begun_for(node: KvNode) -> None:
     ticket = begin(node, 1)
     ticket.buffer[:] = bundle_of(spec_of(2))
