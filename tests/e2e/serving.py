@@ -261,6 +261,9 @@ class Serve:
     def idle(self) -> bool:
         return self.metric("tandem_worker_running") == self.metric("tandem_worker_waiting") == 0
 
+    def all_blocks_free(self) -> bool:
+        return self.metric("tandem_worker_free_blocks") == self.metric("tandem_worker_total_blocks") > 0
+
 
 def _pump(stream: Any, take: Callable[[str], object]) -> None:
     for line in stream:

@@ -61,18 +61,16 @@ def test_without_prefill_workers_decode_does_it_all(serve: Serve, prompt: MakePr
 
 
 def test_a_client_that_goes_away_frees_everything(serve: Serve, prompt: MakePrompt) -> None:
-    free = serve.metric("tandem_worker_total_blocks")
     events = serve.stream(prompt(600), 3000)
     next(events)
     assert serve.metric("tandem_worker_running", role="decode") == 1
     events.close()
     eventually(serve.idle, what="workers idle")
-    eventually(lambda: serve.metric("tandem_worker_free_blocks") == free, what="blocks free")
+    eventually(serve.all_blocks_free, what="blocks free")
 
 
 def test_a_client_that_leaves_during_prefill_frees_both_sides(serve: Serve, prompt: MakePrompt) -> None:
-    free = serve.metric("tandem_worker_total_blocks")
     with pytest.raises(httpx.ReadTimeout):
         serve.http.post("/v1/completions", json={"model": serve.model, "prompt": prompt(4000)}, timeout=0.3)
     eventually(serve.idle, what="workers idle")
-    eventually(lambda: serve.metric("tandem_worker_free_blocks") == free, what="blocks free")
+    eventually(serve.all_blocks_free, what="blocks free")
