@@ -18,6 +18,7 @@ which few fit the CPU's caches. Rounds are interleaved. What the rows are:
     shared        the node of another process, through its shared memory, as a worker uses it
     peer-shared   another node on this host, as a node reads it
     peer-tcp      a node of another host, as a node reads it (here over loopback)
+    peer-nixl     the same over NIXL, if that is installed (here over what UCX chooses on one host, or `UCX_TLS`)
     disk, redis   the tiers by themselves; the disk mostly the page cache
 """
 
@@ -25,10 +26,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
@@ -46,6 +49,7 @@ import redis
 from numpy.typing import NDArray
 
 from tandem.kvstore.dataplane.client import RemoteHomeNode
+from tandem.kvstore.dataplane.nixl import PACKAGES, NixlAgent
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
 from tandem.kvstore.directory import EmbeddedDirectory
 from tandem.kvstore.interfaces import HomeNode, NodeInfo, ObjectInfo, ObjectKey, Refusal, Tier
@@ -64,11 +68,13 @@ RATIOS = {
     "shared": "memcpy",
     "peer-shared": "memcpy",
     "peer-tcp": "raw-tcp",
+    "peer-nixl": "raw-tcp",
     "redis": "redis-py",
     "mooncake": "raw-tcp",
     "nixl-shared": "memcpy",
     "nixl-tcp": "raw-tcp",
 }
+HAS_NIXL = any(importlib.util.find_spec(package) for package in PACKAGES)
 PEERS = Path(__file__).parent / "peers"
 
 Objects = Sequence[tuple[ObjectKey, NDArray[np.uint8]]]
@@ -95,7 +101,7 @@ def key_of(number: int) -> ObjectKey:
 def node_process(commands: Connection, folder: str) -> None:
     """A store node, and a plain socket that sends as many bytes as it is asked for."""
     store = open_node(
-        StoreSettings(kv_host_bytes=NODE_BYTES, store_listen="127.0.0.1:0", kv_eviction="lru"),
+        StoreSettings(kv_host_bytes=NODE_BYTES, store_listen="127.0.0.1:0", kv_eviction="lru", kv_nixl=HAS_NIXL),
         "n0",
         1,
         unix_path=f"{folder}/node.sock",
@@ -178,8 +184,8 @@ def home_node(home: HomeNode) -> System:
     return System(put, get)
 
 
-def peer(node: NodeInfo) -> System:
-    reader = SocketPeerReader(lambda: {node.node_id: node}, "bench")
+def peer(node: NodeInfo, agent: NixlAgent | None = None) -> System:
+    reader = SocketPeerReader(lambda: {node.node_id: node}, "bench", agent=agent)
 
     def put(objects: Objects) -> None:
         for key, content in objects:
@@ -230,6 +236,7 @@ def other_engine(command: Sequence[str], stack: contextlib.ExitStack) -> System:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
     )
     assert process.stdin is not None
@@ -237,13 +244,17 @@ def other_engine(command: Sequence[str], stack: contextlib.ExitStack) -> System:
     stack.callback(process.stdin.close)
     if "ready\n" not in process.stdout:
         raise RuntimeError(f"does not start: {' '.join(command)}")
+    stack.callback(os.killpg, process.pid, signal.SIGCONT)
+    os.killpg(process.pid, signal.SIGSTOP)  # NIXL's agents spin while they wait, which would slow everybody else down
 
     def move(operation: str, objects: Objects) -> float:
         assert process.stdin is not None
         assert process.stdout is not None
+        os.killpg(process.pid, signal.SIGCONT)
         process.stdin.write(f"{operation} {len(objects)} {len(objects[0][1])}\n")
         process.stdin.flush()
         done, seconds = process.stdout.readline().split()
+        os.killpg(process.pid, signal.SIGSTOP)
         assert done == "done"
         return float(seconds)
 
@@ -279,10 +290,10 @@ def main() -> None:
     parser.add_argument("--nixl", help="Python of an environment with NIXL")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        systems = open_systems(options, stack)
+        source, target = np.ones(BYTES_PER_CELL, np.uint8), np.zeros(BYTES_PER_CELL, np.uint8)
+        systems = open_systems(options, target, stack)
         rates: dict[tuple[str, str, int], list[float]] = {}
         latencies: dict[tuple[str, str, int], list[float]] = {}
-        source, target = np.ones(BYTES_PER_CELL, np.uint8), np.zeros(BYTES_PER_CELL, np.uint8)
         numbers = iter(range(1, 1 << 40))
         for turn in range(options.rounds + 1):
             for size in SIZES:
@@ -305,7 +316,10 @@ def main() -> None:
         report(rates, latencies, options.json)
 
 
-def open_systems(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, System]:
+def open_systems(
+    options: argparse.Namespace, target: NDArray[np.uint8], stack: contextlib.ExitStack
+) -> dict[str, System]:
+    """`target`: where everything that is got arrives."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     context = multiprocessing.get_context("spawn")
     commands, theirs = context.Pipe()
@@ -328,6 +342,11 @@ def open_systems(options: argparse.Namespace, stack: contextlib.ExitStack) -> di
     here = NodeInfo(node_id="n0", epoch=1, host_id=local_host_id(), unix_path=f"{folder}/node.sock")
     far = NodeInfo(node_id="n0", epoch=1, host_id="another", host="127.0.0.1", port=port)
     systems["peer-shared"], systems["peer-tcp"] = peer(here), peer(far)
+    if HAS_NIXL:
+        agent = NixlAgent("bench")
+        stack.callback(agent.close)
+        agent.register(memoryview(target), lambda start, stop: lambda: None)
+        systems["peer-nixl"] = peer(far, agent)
 
     disk = open_tier(f"disk:{folder}/disk", 4 << 30)
     stack.callback(disk.close)

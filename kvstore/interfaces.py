@@ -198,8 +198,9 @@ class PeerReader(Protocol):
     """Reads objects of other nodes."""
 
     def read_many(self, node_id: str, ranges: Sequence[tuple[ObjectKey, int, memoryview]]) -> list[bool]:
-        """For each (key, offset, out), in order: whether `out` now holds the bytes. Pipelined; blocks for at most a
-        few seconds; all False if the node cannot be reached."""
+        """For each (key, offset, out), in order: whether `out` now holds the bytes; where it does not, its content is
+        anything, and may still change. Pipelined; blocks for at most a few seconds; all False if the node cannot be
+        reached."""
 
     def read_encoded(self, node_id: str, key: ObjectKey, codec: str) -> EncodedObject | None:
         """The whole object under another codec. None: that node has it in no host memory, or cannot be reached."""

@@ -13,6 +13,7 @@ from tandem.common.errors import ConfigError
 from tandem.kvstore.codecs import Fidelity, get_codec
 from tandem.kvstore.dataplane.auth import ServerIdentity, read_secret
 from tandem.kvstore.dataplane.client import RemoteHomeNode
+from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.dataplane.stats import DataPlaneStats
@@ -100,9 +101,13 @@ def open_node(
             directory = open_directory(settings.kv_directory, secret)
             opened.callback(directory.close)
         _check_names(settings)
+        agent = None
+        if settings.kv_nixl and directory is not None:
+            agent = NixlAgent(node_id)
+            opened.callback(agent.close)  # after the node, which reads through it
         peers = None
         if directory is not None:
-            peers = SocketPeerReader(directory.nodes, node_id, secret=secret)
+            peers = SocketPeerReader(directory.nodes, node_id, secret=secret, agent=agent)
             opened.callback(peers.close)
         with contextlib.ExitStack() as unowned:
             tiers = _open_tiers(settings, unowned)
@@ -126,13 +131,15 @@ def open_node(
             )
             unowned.pop_all()  # the node closes them
         opened.callback(node.close)
+        if agent is not None:
+            agent.register(node.arena.view(0, node.arena.capacity_bytes), node.keep)
         server = None
         if directory is not None or unix_path:
             if not unix_path:
                 folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="tandem-kv-"))
                 unix_path = str(Path(folder) / "node.sock")
             unix_path = str(Path(unix_path).absolute())
-            server = _serve(settings, node, ServerIdentity(node_id, epoch, local_host_id()), unix_path, secret)
+            server = _serve(settings, node, ServerIdentity(node_id, epoch, local_host_id()), unix_path, secret, agent)
             opened.callback(server.stop)
         host = split_address(settings.store_listen, "store_listen")[0] if settings.store_listen else ""
         node.start(unix_path=unix_path, host=host, port=server.port if server else 0, grpc_address=grpc_address)
@@ -175,10 +182,15 @@ class _Replicas:
 
 
 def _serve(
-    settings: StoreSettings, node: KvNode, identity: ServerIdentity, unix_path: str, secret: bytes
+    settings: StoreSettings,
+    node: KvNode,
+    identity: ServerIdentity,
+    unix_path: str,
+    secret: bytes,
+    agent: NixlAgent | None,
 ) -> DataServer:
     listen = split_address(settings.store_listen, "store_listen") if settings.store_listen else None
-    server = DataServer(node, identity, unix_path=unix_path, listen=listen, secret=secret)
+    server = DataServer(node, identity, unix_path=unix_path, listen=listen, secret=secret, agent=agent)
     try:
         server.start()
     except OSError as error:

@@ -60,6 +60,9 @@ class StoreSettings:
     """Share of a tier that one tenant may fill; 1: no limit."""
     kv_quotas: dict[str, float] = field(default_factory=dict)
     """Tenants for whom another share holds, such as `{acme: 0.25}`."""
+    kv_nixl: bool = False
+    """Read from nodes of other hosts, and let them read, over NIXL (RDMA where there is a network card for it) where
+    both sides have this set. All of `kv_host_bytes` is pinned at the start."""
     kv_replicas: int = 1
     """Copies, on different nodes, of what is read often. Needs `kv_directory` if more than 1."""
 
@@ -71,7 +74,7 @@ class StoreSettings:
             if getattr(self, setting) and getattr(self, bound) == 0:
                 raise ConfigError(f"{bound} 0: {setting} is set, so say how many bytes it may take")
         if not self.kv_host_bytes and not self.kv_node:
-            for setting in ("kv_disk", "kv_remote", "kv_directory", "store_listen"):
+            for setting in ("kv_disk", "kv_remote", "kv_directory", "store_listen", "kv_nixl"):
                 if getattr(self, setting):
                     raise ConfigError(f"{setting} is set and kv_host_bytes is 0: everything passes through host memory")
         if self.kv_chunk_tokens <= 0:

@@ -1,8 +1,10 @@
-"""Reads objects of other nodes: through their arena on the same host (one copy), over TCP otherwise (received straight
-into the caller's buffers). A few connections per node; a node that failed is left alone for a moment."""
+"""Reads objects of other nodes: through their arena on the same host (one copy), over NIXL where both ends have it,
+over TCP otherwise (both straight into the caller's buffers). A few connections per node; a node that failed is left
+alone for a moment."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,14 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tandem.kvstore.dataplane import protocol
 from tandem.kvstore.dataplane.auth import HandshakeRefused, greet
 from tandem.kvstore.dataplane.client import map_arena
 from tandem.kvstore.dataplane.link import STALL_S, Link, connect_tcp, connect_unix, expect
+from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.protocol import MAX_OBJECT_BYTES, MAX_RANGES, Kind, ProtocolError
+from tandem.kvstore.dataplane.windows import MappedArena, Outcome, Window
 from tandem.kvstore.interfaces import EncodedObject, NodeInfo, ObjectInfo, ObjectKey, Refusal
 from tandem.kvstore.transport.peers import local_host_id
 
@@ -36,66 +37,79 @@ _FAULTS = (OSError, ProtocolError, HandshakeRefused)
 class PeerConnection:
     """One conversation at a time. Raises OSError, ProtocolError, after which it must be closed."""
 
-    def __init__(self, link: Link, arena: NDArray[np.uint8] | None) -> None:
+    def __init__(self, link: Link, arena: MappedArena | None) -> None:
         self._link = link
         self._arena = arena
+        self._window: Window | None = arena
         self._last_id = 0
 
     @classmethod
-    def open(cls, node: NodeInfo, name: str, secret: bytes) -> PeerConnection:
-        """Over the unix socket where node and reader share a host, else TCP. Raises OSError, ProtocolError,
-        HandshakeRefused."""
+    def open(cls, node: NodeInfo, name: str, secret: bytes, agent: NixlAgent | None) -> PeerConnection:
+        """Over the unix socket where node and reader share a host, else TCP, with `agent` for reads. Raises OSError,
+        ProtocolError, HandshakeRefused."""
         failures: list[str] = []
         if node.unix_path and node.host_id == local_host_id() and Path(node.unix_path).is_socket():
             try:
-                return cls._greeted(connect_unix(node.unix_path), node, name, secret)
+                return cls._greeted(connect_unix(node.unix_path), node, name, secret, None)
             except _FAULTS as error:
                 failures.append(f"{node.unix_path}: {error}")
         if node.host and node.port:
             try:
-                return cls._greeted(connect_tcp(node.host, node.port), node, name, secret)
+                return cls._greeted(connect_tcp(node.host, node.port), node, name, secret, agent)
             except _FAULTS as error:
                 failures.append(f"{node.host}:{node.port}: {error}")
         raise ConnectionError("; ".join(failures) or "none of its addresses can be used from this host")
 
     @classmethod
-    def _greeted(cls, link: Link, node: NodeInfo, name: str, secret: bytes) -> PeerConnection:
+    def _greeted(cls, link: Link, node: NodeInfo, name: str, secret: bytes, agent: NixlAgent | None) -> PeerConnection:
         try:
             greeting = greet(link, name, secret)
             arena = None
             if greeting.descriptor is not None:
-                arena = np.frombuffer(map_arena(greeting.descriptor, greeting.arena_bytes), np.uint8)
+                arena = MappedArena(map_arena(greeting.descriptor, greeting.arena_bytes))
             if greeting.server.node_id != node.node_id:
                 raise ConnectionError(f"node {greeting.server.node_id!r} answers there")
-            return cls(link, arena)
+            connection = cls(link, arena)
+            if agent is not None and agent.info is not None:
+                connection._open_window(agent)
+            return connection
         except BaseException:
             link.close()
             raise
+
+    def _open_window(self, agent: NixlAgent) -> None:
+        self._link.send(Kind.AGENT, self._next_id())
+        self._window = agent.open(self._answer(protocol.AgentInfo))
 
     def read_many(self, ranges: Ranges) -> list[bool]:
         done: list[bool] = []
         for start in range(0, len(ranges), MAX_RANGES):
             batch = ranges[start : start + MAX_RANGES]
-            done += self._read(batch) if self._arena is None else self._copy(self._arena, batch)
+            done += self._read(batch) if self._window is None else self._copy(self._window, batch)
         return done
 
-    def _copy(self, arena: NDArray[np.uint8], ranges: Ranges) -> list[bool]:
+    def _copy(self, window: Window, ranges: Ranges) -> list[bool]:
         number = self._next_id()
         self._link.send(Kind.LEASE, number, protocol.Lease(_wire(ranges)))
         offsets = self._answer(protocol.Leased).offsets
         if len(offsets) != len(ranges):
             raise ProtocolError(f"{len(offsets)} places for {len(ranges)} ranges")
-        for offset, (_, _, out) in zip(offsets, ranges, strict=True):
-            if offset + len(out) > len(arena):
-                raise ProtocolError("a place outside the arena")
-            if offset >= 0:
-                _copy(out, arena[offset : offset + len(out)])
+        if any(offset + len(out) > window.capacity_bytes for offset, (_, _, out) in zip(offsets, ranges, strict=True)):
+            raise ProtocolError("a place outside the arena")
+        here = [index for index, offset in enumerate(offsets) if offset >= 0]
+        outcomes = window.read([(offsets[index], ranges[index][2]) for index in here])
+        done = [False] * len(ranges)
+        for index, outcome in zip(here, outcomes, strict=True):
+            done[index] = outcome is Outcome.DONE
+        if Outcome.LOST in outcomes:
+            with contextlib.suppress(OSError):  # which would have the caller try again, into buffers that are lost
+                self._link.send(Kind.RELEASE, number)
+            return done
         self._link.send(Kind.RELEASE, number)
-        done = [offset >= 0 for offset in offsets]
-        missing = [i for i, there in enumerate(done) if not there]
-        if missing:  # not in host memory, perhaps on disk
-            for i, there in zip(missing, self._read([ranges[i] for i in missing]), strict=True):
-                done[i] = there
+        missing = [index for index, there in enumerate(done) if not there]
+        if missing:  # not in host memory, perhaps on disk; or the window does not reach it
+            for index, there in zip(missing, self._read([ranges[index] for index in missing]), strict=True):
+                done[index] = there
         return done
 
     def _read(self, ranges: Ranges) -> list[bool]:
@@ -133,13 +147,15 @@ class PeerConnection:
         ticket = self._answer(protocol.Ticket)
         if ticket.refusal is not None:
             return ticket.refusal is Refusal.EXISTS
-        if not 0 <= ticket.offset <= len(self._arena) - len(content):
+        if not 0 <= ticket.offset <= self._arena.capacity_bytes - len(content):
             raise ProtocolError("a place outside the arena")
-        _copy(self._arena[ticket.offset : ticket.offset + len(content)], content)
+        self._arena.write(ticket.offset, content)
         self._link.send(Kind.COMMIT, self._next_id(), protocol.Commit(number, answer=True))
         return self._answer(protocol.Done).done
 
     def close(self) -> None:
+        if self._window is not None:
+            self._window.close()
         self._link.close()
 
     def _next_id(self) -> int:
@@ -155,11 +171,6 @@ class PeerConnection:
 
 def _wire(ranges: Ranges) -> list[protocol.Range]:
     return [protocol.Range(key, offset, len(out)) for key, offset, out in ranges]
-
-
-def _copy(target: memoryview | NDArray[np.uint8], source: memoryview | NDArray[np.uint8]) -> None:
-    """numpy's copy lets other threads run; a memoryview's does not."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 class _Peer:
@@ -180,11 +191,20 @@ class _Peer:
 class SocketPeerReader:
     """`interfaces.PeerReader`. Never raises."""
 
-    def __init__(self, nodes: Callable[[], dict[str, NodeInfo]], name: str, *, secret: bytes = b"") -> None:
-        """`nodes` lists the live ones, as `Directory.nodes` does; `name` is for the other node's log."""
+    def __init__(
+        self,
+        nodes: Callable[[], dict[str, NodeInfo]],
+        name: str,
+        *,
+        secret: bytes = b"",
+        agent: NixlAgent | None = None,
+    ) -> None:
+        """`nodes` lists the live ones, as `Directory.nodes` does; `name` is for the other node's log; `agent` reads
+        from other hosts, into its own arena."""
         self._nodes = nodes
         self._name = name
         self._secret = secret
+        self._agent = agent
         self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}
         self._closed = False
@@ -238,7 +258,7 @@ class SocketPeerReader:
                 return answer
         if time.monotonic() < peer.blocked_until:
             return None
-        connection = PeerConnection.open(peer.node, self._name, self._secret)
+        connection = PeerConnection.open(peer.node, self._name, self._secret, self._agent)
         try:
             answer = ask(connection)
         except BaseException:

@@ -19,7 +19,8 @@ from msgspec import Meta
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal
 
 PROTOCOL_VERSION = 2
-"""1: first version. 2: memory is held for puts to come, look-ups may begin the fetch.
+"""1: first version. 2: memory is held for puts to come, look-ups may begin the fetch, and
+arenas can be read over NIXL.
 
 In every version the first 8 bytes are magic, version and kind, and a server answers a Hello of a version it does not
 speak with a Refuse of its own version, so that both sides can name the two."""
@@ -37,6 +38,8 @@ MAX_HELD = 4
 """Of one Commit."""
 MAX_RANGES = 4096
 """Of one Read or Lease."""
+MAX_METADATA_BYTES = 64 << 10
+"""Of a NIXL agent: some hundred bytes for each network device."""
 
 
 class ProtocolError(Exception):
@@ -221,6 +224,17 @@ class Push(Body, frozen=True):
     info: ObjectInfo
 
 
+class AgentInfo(Body, frozen=True):
+    """The answer to an Agent: how to read the arena over NIXL."""
+
+    name: _Name
+    metadata: Annotated[bytes, Meta(max_length=MAX_METADATA_BYTES)]
+    """Empty: it cannot be read in this way."""
+    address: Annotated[int, Meta(ge=0, le=1 << 62)]
+    """Of the arena, in the node's process."""
+    arena_bytes: Annotated[int, Meta(ge=0, le=1 << 52)]
+
+
 class Nothing(Body, frozen=True):
     """The frame says it all."""
 
@@ -262,6 +276,8 @@ class Kind(enum.IntEnum):
     PUSH = 35
     READ_ENCODED = 36
     ENCODED = 37
+    AGENT = 38
+    AGENT_INFO = 39
 
 
 _BODIES: dict[Kind, type[Body]] = {
@@ -289,6 +305,7 @@ _BODIES: dict[Kind, type[Body]] = {
     Kind.PUSH: Push,
     Kind.READ_ENCODED: ReadEncoded,
     Kind.ENCODED: Encoded,
+    Kind.AGENT_INFO: AgentInfo,
 }
 """Other kinds have no body."""
 _KIND_OF = {body: kind for kind, body in _BODIES.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tandem.kvstore.dataplane.auth import ServerIdentity
 from tandem.kvstore.dataplane.interfaces import ServedNode
+from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.session import Session
 from tandem.kvstore.dataplane.stats import Counters, DataPlaneStats
 from tandem.kvstore.listening import Listener
@@ -29,12 +30,15 @@ class DataServer:
         unix_path: str = "",
         listen: tuple[str, int] | None = None,
         secret: bytes = b"",
+        agent: NixlAgent | None = None,
     ) -> None:
+        """`agent`: other hosts may read the arena through it."""
         self._node = node
         self._identity = identity
         self._secret = secret
         self._counters = Counters()
         self._scratch = threading.Semaphore(_SCRATCH_BUFFERS)
+        self._agent = agent
         self._lock = threading.Lock()
         self._sessions: set[Session] = set()
         self._stopping = False
@@ -68,7 +72,16 @@ class DataServer:
             session.stop()
 
     def _admit(self, sock: socket.socket) -> None:
-        session = Session(sock, self._node, self._identity, self._secret, self._counters, self._scratch, self._ended)
+        session = Session(
+            sock,
+            self._node,
+            self._identity,
+            self._secret,
+            self._counters,
+            self._scratch,
+            self._agent,
+            self._ended,
+        )
         with self._lock:
             full = len(self._sessions) >= MAX_CONNECTIONS
             if not full:

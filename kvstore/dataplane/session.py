@@ -16,16 +16,16 @@ import threading
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from tandem.kvstore.bundle import transcode
 from tandem.kvstore.codecs import CODECS
 from tandem.kvstore.dataplane import protocol
 from tandem.kvstore.dataplane.auth import HandshakeRefused, ServerIdentity, admit, refuse, welcome
 from tandem.kvstore.dataplane.interfaces import ServedFetch, ServedNode, ServedTicket
 from tandem.kvstore.dataplane.link import Link, expect
+from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_OBJECT_BYTES, Body, Header, Kind, ProtocolError
 from tandem.kvstore.dataplane.stats import Counters
+from tandem.kvstore.dataplane.windows import address_of
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, TierName
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Session:
         secret: bytes,
         counters: Counters,
         scratch: threading.Semaphore,
+        agent: NixlAgent | None,
         on_ended: Callable[[Session], None],
     ) -> None:
         self._link = Link(sock)
@@ -63,6 +64,7 @@ class Session:
         self._secret = secret
         self._counters = counters
         self._scratch = scratch
+        self._agent = agent
         self._on_ended = on_ended
         self._name = ""
         self._tickets: dict[int, ServedTicket] = {}
@@ -79,6 +81,7 @@ class Session:
             Kind.READ: self._read,
             Kind.PUSH: self._push,
             Kind.READ_ENCODED: self._read_encoded,
+            Kind.AGENT: self._tell_agent,
         }
         if self._link.is_unix:  # what lies in the arena is of use to those who can map it
             self._handlers |= {
@@ -315,15 +318,19 @@ class Session:
         if header.id in self._leases:
             raise ProtocolError("two leases have one id")
         offsets = [-1] * len(ranges)
-        if len(self._leases) < MAX_LEASES and self._link.is_unix:
+        if len(self._leases) < MAX_LEASES and (self._link.is_unix or self._agent is not None):
             held = self._leases[header.id] = contextlib.ExitStack()
-            start = _address(self._node.arena.view(0, 1))
+            start = address_of(self._node.arena.view(0, 1))
             for i, wanted in enumerate(ranges):
                 view = held.enter_context(self._node.view(wanted.key))
                 if view is not None and 0 < wanted.length <= len(view) - wanted.offset:
-                    offsets[i] = _address(view) - start + wanted.offset
+                    offsets[i] = address_of(view) - start + wanted.offset
         self._counters.add("leased_ranges", len(ranges) - offsets.count(-1))
         self._link.send(Kind.LEASED, header.id, protocol.Leased(offsets))
+
+    def _tell_agent(self, header: Header, body: Body) -> None:
+        info = self._agent.info if self._agent is not None else None
+        self._link.send(Kind.AGENT_INFO, header.id, info or protocol.AgentInfo("", b"", 0, 0))
 
     def _release(self, header: Header, body: Body) -> None:
         held = self._leases.pop(header.id, None)
@@ -382,7 +389,3 @@ class Session:
             raise
         self._counters.add("received_bytes", header.payload_length)
         self._link.send(Kind.DONE, header.id, protocol.Done(ticket.commit()))
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])

@@ -16,7 +16,7 @@ class DataPlaneStats:
     """Wrong secret, other version, no room."""
     malformed_frames: int = 0
     leased_ranges: int = 0
-    """Read by peers of this host straight from the arena."""
+    """Read by peers straight from the arena: through shared memory, or over NIXL."""
     sent_ranges: int = 0
     missed_ranges: int = 0
     """Asked for by a peer and not there."""

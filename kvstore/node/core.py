@@ -406,8 +406,7 @@ class NodeCore:
         with self._lock:
             item = None if self._closed else self._host.get(key, self._clock())
             if item is not None:
-                self._host.lease(item)
-                self._views[item] += 1
+                self._lease_view(item)
                 if counts:
                     self._host.shelf.hit(item)
                     self._hot.note(key)
@@ -418,10 +417,7 @@ class NodeCore:
             yield self._host.view(item).toreadonly()
         finally:
             with self._lock:
-                self._views[item] -= 1
-                if not self._views[item]:
-                    del self._views[item]
-                self._host.release(item)
+                self._release_view(item)
 
     def read_range(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         """From host memory or disk. False: not there, too short, or a fault."""
@@ -456,6 +452,22 @@ class NodeCore:
             return ticket is Refusal.EXISTS
         ticket.buffer[:] = copy
         return ticket.commit()
+
+    def keep(self, start: int, stop: int) -> Callable[[], None]:
+        """Objects with bytes between these offsets of the arena keep their memory until what this returns is called:
+        somebody may still write there."""
+        with self._lock:
+            living = self._host.living()
+            items = [item for item in living if item.offset < stop and start < item.offset + item.info.size]
+            for item in items:
+                self._lease_view(item)
+
+        def let_go() -> None:
+            with self._lock:
+                for item in items:
+                    self._release_view(item)
+
+        return let_go
 
     # Wrong content
 
@@ -518,6 +530,16 @@ class NodeCore:
         return lower.write(item.key, info, encoded)
 
     # Under the lock
+
+    def _lease_view(self, item: HostObject) -> None:
+        self._host.lease(item)
+        self._views[item] += 1
+
+    def _release_view(self, item: HostObject) -> None:
+        self._views[item] -= 1
+        if not self._views[item]:
+            del self._views[item]
+        self._host.release(item)
 
     def _evicted(self, item: HostObject) -> None:
         self._announcer.note(item.key, TierName.HOST, 0)

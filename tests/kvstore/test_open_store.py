@@ -178,6 +178,7 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
     ("settings", "complaint"),
     [
         ({"kv_disk": "/x"}, "kv_disk is set and kv_host_bytes is 0"),
+        ({"kv_nixl": True}, "kv_nixl is set and kv_host_bytes is 0"),
         ({"kv_host_bytes": -1}, "kv_host_bytes"),
         ({"kv_host_bytes": 1, "kv_disk": "/x", "kv_disk_bytes": 0}, "kv_disk_bytes"),
         ({"kv_chunk_tokens": 0}, "kv_chunk_tokens"),
