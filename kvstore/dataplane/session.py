@@ -364,14 +364,14 @@ class Session:
                 if view is not None and len(view) <= SCRATCH_BYTES:
                     content = transcode(view, wanted.codec)
         answer = protocol.Encoded(time.perf_counter() - started)
-        self._link.send(Kind.ENCODED, header.id, answer, memoryview(content or b""))
         self._counters.add("sent_encoded" if content else "missed_encoded")
         self._counters.add("sent_bytes", len(content or b""))
+        self._link.send(Kind.ENCODED, header.id, answer, memoryview(content or b""))
 
     def _send_data(self, frame_id: int, content: memoryview | None) -> None:
-        self._link.send(Kind.DATA, frame_id, payload=content or b"")
         self._counters.add("sent_ranges" if content else "missed_ranges")
         self._counters.add("sent_bytes", len(content or b""))
+        self._link.send(Kind.DATA, frame_id, payload=content or b"")
 
     def _push(self, header: Header, body: Body) -> None:
         push = expect(body, protocol.Push)

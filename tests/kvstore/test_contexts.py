@@ -173,7 +173,7 @@ def test_contexts_survive_a_restart_and_their_kv_is_pinned_where_it_is(
     put_there = shelf.put("acme", "manual", tokens, root=ROOT, ttl_s=60)
     shelf.put("acme", "short", [1], root=ROOT, ttl_s=30)
     arrive(node, keys_of(tokens))
-    assert node.flush(5)
+    assert node.flush(60)
     node.close()
     (tmp_path / "half.new").write_bytes(b"half")
     assert all((bytes([65, 0, 0, 0, 66]) in path.read_bytes()) <= (not key) for path in tmp_path.glob("*.context"))

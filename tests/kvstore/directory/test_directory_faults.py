@@ -71,7 +71,7 @@ def filled(name: str, directory: Directory) -> Holder:
     for number in NUMBERS[:20]:
         node.take(number)
     node.join(directory)
-    assert directory.flush(10)  # type: ignore[attr-defined]
+    assert directory.flush(60)  # type: ignore[attr-defined]
     assert shows(directory, node)
     return node
 
@@ -105,12 +105,12 @@ def test_redis_comes_back_with_yesterdays_content(  # type: ignore[no-untyped-de
     node, leaving = filled("a", first), Holder("b")
     leaving.take(28)
     leaving.join(second)
-    assert second.flush(10)
+    assert second.flush(60)
     with redis.Redis.from_url(valkey.url) as client:
         client.save()
     second.close()
     node.says(first, node.take(1, size=0), node.take(25, DISK))
-    assert first.flush(10)
+    assert first.flush(60)
     valkey.kill()
     valkey.start()
     eventually(lambda: shows(first, node))
@@ -129,7 +129,7 @@ def test_redis_hangs_and_what_it_hears_late_does_no_harm(valkey: Valkey, connect
         node.says(directory, node.take(number, size=number % 3))
     valkey.signal(signal.SIGCONT)
     eventually(lambda: shows(directory, node))
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory, node)
 
 
@@ -139,7 +139,7 @@ def test_redis_forgets_its_scripts(valkey: Valkey, connect) -> None:  # type: ig
     with redis.Redis.from_url(valkey.url) as client:
         client.script_flush()
     node.says(directory, node.take(1, size=0))
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory, node)
 
 
@@ -150,7 +150,7 @@ def test_what_a_leaving_node_held_is_swept_out_of_redis(valkey: Valkey, connect,
     for number in range(1_000):
         filled_too.take(number)
     filled_too.join(second)
-    assert second.flush(10)
+    assert second.flush(60)
     second.close()
     with redis.Redis.from_url(valkey.url) as client:
         eventually(lambda: client.scard("tandem:kvdir:void") == 0)

@@ -26,10 +26,10 @@ def test_what_a_node_holds_and_how_it_changes_is_found(directory) -> None:  # ty
     for number in range(10):
         node.take(number, size=100 + number)
     node.join(directory)
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory, node)
     node.says(directory, node.take(3, size=0), node.take(4, DISK, size=2**40), node.take(12), node.take(12, size=7))
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory, node)
     assert directory.lookup([key(4)]) == [
         (Location("a", 2**63 - 5, HOST, 104), Location("a", 2**63 - 5, DISK, 2**40)),
@@ -45,7 +45,7 @@ def test_more_than_one_batch_arrives_in_order(directory) -> None:  # type: ignor
     for number in range(1_500):
         node.says(directory, node.take(number, size=0))
         node.says(directory, node.take(number + 2_000, DISK))
-    assert directory.flush(10)
+    assert directory.flush(60)
     found = directory.lookup([key(number) for number in range(3_500)])
     assert found == [()] * 1_500 + [(Location("a", 1, HOST, 100),)] * 500 + [(Location("a", 1, DISK, 100),)] * 1_500
 
@@ -55,10 +55,10 @@ def test_a_later_epoch_voids_the_earlier_one_at_once(directory) -> None:  # type
     for number in NUMBERS:
         before.take(number)
     before.join(directory)
-    assert directory.flush(10)
+    assert directory.flush(60)
     after.take(3, DISK)
     after.join(directory)
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory, after)
 
 
@@ -84,11 +84,11 @@ def test_too_many_queued_changes_are_said_again_as_a_whole(
 ) -> None:  # type: ignore[no-untyped-def]
     node = Holder("a")
     node.join(directory)
-    assert directory.flush(10)
+    assert directory.flush(60)
     monkeypatch.setattr(publisher, "MAX_QUEUED", 50)
     events = [node.take(number) for number in range(200)]
     directory.publish("a", events)
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert node.snapshots == 2
     assert shows(directory, node)
 
@@ -105,7 +105,7 @@ def test_a_snapshot_that_raises_is_asked_for_again(directory, monkeypatch: pytes
         return node.snapshot()
 
     directory.register(node.info, snapshot)
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory, node)
 
 
@@ -113,7 +113,7 @@ def test_a_closed_directory_finds_nothing_and_closes_twice(address: str, connect
     directory, node = connect(address), Holder("a")
     node.take(1)
     node.join(directory)
-    assert directory.flush(10)
+    assert directory.flush(60)
     directory.close()
     directory.close()
     directory.publish("a", [node.take(2)])
@@ -122,7 +122,7 @@ def test_a_closed_directory_finds_nothing_and_closes_twice(address: str, connect
 
 def test_changes_of_a_stranger_are_ignored(directory) -> None:  # type: ignore[no-untyped-def]
     directory.publish("nobody", [DirectoryEvent(key(1), HOST, 5)])
-    assert directory.flush(10)
+    assert directory.flush(60)
     assert shows(directory)
 
 
@@ -134,8 +134,8 @@ def test_a_closed_connection_takes_its_nodes_along(address: str, connect, eventu
         b.take(number, DISK)
     a.join(first)
     b.join(second)
-    assert first.flush(10)
-    assert second.flush(10)
+    assert first.flush(60)
+    assert second.flush(60)
     assert shows(first, a, b)
     assert shows(second, a, b)
     second.close()
@@ -155,8 +155,8 @@ def test_a_silent_node_is_hidden_within_its_time_and_comes_back(
     b.take(1)
     a.join(first)
     b.join(second)
-    assert first.flush(10)
-    assert second.flush(10)
+    assert first.flush(60)
+    assert second.flush(60)
     eventually(lambda: shows(first, a, b))
     announce, second.announce = second.announce, lambda node, seq: publisher.Reply(publisher.Verdict.OK, seq)
     eventually(lambda: shows(first, a))
@@ -171,7 +171,7 @@ def test_a_watcher_sees_what_the_directory_sees(address: str, connect, eventuall
     for number in range(10):
         a.take(number)
     a.join(first)
-    assert first.flush(10)
+    assert first.flush(60)
     watcher = watch_directory(address)
     try:
         eventually(lambda: shows(watcher, a))

@@ -218,7 +218,7 @@ class AnyOrder(RuleBasedStateMachine):
             ticket.abort()
         for fetch in self.fetches:
             fetch.close()
-        assert self.node.flush(10)
+        assert self.node.flush(60)
         eventually(lambda: self.node.stats().leases == 0)
         self.node.check_integrity()
         told = {(event.key, event.tier): event.size for event in self.node.snapshot()}

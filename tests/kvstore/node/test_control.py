@@ -43,7 +43,7 @@ def node(clock: Clock, disk: DictTier) -> Iterator[KvNode]:
 def fill(node: KvNode, first: int, count: int = 8) -> None:
     for number in range(first, first + count):
         put(node, spec_of(number))
-        node.flush(5)
+        node.flush(60)
 
 
 def in_host(node: KvNode, number: int) -> bool:
@@ -125,7 +125,7 @@ def test_an_object_on_disk_only_is_pinned_there(clock: Clock) -> None:
 def test_clear_by_owner_and_model(node: KvNode, disk: DictTier) -> None:
     for number, owner in ((1, "a"), (2, "b"), (3, "b")):
         assert put(node, spec_of(number, owner=owner))
-    node.flush(5)
+    node.flush(60)
     assert node.pin(key_of(2), "me", None, hard=True)
     assert node.clear(owner="b", model="other") == 0
     assert node.clear(owner="b") == 2
@@ -203,7 +203,7 @@ def test_scrub_goes_on_where_it_stopped_and_comes_around(node: KvNode) -> None:
 
 def test_quarantine_drops_the_object_everywhere_and_counts(node: KvNode, disk: DictTier) -> None:
     assert put(node, spec_of(1))
-    node.flush(5)
+    node.flush(60)
     node.quarantine(key_of(1), "checksum of layer 2")
     assert disk.content == {}
     assert node.locate([key_of(1)]) == []
@@ -233,7 +233,7 @@ def test_hot_objects_are_those_that_are_read(node: KvNode) -> None:
 def test_statistics(node: KvNode) -> None:
     assert put(node, spec_of(1))
     ticket = node.begin_put(key_of(2), info_of(spec_of(2)))
-    node.flush(5)
+    node.flush(60)
     assert len(node.locate([key_of(1), key_of(7), key_of(8)])) == 1
     with node.fetch(node.locate([key_of(1)])):
         stats = node.stats()

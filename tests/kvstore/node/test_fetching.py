@@ -264,7 +264,7 @@ def test_an_object_comes_from_another_node_with_what_its_header_says() -> None:
     eventually(lambda: a.info(key_of(1)) == info_of(spec_of(1, owner="tenant")))
     assert (a.stats().peer_hits, a.stats().peer_hit_bytes) == (1, SIZE)
     for node in (a, b):
-        node.flush(5)
+        node.flush(60)
         node.check_integrity()
         node.close()
 
@@ -349,7 +349,7 @@ def test_objects_of_a_shared_remote_tier_are_found_and_fetched() -> None:
     writer = KvNode(make_settings(), tiers=[remote])
     writer.start()
     assert put(writer, spec_of(1))
-    assert writer.flush(5)
+    assert writer.flush(60)
     reader = KvNode(make_settings(node_id="b"), tiers=[DictTier(), DictTier(TierName.REMOTE, content=remote.content)])
     reader.start()
     places = reader.locate([key_of(1), key_of(2)])

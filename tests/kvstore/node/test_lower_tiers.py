@@ -42,7 +42,7 @@ def test_what_is_committed_goes_to_disk_and_then_to_the_remote_tier() -> None:
     node = KvNode(make_settings(), tiers=[remote, disk], directory=directory)
     node.start()
     assert put(node, spec_of(1))
-    assert node.flush(5)
+    assert node.flush(60)
     assert order == ["disk", "remote"]
     assert disk.content[key_of(1)] == remote.content[key_of(1)] == (info_of(spec_of(1)), bundle_of(spec_of(1)))
     assert node.contains(key_of(1)) == [TierName.HOST, TierName.DISK, TierName.REMOTE]
@@ -57,7 +57,7 @@ def test_an_object_that_left_host_memory_is_read_from_disk() -> None:
     node.start()
     for number in range(12):
         assert put(node, spec_of(number))
-        assert node.flush(5)
+        assert node.flush(60)
     assert node.contains(key_of(0)) == [TierName.DISK]
     with node.fetch(node.locate([key_of(number) for number in range(4)])) as fetch:
         assert fetch.wait(LAYERS, 10)
@@ -80,7 +80,7 @@ def test_a_full_queue_drops_writes_and_never_holds_up_a_put(gate: threading.Even
     assert stats.tiers[1].writes_dropped == 18
     assert stats.lost > 0
     gate.set()
-    assert node.flush(5)
+    assert node.flush(60)
     assert len(disk.content) == 2
     assert node.stats().leases == 0
     node.close()
@@ -93,7 +93,7 @@ def test_the_disk_stays_within_its_capacity_and_evicts() -> None:
     node.start()
     for number in range(12):
         assert put(node, spec_of(number))
-        assert node.flush(5)
+        assert node.flush(60)
         assert disk.used_bytes <= disk.capacity_bytes
     assert sorted(disk.content) == sorted(key_of(number) for number in range(7, 12))
     assert {key for key, tier in directory.held["a"] if tier is TierName.DISK} == set(disk.content)
@@ -120,7 +120,7 @@ def test_a_tier_with_more_overhead_than_the_books_know_still_finds_room() -> Non
     node.start()
     for number in range(8):
         assert put(node, spec_of(number))
-        assert node.flush(5)
+        assert node.flush(60)
     assert key_of(7) in disk.content
     assert node.stats().tiers[1].writes_dropped == 0
     node.check_integrity()
@@ -134,7 +134,7 @@ def test_a_disk_that_fails_loses_nothing_else() -> None:
     node.start()
     assert put(node, spec_of(0))
     assert put(node, spec_of(1))
-    assert node.flush(5)
+    assert node.flush(60)
     assert node.contains(key_of(0)) == [TierName.HOST, TierName.DISK, TierName.REMOTE]
     assert node.contains(key_of(1)) == [TierName.HOST, TierName.REMOTE], "a fault does not make others leave"
     stats = node.stats().tiers[1]
@@ -151,7 +151,7 @@ def test_every_operation_of_a_tier_may_raise() -> None:
     node.start()
     for number in range(8):
         assert put(node, spec_of(number))
-    assert node.flush(5)
+    assert node.flush(60)
     assert node.locate([key_of(99)]) == []
     node.quarantine(key_of(7), "test")
     assert node.clear() > 0
@@ -203,7 +203,7 @@ def test_the_disk_may_hold_another_codec() -> None:
     node = KvNode(make_settings(4, disk_codec="kivi-int8"), tiers=[disk])
     node.start()
     assert put(node, spec_of(1, tokens=64))
-    assert node.flush(5)
+    assert node.flush(60)
     info, content = disk.content[key_of(1)]
     assert info.size == len(content) < info_of(spec_of(1, tokens=64)).size
     node.move(key_of(1), TierName.DISK)
@@ -229,7 +229,7 @@ def test_an_object_that_is_dropped_while_it_is_written_does_not_come_back(gate: 
     eventually(lambda: node.locate([key_of(1)]) == [])
     gate.set()
     quarantine.join(10)
-    assert node.flush(5)
+    assert node.flush(60)
     eventually(lambda: disk.content == {})
     assert node.contains(key_of(1)) == []
     node.check_integrity()
@@ -242,7 +242,7 @@ def test_objects_leave_the_disk_when_their_time_is_up() -> None:
     node.start()
     assert put(node, spec_of(1, ttl_s=10.0))
     assert put(node, spec_of(2))
-    assert node.flush(5)
+    assert node.flush(60)
     clock.now += 11
     assert node.locate([key_of(1)]) == []
     node.reap()
@@ -320,16 +320,16 @@ def test_a_deletion_that_failed_is_tried_again_and_never_hits_a_newer_object() -
     node.start()
     for number in (1, 2):
         assert put(node, spec_of(number))
-        assert node.flush(5)
+        assert node.flush(60)
         node.quarantine(key_of(number), "test")
     assert set(disk.content) == {key_of(1), key_of(2)}, "its bytes are still there, and nobody finds them"
     assert node.locate([key_of(1)]) == []
     node.check_integrity()
     assert put(node, spec_of(1))
-    assert node.flush(5)
+    assert node.flush(60)
     disk.fault = lambda operation, key: False
     assert put(node, spec_of(3))
-    assert node.flush(5)
+    assert node.flush(60)
     assert set(disk.content) == {key_of(1), key_of(3)}
     node.check_integrity()
     node.close()

@@ -92,7 +92,7 @@ def test_readers_writers_and_operators_at_once() -> None:
     assert errors == []
     assert all(read)
     for node in nodes:
-        assert node.flush(10)
+        assert node.flush(60)
         eventually(lambda node=node: node.stats().leases == 0)
         node.check_integrity()
         node.close()
