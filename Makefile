@@ -31,8 +31,9 @@ setup: $(VENV)/.dev  ## make .venv with everything that development needs
 serve: $(VENV)/.base  ## install, then serve the bundled model (ARGS="--port 9000" passes flags)
 	@$(BIN)/tandem serve $(ARGS)
 
+# Once more where a test fails: many drive real processes, and machines stall. What passes then is listed as RERUN.
 test: $(VENV)/.dev  ## install, then run the tests (slow ones left out)
-	@$(BIN)/python -m pytest -m "not slow" -q $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -q --reruns 1 $(ARGS)
 
 test-all: $(VENV)/.dev  ## run every test
 	@$(BIN)/python -m pytest -q $(ARGS)
