@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -49,8 +50,17 @@ def anthropic_error(error: TandemError, request_id: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-def renamed(error: TandemError, names: Sequence[tuple[str, str]]) -> TandemError:
-    """The same error for a client of another API. `names`: prefixes of our field names, as patterns, and theirs."""
+@contextmanager
+def renaming(names: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Errors of what is done in it name the fields of another API. `names`: prefixes of our field names, as patterns,
+    and theirs."""
+    try:
+        yield
+    except TandemError as error:
+        raise _renamed(error, names) from error
+
+
+def _renamed(error: TandemError, names: Sequence[tuple[str, str]]) -> TandemError:
     old = error.param
     if old is None:
         return error

@@ -6,11 +6,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from tandem.common.errors import TandemError
 from tandem.router.chat_request import chat_prompt, plan_chat
 from tandem.router.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.http_answers import answer
-from tandem.router.http_errors import renamed
+from tandem.router.http_errors import renaming
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import CalledFunction, ChatBody, Message, ToolCall
 from tandem.router.message_shapes import MessageShapes
@@ -122,19 +121,15 @@ _COUNT_DECODER = msgspec.json.Decoder(CountBody)
 async def count_tokens(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_COUNT_DECODER)
     exchange.caller.check_model(service.model.name)
-    try:
+    with renaming(_NAMES):
         prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
-    except TandemError as error:
-        raise renamed(error, _NAMES) from error
     await exchange.reply_json({"input_tokens": len(prompt.token_ids)})
 
 
 async def messages(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_DECODER)
-    try:
+    with renaming(_NAMES):
         plan = await plan_chat(body.chat(), service, exchange.caller)
-    except TandemError as error:
-        raise renamed(error, _NAMES) from error
     with service.call(
         exchange.request_id,
         [plan.spec],

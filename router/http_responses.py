@@ -6,11 +6,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from tandem.common.errors import TandemError
 from tandem.router.chat_request import chat_prompt, plan_chat
 from tandem.router.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.http_answers import answer
-from tandem.router.http_errors import renamed
+from tandem.router.http_errors import renaming
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import CalledFunction, ChatBody, ContentPart, Message, ToolCall, refuse
 from tandem.router.response_shapes import ResponseShapes
@@ -126,20 +125,16 @@ _DECODER = msgspec.json.Decoder(ResponsesBody)
 async def input_tokens(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_DECODER)
     exchange.caller.check_model(service.model.name)
-    try:
+    with renaming(_NAMES):
         prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
-    except TandemError as error:
-        raise renamed(error, _NAMES) from error
     await exchange.reply_json({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
 
 
 async def responses(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_DECODER)
-    try:
+    with renaming(_NAMES):
         chat = body.chat()
         plan = await plan_chat(chat, service, exchange.caller)
-    except TandemError as error:
-        raise renamed(error, _NAMES) from error
     with service.call(
         exchange.request_id,
         [plan.spec],

@@ -11,7 +11,7 @@ from tandem.common.errors import TandemError
 from tandem.router.batch.http_files import kept_for, lane_of
 from tandem.router.batch.paging import page, page_size
 from tandem.router.batch.records import COMPLETION_WINDOW, BatchRecord, new_id
-from tandem.router.http_errors import renamed
+from tandem.router.http_errors import renaming
 from tandem.router.http_exchange import Exchange
 from tandem.router.sampling_fields import invalid, shown
 from tandem.router.service import Service
@@ -65,10 +65,8 @@ async def create(exchange: Exchange, service: Service) -> None:
         output_expires_after_s=kept_s,
         metadata=body.metadata or {},
     )
-    try:
+    with renaming([("file_id", "input_file_id")]):
         await lane.storage.call(lambda index: index.add_batch(record, now))
-    except TandemError as error:
-        raise renamed(error, [("file_id", "input_file_id")]) from error
     lane.wake()
     await exchange.reply_json(record.shape())
 

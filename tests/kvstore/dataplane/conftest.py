@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tandem.kvstore.dataplane import protocol, puts
 from tandem.kvstore.dataplane.auth import ServerIdentity
+from tandem.kvstore.dataplane.channel import Channel
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
+from tandem.kvstore.dataplane.protocol import Kind
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.interfaces import NodeInfo
 from tandem.kvstore.transport.peers import local_host_id
@@ -79,3 +83,17 @@ def eventually() -> Callable[[Callable[[], object]], None]:
             time.sleep(0.002)
 
     return wait
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[Kind]:
+    """Requests of workers that wait for an answer, or may."""
+    counts: Counter[Kind] = Counter()
+    ask = Channel.ask
+
+    def count(self: Channel, kind: Kind, body: protocol.Body, frame_id: int = 0) -> puts.Call:
+        counts[kind] += 1
+        return ask(self, kind, body, frame_id)
+
+    monkeypatch.setattr(Channel, "ask", count)
+    return counts

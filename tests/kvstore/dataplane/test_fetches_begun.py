@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tandem.kvstore.dataplane import channel as connection
-from tandem.kvstore.dataplane import protocol, puts
+from tandem.kvstore.dataplane import protocol
 from tandem.kvstore.dataplane.auth import greet
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.link import LinkClosed, connect_unix
@@ -30,19 +30,6 @@ KEYS = [key(number) for number in range(3)]
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "BEGUN_S", DEADLINE_S)
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[Kind]:
-    counts: Counter[Kind] = Counter()
-    ask = connection.Channel.ask
-
-    def count(self: connection.Channel, kind: Kind, body: protocol.Body, frame_id: int = 0) -> puts.Call:
-        counts[kind] += 1
-        return ask(self, kind, body, frame_id)
-
-    monkeypatch.setattr(connection.Channel, "ask", count)
-    return counts
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 
 from tandem.kvstore.dataplane import protocol, puts
 from tandem.kvstore.dataplane.auth import greet
-from tandem.kvstore.dataplane.channel import Channel
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.link import LinkClosed, connect_unix
 from tandem.kvstore.dataplane.protocol import Kind
@@ -31,20 +30,6 @@ INFO = ObjectInfo(size=5000, num_tokens=256, owner="tenant", model="m", recomput
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts follow each other however slow the machine is."""
     monkeypatch.setattr(puts, "NEXT_S", DEADLINE_S)
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[Kind]:
-    """Requests that wait for an answer, or may."""
-    counts: Counter[Kind] = Counter()
-    ask = Channel.ask
-
-    def count(self: Channel, kind: Kind, body: protocol.Body, frame_id: int = 0) -> puts.Call:
-        counts[kind] += 1
-        return ask(self, kind, body, frame_id)
-
-    monkeypatch.setattr(Channel, "ask", count)
-    return counts
 
 
 def begin(home: RemoteHomeNode, number: int, info: ObjectInfo = INFO) -> PutTicket:
