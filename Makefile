@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
+ROUNDS ?= 10
+SEED ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all lint types fmt proto bench model clean
+.PHONY: help setup serve test test-all test-random lint types fmt proto bench model clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,12 +33,16 @@ setup: $(VENV)/.dev  ## make .venv with everything that development needs
 serve: $(VENV)/.base  ## install, then serve the bundled model (ARGS="--port 9000" passes flags)
 	@$(BIN)/tandem serve $(ARGS)
 
-# Once more where a test fails: many drive real processes, and machines stall. What passes then is listed as RERUN.
 test: $(VENV)/.dev  ## install, then run the tests (slow ones left out)
-	@$(BIN)/python -m pytest -m "not slow" -q --reruns 1 $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -q $(ARGS)
 
 test-all: $(VENV)/.dev  ## run every test
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+# Each round prints its seed; run it again with ROUNDS=1 SEED=... What it finds becomes an @example of the test.
+test-random: $(VENV)/.dev  ## property tests with random examples, ROUNDS times
+	@for round in $$(seq $(ROUNDS)); do seed=$(or $(SEED),$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')); echo "seed $$seed"; \
+	  $(BIN)/python -m pytest -m hypothesis -q --hypothesis-profile random --hypothesis-seed $$seed $(ARGS) || exit 1; done
 
 lint: $(VENV)/.dev  ## ruff, import rules
 	@$(BIN)/ruff check .

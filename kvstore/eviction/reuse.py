@@ -168,31 +168,38 @@ class Reuse:
 
     def evict(self, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
         stay: list[tuple[list[_Rank], _Rank]] = []
+        queue = self._next(may_leave, stay)
         victim: ObjectKey | None = None
-        while victim is None and (queue := self._next()):
-            rank = heapq.heappop(queue)
-            if may_leave(rank[-1]):
-                self._queued -= 1
-                victim = rank[-1]
-                entry = self._entries.pop(victim)
-                self._ghosts.add(victim, entry.size, (entry.uses, entry.used_at))
-            else:
-                stay.append((queue, rank))
-        for queue, rank in stay:
-            heapq.heappush(queue, rank)
+        if queue is not None:
+            victim = heapq.heappop(queue)[-1]
+            self._queued -= 1
+            entry = self._entries.pop(victim)
+            self._ghosts.add(victim, entry.size, (entry.uses, entry.used_at))
+        for blocked, rank in stay:
+            heapq.heappush(blocked, rank)
         return victim
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _next(self) -> list[_Rank] | None:
-        """The queue whose head leaves; among equals, the one that was used longest ago."""
+    def _next(
+        self, may_leave: Callable[[ObjectKey], bool], stay: list[tuple[list[_Rank], _Rank]]
+    ) -> list[_Rank] | None:
+        """The queue whose head leaves; among equals, the one that was used longest ago. Heads that may not leave are
+        moved to `stay`: a queue is judged by the first that may, as what lies behind can have been used earlier."""
         chosen: list[_Rank] | None = None
         least = (math.inf, 0)
         for (use_class, worth), queue in self._queues.items():
-            while queue and not self._is_live(queue[0]):
+            while queue:
+                rank = queue[0]
+                live = self._is_live(rank)
+                if live and may_leave(rank[-1]):
+                    break
                 heapq.heappop(queue)
-                self._queued -= 1
+                if live:
+                    stay.append((queue, rank))
+                else:
+                    self._queued -= 1
             if queue:
                 used_at = self._entries[queue[0][-1]].used_at
                 value = 2.0**worth * self._rates.rate(use_class, self._clock - used_at), used_at

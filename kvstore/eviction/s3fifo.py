@@ -54,9 +54,11 @@ class S3Fifo:
             self._main.pop(key, None)
 
     def evict(self, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
-        if self._small_bytes >= self._small_bytes_wanted:
-            return self._evict_small(may_leave) or self._evict_main(may_leave)
-        return self._evict_main(may_leave) or self._evict_small(may_leave)
+        victim = None
+        if self._small_bytes < self._small_bytes_wanted:
+            victim = self._evict_main(may_leave)
+        # The main queue comes last again: the search of the small one may have moved objects there.
+        return victim or self._evict_small(may_leave) or self._evict_main(may_leave)
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)

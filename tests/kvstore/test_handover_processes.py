@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 SENDER = Path(__file__).with_name("sender_process.py")
 
 

@@ -30,6 +30,8 @@ from tandem.runtime import cli
 
 from .chunks import NUM_LAYERS, info, is_sound, key, put
 
+pytestmark = pytest.mark.processes
+
 DEADLINE_S = 60.0
 
 

@@ -21,6 +21,8 @@ from tandem.kvstore.replication import HOT_HITS
 from .chunks import NUM_LAYERS, is_sound, key, put
 from .test_kvstore_process import DEADLINE_S, Node
 
+pytestmark = pytest.mark.processes
+
 SECRET = "a secret of enough bytes"
 PATIENCE_S = 60.0
 

@@ -16,6 +16,8 @@ import psutil
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script
 
+pytestmark = pytest.mark.processes
+
 PROGRAM = "import sys; from tandem.router.main import main; main(sys.argv[1:])"
 MAX_RSS_MIB = 130
 

@@ -13,6 +13,8 @@ import pytest
 
 from tandem.runtime.child import BackOff, Child, ChildFailed
 
+pytestmark = pytest.mark.processes
+
 WAIT = "import time; [time.sleep(0.05) for _ in range(1200)]"
 """In short naps: Python handles a signal that arrives just before a long sleep only after it."""
 READY = "print('ready x y', flush=True);"

@@ -23,7 +23,7 @@ from .fake_nixl import arena_of
 from .nixl_process import SIZE, content
 from .test_nixl import INSTALLED, Kept
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="NIXL is not installed")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not INSTALLED, reason="NIXL is not installed")]
 ROOT = Path(__file__).parents[3]
 
 

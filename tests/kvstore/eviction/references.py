@@ -99,9 +99,9 @@ class SlowS3Fifo:
         self.main = without(self.main, key)
 
     def evict(self, may_leave: MayLeave) -> ObjectKey | None:
-        if sum(item.size for item in self.small) >= self.wanted:
-            return self.from_small(may_leave) or self.from_main(may_leave)
-        return self.from_main(may_leave) or self.from_small(may_leave)
+        small_first = sum(item.size for item in self.small) >= self.wanted
+        order = [self.from_small, self.from_main] if small_first else [self.from_main, self.from_small, self.from_main]
+        return next((victim for search in order if (victim := search(may_leave)) is not None), None)
 
     def from_small(self, may_leave: MayLeave) -> ObjectKey | None:
         for item in list(self.small):

@@ -8,7 +8,7 @@ import time
 from typing import TypeAlias
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.common.errors import ConfigError
@@ -77,8 +77,17 @@ def compare(name: str, steps: list[Step], capacity: int) -> None:
         assert len(policy) == len(reference) == len(resident)
 
 
+READ_OFTEN: list[Step] = [
+    ("use", 1, 1, 0.0, set()),
+    *[("hit", 1, 1, 0.0, set[int]())] * 58,
+    ("evict", 0, 1, 0.0, set()),
+]
+"""The only object of a tier waits in the small queue with many reads."""
+
+
 @every_policy
 @settings(max_examples=20, deadline=None)
+@example(steps=READ_OFTEN, capacity=20)
 @given(steps=st.lists(STEP, min_size=20, max_size=80), capacity=st.integers(10, 60))
 def test_it_decides_as_the_obvious_code_does(name: str, steps: list[Step], capacity: int) -> None:
     compare(name, steps, capacity)

@@ -7,7 +7,7 @@ import math
 import random
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tandem.kvstore.eviction import make_policy, reuse
@@ -30,6 +30,7 @@ def anything(_key: ObjectKey) -> bool:
 
 @settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(seed=st.integers(0, 2**32), capacity=st.integers(10, 80), chunks=st.integers(12, 60), ghosts=st.integers(0, 30))
+@example(seed=81171, capacity=15, chunks=42, ghosts=21)
 def test_it_decides_as_the_obvious_code_does_while_it_learns(
     seed: int, capacity: int, chunks: int, ghosts: int
 ) -> None:

@@ -15,6 +15,8 @@ from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
 from tandem.kvstore.tiers.disk import DiskTier
 from tests.kvstore.tiers.disk_writer import content_of, key_of
 
+pytestmark = pytest.mark.processes
+
 CAPACITY = 24 << 20
 
 

@@ -1,0 +1,25 @@
+"""What holds for all tests: property tests repeat their examples; only tests that drive real processes may run twice.
+
+`make test-random` runs the property tests with examples that nobody has seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, print_blob=True)
+settings.register_profile("random", print_blob=True)
+settings.load_profile("repeatable")
+
+END_TO_END = Path(__file__).parent / "e2e"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(END_TO_END):
+            item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("processes") is not None:
+            item.add_marker(pytest.mark.flaky(reruns=1))
