@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script
