@@ -1,132 +1,44 @@
-"""/v1/contexts: prompt prefixes that a tenant has given a name, kept by a store node and reused by name."""
+"""/v1/contexts: prompt prefixes that a tenant has given a name."""
 
 from __future__ import annotations
 
-import asyncio
-import time
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from tandem.common.errors import TandemError
-from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import Namespace, salted
 from tandem.proto import kvnode_pb2
-from tandem.router.caller import Caller
-from tandem.router.choice import ChoiceSpec
-from tandem.router.contexts import ContextClient, unknown
-from tandem.router.dispatch import SequenceSpec
+from tandem.router import named_contexts
 from tandem.router.http_exchange import Exchange
-from tandem.router.http_types import ContextBody, template_messages
-from tandem.router.sampling_fields import in_range, invalid, output_tokens
-from tandem.router.served_model import Prompt
+from tandem.router.http_types import ContextBody
+from tandem.router.named_contexts import contexts_of
 from tandem.router.service import Service
-from tandem.router.workers import no_worker
 
-MAX_VERSION = 2**63 - 1
-SAVED_S = 2.0
-"""Longest that an answer waits for the KV to be saved, which happens in the background."""
-_SAVED_POLL_S = 0.02
 _PREFIX = "/v1/contexts/"
 
 _DECODER = msgspec.json.Decoder(ContextBody)
 
 
 async def create(exchange: Exchange, service: Service) -> None:
-    """Registers the context, then computes it once, as an ordinary request, so that its KV is stored."""
-    contexts = _contexts(service)
     body = await exchange.decode(_DECODER)
-    service.model.check_name(body.model)
-    in_range("version", body.version, 1, MAX_VERSION)
-    prompt = await _prompt(body, service)
-    max_tokens = output_tokens(
-        1,
-        default=None,
-        prompt_tokens=len(prompt.token_ids),
-        max_model_len=service.max_model_len,
-        param="prompt",
-        prompt_param="prompt" if body.messages is None else "messages",
-    )
-    root = _root(service, exchange.caller)
-    if root is None:
-        raise no_worker()
-    tenant = exchange.caller.tenant
-    await contexts.put(tenant, body.name, prompt.token_ids, root=root, ttl_s=body.ttl_s, version=body.version or 0)
-    spec = ChoiceSpec(
-        SequenceSpec(prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), exchange.caller), no_output=True
-    )
-    with service.call(exchange.request_id, [spec], arrived=exchange.arrived, traceparent=exchange.traceparent) as call:
-        await call.result()
-    await exchange.reply_json(_shape(await _saved(contexts, tenant, body.name)))
+    open_call = partial(service.call, exchange.request_id, arrived=exchange.arrived, traceparent=exchange.traceparent)
+    await exchange.reply_json(_shape(await named_contexts.create(body, service, exchange.caller, open_call)))
 
 
 async def list_contexts(exchange: Exchange, service: Service) -> None:
-    found = await _contexts(service).list(exchange.caller.tenant)
+    found = await contexts_of(service).list(exchange.caller.tenant)
     await exchange.reply_json({"object": "list", "data": [_shape(context) for context in found]})
 
 
 async def get(exchange: Exchange, service: Service) -> None:
     name = exchange.path.removeprefix(_PREFIX)
-    await exchange.reply_json(_shape(await _contexts(service).get(exchange.caller.tenant, name)))
+    await exchange.reply_json(_shape(await contexts_of(service).get(exchange.caller.tenant, name)))
 
 
 async def drop(exchange: Exchange, service: Service) -> None:
     name = exchange.path.removeprefix(_PREFIX)
-    await _contexts(service).drop(exchange.caller.tenant, name)
+    await contexts_of(service).drop(exchange.caller.tenant, name)
     await exchange.reply_json({"name": name, "object": "context", "deleted": True})
-
-
-async def recipe(service: Service, caller: Caller, name: str) -> list[int]:
-    """Token ids of the caller's context. Raises TandemError `not_found` or `unavailable`."""
-    if not name:
-        raise unknown(name)
-    context = await _contexts(service).recipe(caller.tenant, name)
-    root = _root(service, caller)
-    if root is not None and root != context.root:  # its token ids may mean something else now
-        raise TandemError(
-            "not_found",
-            f"The context `{name}` was made for another model or sharing group; create it again.",
-            param="context",
-        )
-    return list(context.token_ids)
-
-
-async def _prompt(body: ContextBody, service: Service) -> Prompt:
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("prompt", "or messages is required, and not both")
-    if isinstance(body.prompt, str):
-        return await service.model.text_prompt(body.prompt, param="prompt")
-    if body.prompt is not None:
-        return service.model.token_prompt(body.prompt, param="prompt")
-    text = service.model.render_chat(template_messages(body.messages or []), add_generation_prompt=False)
-    return await service.model.text_prompt(text, param="messages", add_special_tokens=False)
-
-
-async def _saved(contexts: ContextClient, tenant: str, name: str) -> kvnode_pb2.Context:
-    """Once all full chunks are stored, or SAVED_S have passed."""
-    end = time.monotonic() + SAVED_S
-    while True:
-        context = await contexts.get(tenant, name)
-        full = context.num_tokens - context.num_tokens % context.chunk_tokens
-        if context.resident_tokens >= full or time.monotonic() > end:
-            return context
-        await asyncio.sleep(_SAVED_POLL_S)
-
-
-def _contexts(service: Service) -> ContextClient:
-    if service.contexts is None:
-        raise TandemError(
-            "not_found",
-            "This router keeps no named contexts; its setting kv_store names the store node that does.",
-            param="context",
-        )
-    return service.contexts
-
-
-def _root(service: Service, caller: Caller) -> bytes | None:
-    """Of the caller's prefix chains, as the workers make them; None while no worker is connected."""
-    decode = service.fleet.decode
-    return salted(Namespace(decode[0].info.namespace), caller.cache_salt("")) if decode else None
 
 
 def _shape(context: kvnode_pb2.Context) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +21,7 @@ from tandem.router.http_errors import (
     error_headers,
     from_decode_error,
 )
+from tandem.router.request_ids import request_id_of, traceparent_of
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
@@ -35,8 +34,6 @@ T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
 
 _held_bytes = 0
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class ClientGone(Exception):
@@ -62,8 +59,7 @@ class Exchange:
         self._send = send
         self._max_body_bytes = max_body_bytes
         self._held = 0
-        given = self.header(b"x-request-id")
-        self.request_id = given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        self.request_id = request_id_of(self.header(b"x-request-id"))
 
     def header(self, name: bytes) -> str:
         """Empty where it is absent."""
@@ -77,8 +73,7 @@ class Exchange:
     @property
     def traceparent(self) -> str:
         """Empty where it is absent or malformed."""
-        value = self.header(b"traceparent")
-        return value if _TRACEPARENT.fullmatch(value) else ""
+        return traceparent_of(self.header(b"traceparent"))
 
     async def body(self) -> bytes:
         """Raises TandemError `request_too_large`, `invalid_request`, ClientGone."""

@@ -11,11 +11,11 @@ import tandem
 from tandem.common.errors import TandemError
 from tandem.router.batch.paging import page
 from tandem.router.http_exchange import Exchange
-from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages, template_variables
+from tandem.router.http_types import DetokenizeBody, TokenizeBody
 from tandem.router.metrics import CONTENT_TYPE
-from tandem.router.sampling_fields import invalid
 from tandem.router.service import Service
 from tandem.router.siblings import merged_metrics
+from tandem.router.tokenize_request import detokenized, tokenized
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeBody)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
@@ -39,22 +39,8 @@ async def model(exchange: Exchange, service: Service) -> None:
 
 async def tokenize(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_TOKENIZE)
-    model = service.model
-    model.check_name(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("prompt", "or messages is required, and not both")
-    if body.messages is not None:
-        text = model.render_chat(
-            template_messages(body.messages),
-            add_generation_prompt=body.add_generation_prompt,
-            **template_variables(body.chat_template_kwargs),
-        )
-        add_special_tokens = bool(body.add_special_tokens)
-    else:
-        text = body.prompt or ""
-        add_special_tokens = body.add_special_tokens is not False
-    tokens = await model.text.encode(text, add_special_tokens=add_special_tokens)
-    strings = [model.text.token_text(token) for token in tokens] if body.return_token_strs else None
+    tokens = await tokenized(body, service.model)
+    strings = [service.model.text.token_text(token) for token in tokens] if body.return_token_strs else None
     await exchange.reply_json(
         {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": strings}
     )
@@ -62,10 +48,7 @@ async def tokenize(exchange: Exchange, service: Service) -> None:
 
 async def detokenize(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_DETOKENIZE)
-    model = service.model
-    model.check_name(body.model)
-    token_ids = model.token_prompt(body.tokens, param="tokens").token_ids if body.tokens else []
-    await exchange.reply_json({"prompt": model.text.decode(token_ids, skip_special_tokens=False)})
+    await exchange.reply_json({"prompt": detokenized(body, service.model)})
 
 
 async def healthz(exchange: Exchange, service: Service) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode
 
 from tandem.common import telemetry
@@ -18,6 +19,7 @@ from tandem.common.fairness import ServiceCounters
 from tandem.kvstore.dataplane.auth import read_secret
 from tandem.router.accounts import Accounts, Charge
 from tandem.router.admission import Admission
+from tandem.router.caller import Caller
 from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
 from tandem.router.contexts import ContextClient
 from tandem.router.dispatch import Dispatcher
@@ -28,6 +30,7 @@ from tandem.router.served_model import ServedModel
 from tandem.router.settings import RouterConfig
 from tandem.router.siblings import Siblings
 from tandem.router.store_view import StoreView
+from tandem.router.usage import TenantUsage, merged
 from tandem.router.workers import Fleet
 
 if TYPE_CHECKING:
@@ -165,6 +168,32 @@ class Service:
             self.metrics.request_seconds.observe(time.monotonic() - arrived)
             if self.admission.waiting_requests:
                 asyncio.get_running_loop().call_soon(self.pump)
+
+    async def account(self, request_id: str, caller: Caller) -> dict[str, Any]:
+        """Where one of the latest requests went, and why. A tenant finds its own requests only; one with `admin` those
+        of all. Raises TandemError `not_found`."""
+        tenant = None if caller.admin else caller.tenant
+        question = {"id": request_id, "tenant": tenant}
+        account = _account(self.explain, question)
+        if account is None and self.siblings.count > 1:
+            answers = await self.siblings.ask("request", **question)
+            account = next((answer for answer in answers.values() if answer is not None), None)
+        if account is None:
+            raise TandemError(
+                "not_found",
+                f"there is no account of request {request_id[:64]!r}: it is not yours, or too long ago",
+                param="id",
+            )
+        return account
+
+    async def usage(self, caller: Caller) -> list[TenantUsage]:
+        """What the caller's tenant has used, of all replicas on this machine; for a tenant with `admin`, what each
+        has."""
+        tenant = None if caller.admin else caller.tenant
+        reports = [self.accounts.usage.report(tenant)]
+        answers = await self.siblings.ask("usage", tenant=tenant)
+        reports += [msgspec.convert(answer, list[TenantUsage]) for answer in answers.values()]
+        return merged(reports)
 
     def _span(self, request_id: str, choices: int, traceparent: str) -> Span:
         if not self._tracing:

@@ -1,0 +1,114 @@
+"""From an embeddings body to what workers get, and from their answers to vectors. HTTP and gRPC share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tandem.common.errors import TandemError
+from tandem.common.sampling import SamplingParams
+from tandem.proto import worker_pb2
+from tandem.router.caller import Caller
+from tandem.router.choice import Choice, ChoiceSpec
+from tandem.router.dispatch import SequenceSpec
+from tandem.router.sampling_fields import in_range, invalid, output_tokens
+from tandem.router.served_model import Prompt
+from tandem.router.service import Service
+
+MAX_INPUTS = 2048
+"""OpenAI's."""
+AT_ONCE = 64
+"""Inputs of one request that are on the workers at a time."""
+
+Vector = npt.NDArray[np.float32]
+
+_POOLING = {"mean": worker_pb2.POOLING_MEAN, "last": worker_pb2.POOLING_LAST}
+
+
+class EmbeddingsBody(msgspec.Struct):
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    pooling: Literal["mean", "last"] = "last"
+    """Over the normalised hidden states of the last layer: their mean, or that of the last token."""
+    priority: int | None = None
+    cache_salt: str | None = None
+    user: str | None = None
+
+
+async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller) -> Iterator[Sequence[ChoiceSpec]]:
+    """Groups of inputs, each to be run as one call. Raises TandemError naming the field."""
+    service.model.check_name(body.model)
+    in_range("priority", body.priority, -(2**31), 2**31 - 1)
+    prompts = await _prompts(body.input, service)
+    specs = [_spec(prompt, body, service, caller) for prompt in prompts]
+    return (specs[start : start + AT_ONCE] for start in range(0, len(specs), AT_ONCE))
+
+
+def vectors(choices: Sequence[Choice], dimensions: int | None) -> list[Vector]:
+    """Of length 1, as OpenAI's. Raises TandemError where `dimensions` were asked for that they have not."""
+    found = [_unit(choice.embedding) for choice in choices]
+    for vector in found:
+        if dimensions not in (None, len(vector)):
+            raise invalid("dimensions", f"must be left out or {len(vector)}: this model's vectors are not cut")
+    return found
+
+
+async def _prompts(given: str | list[str | int | list[int]], service: Service) -> list[Prompt]:
+    """The four forms: a text, texts, token ids, lists of token ids."""
+    model = service.model
+    if isinstance(given, str):
+        return [await model.text_prompt(given, param="input")]
+    if not given:
+        raise invalid("input", "must not be empty")
+    ids = [item for item in given if isinstance(item, int)]
+    if len(ids) == len(given):
+        return [model.token_prompt(ids, param="input")]
+    if len(given) > MAX_INPUTS:
+        raise invalid("input", f"may hold at most {MAX_INPUTS} inputs, got {len(given)}")
+    if ids:
+        raise invalid("input", "must be a string, strings, token ids, or lists of token ids, not a mixture")
+    prompts: list[Prompt] = []
+    for index, item in enumerate(given):
+        if isinstance(item, str):
+            prompts.append(await model.text_prompt(item, param=f"input[{index}]"))
+        elif isinstance(item, list):
+            prompts.append(model.token_prompt(item, param=f"input[{index}]"))
+    return prompts
+
+
+def _spec(prompt: Prompt, body: EmbeddingsBody, service: Service, caller: Caller) -> ChoiceSpec:
+    max_tokens = output_tokens(
+        1,
+        default=None,
+        prompt_tokens=len(prompt.token_ids),
+        max_model_len=service.max_model_len,
+        param="input",
+        prompt_param="input",
+    )
+    return ChoiceSpec(
+        SequenceSpec(
+            prompt,
+            SamplingParams(max_tokens=max_tokens, temperature=0.0),
+            caller,
+            body.cache_salt or "",
+            caller.priority(body.priority),
+            pooling=_POOLING[body.pooling],
+        ),
+        no_output=True,
+    )
+
+
+def _unit(embedding: bytes) -> Vector:
+    """The worker's vector with length 1."""
+    vector = np.frombuffer(embedding, "<f4")
+    length = float(np.linalg.norm(vector))
+    if not np.isfinite(length) or not length:
+        raise TandemError("internal", "the worker's embedding of this input is empty or not finite")
+    unit: Vector = np.divide(vector, np.float32(length), dtype=np.float32)
+    return unit

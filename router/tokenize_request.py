@@ -1,0 +1,29 @@
+"""Token ids of a text or of chat messages, and back. HTTP and gRPC share it."""
+
+from __future__ import annotations
+
+from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages, template_variables
+from tandem.router.sampling_fields import invalid
+from tandem.router.served_model import ServedModel
+
+
+async def tokenized(body: TokenizeBody, model: ServedModel) -> list[int]:
+    """Raises TandemError naming the field."""
+    model.check_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("prompt", "or messages is required, and not both")
+    if body.messages is None:
+        return await model.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    text = model.render_chat(
+        template_messages(body.messages),
+        add_generation_prompt=body.add_generation_prompt,
+        **template_variables(body.chat_template_kwargs),
+    )
+    return await model.text.encode(text, add_special_tokens=bool(body.add_special_tokens))
+
+
+def detokenized(body: DetokenizeBody, model: ServedModel) -> str:
+    """Raises TandemError naming the field."""
+    model.check_name(body.model)
+    token_ids = model.token_prompt(body.tokens, param="tokens").token_ids if body.tokens else []
+    return model.text.decode(token_ids, skip_special_tokens=False)
