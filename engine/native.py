@@ -13,26 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from tandem.engine.batch import ForwardBatch, KvPool
-
-logger = logging.getLogger(__name__)
+from tandem.engine.native_build import compiled, instruction_flags
 
 HEAD_DIMS = (32, 64, 96, 128)
 _SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno",
-          "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma")  # fmt: skip
-_COMPILE_SECONDS = 120
 _GROUP = 4
 """GROUP in native.c."""
 _MOST_THREADS = 4
@@ -138,42 +128,11 @@ def supports(dtype: torch.dtype, device: torch.device, hidden_size: int, interme
     """Whether a model of these sizes can use the kernels, with the threads torch has now."""
     sizes = hidden_size % 16 == 0 and intermediate_size % 16 == 0 and head_dim in HEAD_DIMS
     here = dtype == torch.bfloat16 and device.type == "cpu" and torch.get_num_threads() <= _MOST_THREADS
-    return sizes and here and torch.cpu._is_avx512_bf16_supported()
+    return sizes and here and "-mavx512bf16" in instruction_flags()
 
 
 @functools.cache
 def load_kernels() -> NativeKernels | None:
-    """Compiles the kernels unless that was done before. None, with the reason in the log, where that is impossible."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        logger.info("no C compiler (cc, gcc or clang): decoding uses torch kernels, at about half the speed")
-        return None
-    try:
-        return NativeKernels(_compiled(compiler, _cache_folder()))
-    except subprocess.CalledProcessError as error:
-        logger.warning("compiling %s failed, torch kernels are used instead: %s", _SOURCE.name, error.stderr[-500:])
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("compiling %s failed, torch kernels are used instead: %s", _SOURCE.name, error)
-    return None
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="tandem-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="tandem-"))
-
-
-def _compiled(compiler: str, folder: Path) -> Path:
-    source = _SOURCE.read_bytes()
-    name = blake3(b"\0".join([source, compiler.encode(), *(flag.encode() for flag in _FLAGS)])).hexdigest()[:32]
-    path = folder / f"native-{name}.so"
-    if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-            built.replace(path)
-    return path
+    """None where they cannot be compiled."""
+    path = compiled(_SOURCE)
+    return None if path is None else NativeKernels(path)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.engine import native
+from tandem.engine import native, native_build
 from tandem.engine.attention import ReferenceAttention
 from tandem.engine.batch import ForwardBatch, KvPool
 from tandem.engine.config import RopeConfig
@@ -27,7 +27,7 @@ ROUNDING = 2**-8
 
 @pytest.fixture(scope="module")
 def kernels() -> NativeKernels:
-    if not torch.cpu._is_avx512_bf16_supported():
+    if "-mavx512bf16" not in native_build.instruction_flags():
         pytest.skip("this processor has no AVX512-BF16")
     loaded = load_kernels()
     if loaded is None:
@@ -37,9 +37,11 @@ def kernels() -> NativeKernels:
 
 @pytest.fixture
 def fresh_cache() -> Iterator[None]:
-    load_kernels.cache_clear()
+    for cached in (load_kernels, native_build.compiled):
+        cached.cache_clear()
     yield
-    load_kernels.cache_clear()
+    for cached in (load_kernels, native_build.compiled):
+        cached.cache_clear()
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -138,7 +140,7 @@ def test_a_model_with_them_is_as_exact_as_one_without(kernels: NativeKernels, fa
 
 @pytest.mark.usefixtures("fresh_cache")
 def test_without_a_compiler_torch_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
     assert load_kernels() is None
     folder = tiny_model("llama", tmp_path / "model", head_dim=32)
     loaded = load_model(folder, dtype="bfloat16", device="cpu", quantization=None)
@@ -164,10 +166,11 @@ def test_a_compiler_that_fails_is_reported(
 @pytest.mark.usefixtures("fresh_cache", "kernels")
 def test_they_are_compiled_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load_kernels.cache_clear()
+    native_build.compiled.cache_clear()
     assert load_kernels() is not None
     (built,) = (tmp_path / "tandem").iterdir()
     before = built.stat()
     load_kernels.cache_clear()
+    native_build.compiled.cache_clear()
     assert load_kernels() is not None
     assert built.stat() == before
