@@ -8,6 +8,7 @@ another worker began.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import OrderedDict
@@ -210,13 +211,16 @@ def allows_only(row: Bits, tokens: frozenset[int]) -> bool:
 
 
 def _grammar(constraint: Constraint) -> str:
+    """In the library's form, and without forcing: it would tokenize text that must come as if it were a prompt, so
+    that a text equal to a special token became that token, which does not match."""
     match constraint.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(constraint.text)
+            lark = f"start: %json {constraint.text}"
         case "regex":
-            return LLMatcher.grammar_from_regex(constraint.text)
+            lark = json.loads(LLMatcher.grammar_from_regex(constraint.text))["grammars"][0]["lark_grammar"]
         case "lark":
-            return LLMatcher.grammar_from_lark(constraint.text)
+            lark = constraint.text
+    return LLMatcher.grammar_from_lark(f'{lark}\n%llguidance {{"no_forcing": true}}')
 
 
 def _in_one_line(text: str) -> str:

@@ -38,6 +38,8 @@ class ChoiceSpec:
     """Token ids or logprobs will be reported."""
     no_output: bool = False
     """Only the prompt is scored: whatever is generated is dropped."""
+    ignored: tuple[str, ...] = ()
+    """Fields of the request that have no effect, by their names; the answer tells of them."""
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -30,6 +30,10 @@ LARGE_BODY_BYTES = 256 * 1024
 MAX_HELD_BYTES = 128 << 20
 """Of bodies larger than that, from arrival to the end of the answer; what is made of them can be 20 times as large."""
 
+IGNORED_HEADER = b"x-tandem-ignored"
+MAX_LISTED_BYTES = 1024
+"""Of a header that lists names."""
+
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
 
@@ -51,6 +55,8 @@ class Exchange:
         """Set once the API key is checked."""
         self.accounts: Accounts | None = None
         """Whose limits the answer tells the caller; None: of none."""
+        self.ignored: list[str] = []
+        """Fields of the request that have no effect; the answer names them in a header."""
         self.status = 0
         """Of the answer; 0 until it has begun."""
         self._headers = dict(scope["headers"])
@@ -188,6 +194,8 @@ class Exchange:
     async def _start(self, status: int, headers: Headers) -> None:
         self.status = status
         headers.append((b"x-request-id", self.request_id.encode()))
+        if self.ignored:
+            headers.append((IGNORED_HEADER, _header_list(self.ignored)))
         if self.anthropic:
             headers.append((b"request-id", self.request_id.encode()))
         if self.accounts is not None and not self.caller.rates.unlimited:
@@ -205,3 +213,9 @@ class Exchange:
 
     def _too_large(self) -> TandemError:
         return TandemError("request_too_large", f"the body is larger than {self._max_body_bytes} bytes")
+
+
+def _header_list(names: Iterable[str]) -> bytes:
+    """Each once, separated by commas; what is no printable ASCII is escaped, what is too long is left out."""
+    listed = b", ".join(name.encode("unicode_escape").replace(b",", b"\\x2c") for name in dict.fromkeys(names))
+    return listed if len(listed) <= MAX_LISTED_BYTES else listed[: MAX_LISTED_BYTES - 3] + b"..."

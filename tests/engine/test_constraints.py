@@ -196,7 +196,6 @@ def test_masks_agree_with_the_obvious_reference(folder: Path, tokenizer: Tokeniz
     guide = compiled(folder, Constraint("regex", "|".join(CHOICES)))
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(VOCAB_SIZE)]
     rng, masks = np.random.default_rng(1), TokenMasks(VOCAB_SIZE, CPU)
-    free = forced = 0
     for _ in range(40):
         one = Guide(guide.matcher.deep_copy(), guide._eos_ids)
         output: list[int] = []
@@ -209,21 +208,29 @@ def test_masks_agree_with_the_obvious_reference(folder: Path, tokenizer: Tokeniz
                 expected |= {0, 2}
             bits = masks.compute([one])
             allowed = np.flatnonzero(masks.unpack(bits)[0].numpy())
-            if set(allowed.tolist()) != expected:
-                # Where the text is certain, only the tokenizer's own way to write it is left.
-                longest = max((texts[token] for token in expected), key=len)
-                assert all(longest.startswith(texts[token]) for token in expected)
-                assert len(allowed) == 1
-                assert int(allowed[0]) in expected
-                forced += 1
-            else:
-                free += 1
+            assert set(allowed.tolist()) == expected
             assert allows_only(bits[0], frozenset({0, 2})) == (expected <= {0, 2})
             output.append(int(rng.choice(allowed)))
             one.follow([9, 9, *output], 2)
             assert not one.error
         assert tokenizer.decode([t for t in output if t not in (0, 2)]) in CHOICES
-    assert free > forced
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "lark"])
+def test_text_that_equals_a_special_token_is_written_as_text(
+    engine: EngineUnderTest, tokenizer: Tokenizer, kind: Any
+) -> None:
+    """Where it is the only text that can come, too."""
+    name = tokenizer.decode([2], skip_special_tokens=False)
+    text = f"a{name}b{name}"
+    written = {
+        "json_schema": json.dumps({"const": text}),
+        "regex": re.escape(text),
+        "lark": f"start: {json.dumps(text)}",
+    }
+    key = ask(engine, kind, Constraint(kind, written[kind]))
+    assert engine.last(key).finish_reason is FinishReason.STOP
+    assert text_of(engine, key, tokenizer) == (json.dumps(text) if kind == "json_schema" else text)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
