@@ -10,6 +10,7 @@ from tandem.common.errors import TandemError
 from tandem.router import http_contexts, http_explain, http_info, http_usage
 from tandem.router.accounts import Accounts
 from tandem.router.batch import http_batches, http_files
+from tandem.router.cors import Cors
 from tandem.router.http_chat import chat_completions
 from tandem.router.http_completions import completions
 from tandem.router.http_embeddings import embeddings
@@ -58,7 +59,9 @@ class HttpApp:
     """An ASGI application."""
 
     def __init__(self, service: Service, tenants: Tenants | None, accounts: Accounts) -> None:
-        """`tenants` None: everybody may come in."""
+        """`tenants` None: everybody may come in. Raises ConfigError for origins that are none."""
+        origins = service.config.origins
+        self._cors = Cors(origins) if origins else None
         self._service = service
         self._tenants = tenants
         self._accounts = accounts
@@ -67,6 +70,7 @@ class HttpApp:
         if scope["type"] != "http":
             raise RuntimeError(f"this server speaks HTTP only, not {scope['type']}")
         exchange = Exchange(scope, receive, send, self._service.config.max_body_bytes)
+        exchange.cors = self._cors
         metrics = self._service.metrics
         try:
             await self._answer(exchange)
@@ -81,12 +85,15 @@ class HttpApp:
     async def _answer(self, exchange: Exchange) -> None:
         headers: Headers = []
         try:
+            if exchange.method == "OPTIONS":
+                await exchange.reply_preflight(_methods(exchange.path))
+                return
             handlers = _route(exchange.path)
             if exchange.path not in OPEN_PATHS:
                 self._authenticate(exchange)
             handler = handlers.get("GET" if exchange.method == "HEAD" else exchange.method)
             if handler is None:
-                headers.append((b"allow", ", ".join(handlers).encode()))
+                headers.append((b"allow", ", ".join(_methods(exchange.path)).encode()))
                 takes = " or ".join(handlers)
                 raise TandemError("method_not_allowed", f"{exchange.path} takes {takes}, not {exchange.method[:16]}")
             if exchange.path in GENERATING:
@@ -115,6 +122,17 @@ class HttpApp:
             if exchange.path in ADMIN_PATHS and self._tenants.has_admin and not exchange.caller.admin:
                 raise TandemError("permission_denied", f"{exchange.path} needs a tenant with `admin: true`.")
         exchange.accounts = self._accounts
+
+
+def _methods(path: str) -> list[str]:
+    """What may be sent to `path`; where there is nothing, what may be sent at all, so that a page can read the 404."""
+    try:
+        handlers = list(_route(path))
+    except TandemError:
+        handlers = ["GET", "POST", "DELETE"]
+    if "GET" in handlers:
+        handlers.insert(handlers.index("GET") + 1, "HEAD")
+    return [*handlers, "OPTIONS"]
 
 
 def _route(path: str) -> dict[str, Handler]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -13,6 +13,7 @@ import msgspec
 from tandem.common.errors import TandemError
 from tandem.router.accounts import Accounts
 from tandem.router.caller import ANYBODY
+from tandem.router.cors import Cors
 from tandem.router.http_errors import (
     ANTHROPIC_HEADER,
     ANTHROPIC_PATH,
@@ -57,6 +58,8 @@ class Exchange:
         """Whose limits the answer tells the caller; None: of none."""
         self.ignored: list[str] = []
         """Fields of the request that have no effect; the answer names them in a header."""
+        self.cors: Cors | None = None
+        """None: no page of another origin may read the answer."""
         self.status = 0
         """Of the answer; 0 until it has begun."""
         self._headers = dict(scope["headers"])
@@ -169,6 +172,19 @@ class Exchange:
             raise ClientGone from error
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def reply_empty(self, headers: Headers) -> None:
+        await self._start(204, headers)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def reply_preflight(self, methods: Collection[str]) -> None:
+        """The answer to OPTIONS: needs no key, as browsers send none with it."""
+        headers = [(b"allow", ", ".join(methods).encode())]
+        if self.cors is not None and b"access-control-request-method" in self._headers:
+            wanted = self._headers.get(b"access-control-request-headers", b"")
+            headers += self.cors.preflight(self._headers.get(b"origin"), methods, wanted)
+            self.cors = None  # that said it all
+        await self.reply_empty(headers)
+
     async def reply_json(self, value: Any, *, status: int = 200, headers: Headers | None = None) -> None:
         await self.reply(msgspec.json.encode(value), status=status, headers=headers)
 
@@ -200,6 +216,8 @@ class Exchange:
             headers.append((b"request-id", self.request_id.encode()))
         if self.accounts is not None and not self.caller.rates.unlimited:
             headers += self.accounts.limits.headers(self.caller)
+        if self.cors is not None:
+            headers += self.cors.answer(self._headers.get(b"origin"), headers)
         await self._send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
 
     def _hold(self, size: int) -> None:

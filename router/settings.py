@@ -50,6 +50,9 @@ class RouterConfig:
     """Requests that wait for their turn; more are answered 503."""
     max_queued_tokens: int = 8_000_000
     """Prompt tokens of requests that wait for their turn; more are answered 503."""
+    allowed_origins: list[str] | str = ""
+    """Web pages that may use the HTTP API from a browser (CORS), separated by commas: `https://app.example.com`, `null`
+    for pages from files, `*` for all. Empty: none."""
     storage: Path | None = None
     """Folder for uploaded files and batches (`/v1/files`, `/v1/batches`). None: there is no batch lane."""
     disaggregate: Disaggregate = "auto"
@@ -72,3 +75,10 @@ class RouterConfig:
     """Seconds that running requests get to finish after SIGTERM."""
     log_level: str = "info"
     """debug, info, warning or error."""
+
+    @property
+    def origins(self) -> list[str]:
+        """Of `allowed_origins`, one by one."""
+        given = self.allowed_origins
+        texts = given.split(",") if isinstance(given, str) else given
+        return [text.strip() for text in texts if text.strip()]

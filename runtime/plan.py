@@ -67,10 +67,9 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
     for name in ("api_keys_file", "tenants_file", "storage"):
         if (path := getattr(config, name)) is not None:
             router[name] = str(path.absolute())
-    if config.redis:
-        router["redis"] = config.redis
-    if config.tool_format:
-        router["tool_format"] = config.tool_format
+    for name in ("redis", "tool_format", "allowed_origins"):
+        if value := getattr(config, name):
+            router[name] = value
     if config.routers > 1:
         router["replicas"] = config.routers
     return [*store, *workers, ChildPlan("router", "router", router)]

@@ -35,6 +35,9 @@ class ServeConfig(EngineConfig, StoreSettings):
     """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
     tenants_file: Path | None = None
     """YAML file with tenants, their keys, weights and limits. None: one tenant, or `api_keys_file`'s."""
+    allowed_origins: list[str] | str = ""
+    """Web pages that may use the HTTP API from a browser (CORS), separated by commas: `https://app.example.com`, `null`
+    for pages from files, `*` for all. Empty: none."""
     storage: Path | None = None
     """Folder for uploaded files and batches. None: no batch lane."""
     redis: str = ""

@@ -91,7 +91,7 @@ async def test_create_use_list_and_drop(house: House, store: StoreNode) -> None:
     ):
         assert "`manual`" in check_error(response, 404, "not_found")
     assert hard_pins(store.node) == 0
-    assert (await client.put("/v1/contexts/manual")).headers["allow"] == "GET, DELETE"
+    assert (await client.put("/v1/contexts/manual")).headers["allow"] == "GET, HEAD, DELETE, OPTIONS"
 
 
 async def test_kv_that_was_lost_is_computed_from_the_recipe_saved_and_pinned(house: House, store: StoreNode) -> None:

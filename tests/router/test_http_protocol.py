@@ -138,3 +138,64 @@ async def test_ambiguous_framing_ends_the_connection(router: Router, headers: by
     answer = await exchanged(router, POST + headers + b"\r\n0\r\n\r\n" + HEALTH)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+@pytest.mark.parametrize("method", [b"GET /healthz", b"POST /v1/completions"])
+async def test_headers_of_exactly_the_bound_are_taken_and_no_byte_more(
+    router: Router, method: bytes, pieces: int
+) -> None:
+    tail = b"" if method.startswith(b"GET") else b"Content-Length: %d\r\n" % len(BODY)
+    body = b"" if method.startswith(b"GET") else BODY
+    for size, status in ((64 * 1024, 200), (64 * 1024 + 1, 431)):
+        frame = method + b" HTTP/1.1\r\nHost: x\r\n" + tail + b"filler: \r\nConnection: close\r\n\r\n"
+        head = frame.replace(b"filler: ", b"filler: " + b"a" * (size - len(frame)))
+        assert len(head) == size
+        request = head + body
+        step = -(-len(request) // pieces)
+        answer = await exchanged(router, *(request[start : start + step] for start in range(0, len(request), step)))
+        assert answer.startswith(b"HTTP/1.1 %d " % status), (size, answer[:200])
+
+
+async def test_large_headers_behind_another_request_are_refused_as_well(router: Router) -> None:
+    answer = await exchanged(router, HEALTH + b"GET /healthz HTTP/1.1\r\nx: " + b"a" * 70_000 + b"\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 ") <= 1
+
+
+async def test_what_is_not_http_gets_an_error_in_json(router: Router) -> None:
+    for rubbish in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"GET /\x01 HTTP/1.1\r\n\r\n"):
+        answer = await exchanged(router, rubbish + b"\r\n\r\n")
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("keep_alive", [b"", b"Connection: keep-alive\r\n"])
+async def test_a_stream_to_http_1_0_ends_with_the_connection(router: Router, keep_alive: bytes) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 4, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.0\r\n" + keep_alive + b"Content-Length: %d\r\n\r\n" % len(body)
+    headers, _, events = (await exchanged(router, head + body)).partition(b"\r\n\r\n")
+    assert headers.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in headers.lower()
+    assert b"connection: close" in headers.lower()
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"data: [DONE]\n\n")
+
+
+async def test_other_answers_to_http_1_0_have_a_length(router: Router) -> None:
+    for method, has_body in ((b"GET", True), (b"HEAD", False)):
+        headers, _, body = (await exchanged(router, method + b" /healthz HTTP/1.0\r\n\r\n")).partition(b"\r\n\r\n")
+        assert b"content-length: 15" in headers.lower()
+        assert (body == b'{"status":"ok"}') == has_body
+    answer = await exchanged(router, b"OPTIONS /healthz HTTP/1.0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 204 ")
+    assert answer.endswith(b"\r\n\r\n")
+
+
+async def test_what_a_path_takes_is_told_without_a_key(router: Router) -> None:
+    for path, allow in ((b"/v1/models", b"GET, HEAD, OPTIONS"), (b"/v1/contexts/a", b"GET, HEAD, DELETE, OPTIONS")):
+        answer = await exchanged(router, b"OPTIONS " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert b"\r\nallow: " + allow + b"\r\n" in answer
+    answer = await exchanged(router, b"PUT /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert b"\r\nallow: GET, HEAD, OPTIONS\r\n" in answer
