@@ -38,7 +38,6 @@ class EmbeddingsBody(msgspec.Struct):
     """Over the normalised hidden states of the last layer: their mean, or that of the last token."""
     priority: int | None = None
     cache_salt: str | None = None
-    user: str | None = None
 
 
 async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller) -> Iterator[Sequence[ChoiceSpec]]:

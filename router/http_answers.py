@@ -43,7 +43,7 @@ class Format(Protocol):
 
 async def answer(exchange: Exchange, call: Call, shapes: Format) -> None:
     """Streams if the call does. A client that goes away ends the call. Raises TandemError before the first byte."""
-    exchange.ignored += [name for choice in call.choices for name in choice.spec.ignored]
+    exchange.ignore(name for choice in call.choices for name in choice.spec.ignored)
     if call.spec.streaming:
         await _while_connected(exchange, call, _stream(exchange, call, shapes))
     else:

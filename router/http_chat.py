@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from tandem.router.chat_request import ChatPlan, plan_chat
 from tandem.router.choice import Choice, Delta, with_seeds
 from tandem.router.generate import Usage
@@ -14,14 +12,15 @@ from tandem.router.http_exchange import Exchange
 from tandem.router.http_logprobs import chat_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import ChatBody
+from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text, collect
 
-_DECODER = msgspec.json.Decoder(ChatBody)
+_READER = BodyReader(ChatBody)
 
 
 async def chat_completions(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     plan = await plan_chat(body, service, exchange.caller)
     with service.call(
         exchange.request_id,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.choice import Choice, Delta
 from tandem.router.completion_request import plan_completion
@@ -15,14 +13,15 @@ from tandem.router.http_exchange import Exchange
 from tandem.router.http_logprobs import completion_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import CompletionBody
+from tandem.router.request_fields import BodyReader
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
 
-_DECODER = msgspec.json.Decoder(CompletionBody)
+_READER = BodyReader(CompletionBody)
 
 
 async def completions(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     choices = await plan_completion(body, service, exchange.caller)
     with service.call(
         exchange.request_id,

@@ -5,22 +5,21 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from tandem.proto import kvnode_pb2
 from tandem.router import named_contexts
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import ContextBody
 from tandem.router.named_contexts import contexts_of
+from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 
 _PREFIX = "/v1/contexts/"
 
-_DECODER = msgspec.json.Decoder(ContextBody)
+_READER = BodyReader(ContextBody)
 
 
 async def create(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     open_call = partial(service.call, exchange.request_id, arrived=exchange.arrived, traceparent=exchange.traceparent)
     await exchange.reply_json(_shape(await named_contexts.create(body, service, exchange.caller, open_call)))
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-import msgspec
-
 from tandem.router.embedding_request import EmbeddingsBody, Vector, plan_embeddings, vectors
 from tandem.router.http_answers import account_of, wants_account, whole
 from tandem.router.http_exchange import Exchange
+from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 
-_DECODER = msgspec.json.Decoder(EmbeddingsBody)
+_READER = BodyReader(EmbeddingsBody)
 
 
 async def embeddings(exchange: Exchange, service: Service) -> None:
     """`explain` is of the last group of inputs."""
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     data: list[dict[str, Any]] = []
     explain: dict[str, Any] = {}
     prompt_tokens = 0

@@ -20,8 +20,8 @@ from tandem.router.http_errors import (
     anthropic_error,
     error_body,
     error_headers,
-    from_decode_error,
 )
+from tandem.router.request_fields import BodyReader, log_ignored
 from tandem.router.request_ids import request_id_of, traceparent_of
 
 if TYPE_CHECKING:  # uvicorn keeps them private
@@ -132,15 +132,17 @@ class Exchange:
             yield message.get("body", b"")
             more = message.get("more_body", False)
 
-    async def decode(self, decoder: msgspec.json.Decoder[T]) -> T:
+    async def decode(self, reader: BodyReader[T]) -> T:
         """Raises TandemError `invalid_request` naming the field."""
-        body = await self.body()
-        try:
-            return decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise from_decode_error(error, decoder.type) from error
-        except RecursionError as error:
-            raise TandemError("invalid_request", "the body is nested too deeply") from error
+        body, ignored = reader.read(await self.body())
+        self.ignore(ignored)
+        return body
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Fields of the request that have no effect: the answer's headers tell the client, the log says it once."""
+        names = list(names)
+        self.ignored += names
+        log_ignored(names, self.path)
 
     async def wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -5,20 +5,19 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-import msgspec
-
 import tandem
 from tandem.common.errors import TandemError
 from tandem.router.batch.paging import page
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import DetokenizeBody, TokenizeBody
 from tandem.router.metrics import CONTENT_TYPE
+from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 from tandem.router.siblings import merged_metrics
 from tandem.router.tokenize_request import detokenized, tokenized
 
-_TOKENIZE = msgspec.json.Decoder(TokenizeBody)
-_DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
+_TOKENIZE = BodyReader(TokenizeBody)
+_DETOKENIZE = BodyReader(DetokenizeBody)
 
 
 async def models(exchange: Exchange, service: Service) -> None:

@@ -13,6 +13,7 @@ from tandem.router.http_errors import renaming
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import CalledFunction, ChatBody, Message, ToolCall
 from tandem.router.message_shapes import MessageShapes
+from tandem.router.request_fields import BodyReader
 from tandem.router.sampling_fields import in_range, invalid, shown
 from tandem.router.service import Service
 from tandem.router.tools.choice import FunctionSpec, NamedFunction, NamedTool, Tool, ToolChoice
@@ -114,12 +115,12 @@ class MessagesBody(CountBody, kw_only=True):
         return body
 
 
-_DECODER = msgspec.json.Decoder(MessagesBody)
-_COUNT_DECODER = msgspec.json.Decoder(CountBody)
+_READER = BodyReader(MessagesBody)
+_COUNT_READER = BodyReader(CountBody)
 
 
 async def count_tokens(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_COUNT_DECODER)
+    body = await exchange.decode(_COUNT_READER)
     exchange.caller.check_model(service.model.name)
     with renaming(_NAMES):
         prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
@@ -127,7 +128,7 @@ async def count_tokens(exchange: Exchange, service: Service) -> None:
 
 
 async def messages(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     with renaming(_NAMES):
         plan = await plan_chat(body.chat(), service, exchange.caller)
     with service.call(

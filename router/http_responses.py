@@ -11,7 +11,8 @@ from tandem.router.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.http_answers import answer
 from tandem.router.http_errors import renaming
 from tandem.router.http_exchange import Exchange
-from tandem.router.http_types import CalledFunction, ChatBody, ContentPart, Message, ToolCall, refuse
+from tandem.router.http_types import CalledFunction, ChatBody, ContentPart, Message, ToolCall
+from tandem.router.request_fields import BodyReader
 from tandem.router.response_shapes import ResponseShapes
 from tandem.router.sampling_fields import invalid, shown
 from tandem.router.service import Service
@@ -71,17 +72,9 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     parallel_tool_calls: bool | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
-    previous_response_id: str | None = None
-    conversation: Any = None
-    background: bool | None = None
-    prompt: Any = None
 
     def chat(self) -> ChatBody:
         """The chat request that it stands for. Raises TandemError on what is not supported."""
-        for name in ("previous_response_id", "conversation"):
-            if getattr(self, name):
-                raise invalid(name, "is not supported: nothing is kept here; send the whole conversation as input")
-        refuse(self, "background", "prompt")
         wanted = self.text.format if self.text and self.text.format else None
         schema = JsonSchemaFormat(schema=wanted.schema, strict=wanted.strict) if wanted else None
         choice = self.tool_choice
@@ -119,11 +112,11 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
         }
 
 
-_DECODER = msgspec.json.Decoder(ResponsesBody)
+_READER = BodyReader(ResponsesBody)
 
 
 async def input_tokens(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     exchange.caller.check_model(service.model.name)
     with renaming(_NAMES):
         prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
@@ -131,7 +124,7 @@ async def input_tokens(exchange: Exchange, service: Service) -> None:
 
 
 async def responses(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     with renaming(_NAMES):
         chat = body.chat()
         plan = await plan_chat(chat, service, exchange.caller)

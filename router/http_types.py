@@ -1,7 +1,6 @@
 """Bodies of HTTP requests, in OpenAI's shape with vLLM's extensions.
 
-Types are strict; unknown fields are ignored, as clients send many. Fields that would change the answer and are not
-supported are known here, so that they are refused by name instead of being ignored.
+Types are strict. What becomes of fields that are not here says `field_table.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ class GenerationBody(ConstraintFields, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    user: str | None = None
-
     best_of: int | None = None
-    use_beam_search: bool | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -46,21 +42,17 @@ class GenerationBody(ConstraintFields, kw_only=True):
             raise invalid("stream_options", "is only allowed with stream: true")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise invalid("best_of", "is not supported; leave it out or make it equal to n")
-        refuse(self, "use_beam_search")
 
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | int | list[int]]
-    suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    prompt_embeds: Any = None
     context: str | None = None
     """Name of a context (`POST /v1/contexts`), whose tokens go before the prompt's."""
 
     def check(self) -> None:
         GenerationBody.check(self)
-        refuse(self, "suffix", "prompt_embeds")
         if self.context is not None and self.cache_salt:
             raise invalid("cache_salt", "cannot be combined with context, whose KV is cached without one")
 
@@ -102,27 +94,14 @@ class ChatBody(GenerationBody, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: list[str] | None = None
     continue_final_message: bool | None = None
-    chat_template: Any = None
     documents: Any = None
-    context: Any = None
 
     def check(self) -> None:
         GenerationBody.check(self)
         if not self.messages:
             raise invalid("messages", "must not be empty")
-        if self.modalities not in (None, [], ["text"]):
-            raise invalid("modalities", "is not supported other than text")
-        if self.context is not None:
-            raise invalid("context", "is not supported here; use /v1/completions")
-        for name in ("functions", "function_call"):
-            if getattr(self, name):
-                raise invalid(name, "is not supported; use tools and tool_choice")
-        refuse(self, "audio", "continue_final_message", "chat_template", "documents")
+        refuse(self, "continue_final_message", "documents")
 
     def template_messages(self) -> list[dict[str, Any]]:
         return template_messages(self.messages)

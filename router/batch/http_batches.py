@@ -13,6 +13,7 @@ from tandem.router.batch.paging import page, page_size
 from tandem.router.batch.records import COMPLETION_WINDOW, BatchRecord, new_id
 from tandem.router.http_errors import renaming
 from tandem.router.http_exchange import Exchange
+from tandem.router.request_fields import BodyReader
 from tandem.router.sampling_fields import invalid, shown
 from tandem.router.service import Service
 
@@ -31,7 +32,7 @@ class _ExpiresAfter(msgspec.Struct):
     seconds: int
 
 
-class _Body(msgspec.Struct):
+class Body(msgspec.Struct):
     input_file_id: str
     endpoint: str
     completion_window: str
@@ -39,7 +40,7 @@ class _Body(msgspec.Struct):
     output_expires_after: _ExpiresAfter | None = None
 
 
-_DECODER = msgspec.json.Decoder(_Body)
+_READER = BodyReader(Body)
 
 
 def by_id(path: str) -> dict[str, Callable[[Exchange, Service], Awaitable[None]]]:
@@ -49,7 +50,7 @@ def by_id(path: str) -> dict[str, Callable[[Exchange, Service], Awaitable[None]]
 
 async def create(exchange: Exchange, service: Service) -> None:
     lane = lane_of(service)
-    body = await exchange.decode(_DECODER)
+    body = await exchange.decode(_READER)
     _check(body, list(lane.inside.handlers))
     expiry = body.output_expires_after
     kept_s = kept_for(expiry and expiry.seconds, expiry and expiry.anchor, "output_expires_after")
@@ -95,7 +96,7 @@ async def cancel(exchange: Exchange, service: Service) -> None:
     await exchange.reply_json(record.shape())
 
 
-def _check(body: _Body, endpoints: list[str]) -> None:
+def _check(body: Body, endpoints: list[str]) -> None:
     if body.endpoint not in endpoints:
         raise invalid("endpoint", f"must be one of {', '.join(endpoints)}, got {shown(body.endpoint)}")
     if body.completion_window != COMPLETION_WINDOW:

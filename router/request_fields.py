@@ -1,0 +1,173 @@
+"""Reads the JSON body of a request so that no field is ignored in silence.
+
+A field that its struct has is implemented. Of the others `field_table.py` says which are refused by name and which are
+tolerated. One that is in neither is refused where it looks like a field that is known (a typing error), and tolerated
+otherwise, as new clients send new fields. What is tolerated is told in the answer's header, and once in the log.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from msgspec.inspect import ListType, StructType, Type, UnionType, type_info
+
+from tandem.common.errors import TandemError
+from tandem.router.field_table import OTHERS, Other, Refused
+from tandem.router.http_errors import from_decode_error
+from tandem.router.sampling_fields import invalid
+
+log = logging.getLogger(__name__)
+
+MAX_LOGGED = 1000
+"""Names that the log has told of; clients can invent others without end."""
+ALIKE = 0.84
+"""Ratio of difflib above which a name is taken for a typing error: `temprature`, and not `user_id` for `user`."""
+
+_SANE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_logged: set[str] = set()
+
+T = TypeVar("T")
+
+
+class BodyReader(Generic[T]):
+    """Decodes one kind of body."""
+
+    def __init__(self, body: type[T]) -> None:
+        self._type = body
+        self._known = known_fields(body)
+
+    def read(self, raw: bytes) -> tuple[T, list[str]]:
+        """The body, and the names of its fields that have no effect. Raises TandemError `invalid_request` naming the
+        field."""
+        try:
+            content = msgspec.json.decode(raw)
+            ignored: dict[str, None] = {}
+            if isinstance(content, dict):
+                self._known.look(content, "", "", ignored)
+            return msgspec.convert(content, self._type), list(ignored)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise from_decode_error(self._better(raw, error), self._type) from error
+        except RecursionError as error:
+            raise TandemError("invalid_request", "the body is nested too deeply") from error
+
+    def _better(self, raw: bytes, error: Exception) -> Exception:
+        """Of a number that no float holds only the decoder that knows the types can say where it is."""
+        try:
+            msgspec.json.decode(raw, type=self._type)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as better:
+            return better
+        return error
+
+
+@dataclass(slots=True, eq=False)
+class KnownFields:
+    """What is known of the fields of one struct."""
+
+    fields: dict[str, Inside | None] = field(default_factory=dict)
+    """Implemented ones; those that hold objects with what is known of them."""
+    others: Mapping[str, Other] = field(default_factory=dict)
+
+    def look(self, value: dict[str, Any], place: str, kind: str, ignored: dict[str, None]) -> None:
+        """`place` tells where `value` is, with indices; `kind` tells it without. Adds to `ignored`."""
+        for name, content in value.items():
+            if name in self.fields:
+                inside = self.fields[name]
+                if inside is not None and content is not None:
+                    inside.look(content, place + name, kind + name, ignored)
+            elif content is not None:
+                self._other(name, content, place + name[:64], kind, ignored)
+
+    def _other(self, name: str, content: Any, path: str, kind: str, ignored: dict[str, None]) -> None:
+        known = self.others.get(name)
+        if known is None:
+            meant = typing_error(name, [*self.fields, *self.others])
+            if meant is not None:
+                raise invalid(path, f"is not known; did you mean {meant}?")
+        elif content in known.fine or content in ("", [], {}, False):
+            return
+        elif isinstance(known, Refused):
+            raise invalid(path, f"is not supported: {known.why}")
+        ignored[kind + (name if _SANE_NAME.fullmatch(name) else "?")] = None
+
+
+@dataclass(slots=True, eq=False)
+class Inside:
+    """What is known of objects inside a field: itself one, or a list of them."""
+
+    one: KnownFields | None
+    each: Inside | None
+
+    def look(self, value: Any, place: str, kind: str, ignored: dict[str, None]) -> None:
+        if isinstance(value, dict):
+            if self.one is not None:
+                self.one.look(value, f"{place}.", f"{kind}.", ignored)
+        elif isinstance(value, list) and self.each is not None:
+            for index, item in enumerate(value):
+                self.each.look(item, f"{place}[{index}]", f"{kind}[]", ignored)
+
+
+def typing_error(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that was most probably meant: written another way (`maxTokens`), with letters swapped, or
+    with one wrong. None: it looks like none of them."""
+    squeezed = {_squeezed(each): each for each in known}
+    given = _squeezed(name[:64])
+    if given in squeezed:
+        return squeezed[given]
+    for each, meant in squeezed.items():
+        if len(each) > 2 and sorted(each) == sorted(given):
+            return meant
+    close = difflib.get_close_matches(given, squeezed, 1, ALIKE)
+    return squeezed[close[0]] if close else None
+
+
+def log_ignored(names: Iterable[str], path: str) -> None:
+    """Once for each field of each endpoint."""
+    new = {f"{path} {name}": name for name in names if f"{path} {name}" not in _logged}
+    if new and len(_logged) < MAX_LOGGED:
+        _logged.update(new)
+        listed = ", ".join(map(ascii, new.values()))
+        log.warning("requests to %s have fields without effect here: %.300s (said once)", path, listed)
+
+
+_known: dict[type, KnownFields] = {}
+
+
+def known_fields(struct: type) -> KnownFields:
+    """Of a struct; made once."""
+    found = _known.get(struct)
+    if found is None:
+        found = _known[struct] = KnownFields()
+        info = type_info(struct)
+        assert isinstance(info, StructType)
+        found.fields.update({each.encode_name: _inside(each.type) for each in info.fields})
+        found.others = _others_of(struct)
+    return found
+
+
+def _others_of(struct: type) -> dict[str, Other]:
+    """Rows of the table for it and for what it derives from."""
+    rows: dict[str, Other] = {}
+    for base in reversed(struct.__mro__):
+        rows.update(OTHERS.get(base.__name__, {}))
+    return rows
+
+
+def _inside(kind: Type) -> Inside | None:
+    one: KnownFields | None = None
+    each: Inside | None = None
+    for option in kind.types if isinstance(kind, UnionType) else (kind,):
+        if isinstance(option, StructType):
+            one = known_fields(option.cls)
+        elif isinstance(option, ListType):
+            each = _inside(option.item_type)
+    return None if one is None and each is None else Inside(one, each)
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
