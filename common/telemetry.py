@@ -18,6 +18,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from tandem.common.errors import ConfigError
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+_TALKATIVE = ("httpx", "httpx2")
+"""They log a line per request to the hub."""
 
 
 class _LineFormatter(logging.Formatter):
@@ -42,6 +44,8 @@ def set_up_logging(worker: str, level: str = "info") -> None:
     handler.setFormatter(_LineFormatter(worker))
     logging.basicConfig(level=max(numeric, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("tandem").setLevel(numeric)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def tracing_enabled() -> bool:

@@ -5,12 +5,12 @@ Names, defaults and their precedence follow `transformers`, so that a folder mea
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem.common.checkpoint import read_json, special_tokens
 from tandem.common.errors import ConfigError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
@@ -92,7 +92,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     """Per layer: a query at position p sees keys at positions > p - window; None: all before it."""
     eos_token_ids: tuple[int, ...]
-    """From `generation_config.json`, else `config.json`; may be empty."""
+    """From `generation_config.json`, else `config.json`, and the tokenizer's own, as in vLLM; may be empty."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -144,15 +144,9 @@ class _Fields:
 
     @classmethod
     def read(cls, path: Path) -> _Fields:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: must hold a JSON object")
-        return cls(values, str(path))
+        if not path.is_file():
+            raise ConfigError(f"{path}: cannot be read (no such file)")
+        return cls(read_json(path), str(path))
 
     def error(self, name: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.source}: {name}: {problem}")
@@ -198,14 +192,34 @@ class _Fields:
         return _Fields(value, f"{self.source}: {name}")
 
 
+_ENCODER_ENDINGS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_ENCODERS = ("albert", "bert", "deberta", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert", "roberta")
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _other_kind(fields: _Fields, name: str) -> str:
+    """What else a model of an architecture that is not supported is, in words; empty where it is not known."""
+    model_type = str(fields.get("model_type") or "").removeprefix("xlm-").removeprefix("xlm_")
+    if name.endswith(_ENCODER_ENDINGS) or model_type.startswith(_ENCODERS):
+        return ", an encoder like BERT, which writes no text"
+    if fields.get("vision_config") or fields.get("audio_config"):
+        return ", a model of images or audio"
+    if fields.get("is_encoder_decoder"):
+        return ", an encoder with a decoder"
+    if any(fields.get(field) for field in _EXPERT_FIELDS):
+        return ", a mixture of experts"
+    return ""
+
+
 def _architecture(fields: _Fields) -> str:
     names = fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise fields.error("architectures", f"must name exactly one architecture, not {names!r}")
     name: str = names[0]
-    supported = ", ".join(SUPPORTED_ARCHITECTURES)
     if name not in _FAMILIES:
-        raise fields.error("architectures", f"{name} is not supported; supported are {supported}")
+        supported = ", ".join(SUPPORTED_ARCHITECTURES)
+        kind = _other_kind(fields, name)
+        raise fields.error("architectures", f"{name}{kind}, is not supported; supported are {supported}")
     model_type = fields.get("model_type")
     if model_type is not None and model_type != _FAMILIES[name].model_type:
         raise fields.error("model_type", f"{model_type!r} contradicts architectures [{name}]")
@@ -326,6 +340,7 @@ def _yarn_attention_factor(section: _Fields, factor: float) -> float:
 
 
 def _eos_token_ids(folder: Path, fields: _Fields, vocab_size: int) -> tuple[int, ...]:
+    """Many chat models end their turns with the tokenizer's end token, and their configuration names another."""
     source = fields
     path = folder / "generation_config.json"
     if path.is_file():
@@ -337,4 +352,14 @@ def _eos_token_ids(folder: Path, fields: _Fields, vocab_size: int) -> tuple[int,
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise source.error("eos_token_id", f"{token!r} is not a token id below vocab_size {vocab_size}")
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys([*ids, *_tokenizer_eos(folder, vocab_size)]))
+
+
+def _tokenizer_eos(folder: Path, vocab_size: int) -> list[int]:
+    name = special_tokens(folder).get("eos_token")
+    if name is None:
+        return []
+    added = read_json(folder / "tokenizer.json").get("added_tokens")
+    known = added if isinstance(added, list) else []
+    ids = [token.get("id") for token in known if isinstance(token, dict) and token.get("content") == name]
+    return [token for token in ids if isinstance(token, int) and 0 <= token < vocab_size]

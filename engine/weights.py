@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +12,12 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tandem.common.checkpoint import INDEX_FILE, WEIGHTS_FILE, weight_map
 from tandem.common.errors import ConfigError
 
 _TOLERATED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints carry and every implementation computes itself."""
+_LFS_POINTER = b"version https://git-lfs"
 _LISTED = 8
 """Names an error lists at most."""
 
@@ -37,7 +38,8 @@ class Checkpoint:
                 handle = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as error:
                 self._stack.close()
-                raise ConfigError(f"{path}: not a usable safetensors file ({error})") from error
+                problem = "a Git LFS pointer; run `git lfs pull` in the folder" if _is_lfs_pointer(path) else error
+                raise ConfigError(f"{path}: not a usable safetensors file ({problem})") from error
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 if name in self._handles:
                     self._stack.close()
@@ -86,16 +88,21 @@ class Checkpoint:
         return total.digest()
 
 
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
 def _listed(names: list[str]) -> str:
     rest = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.is_file():
         return _indexed_files(folder, index)
-    single = folder / "model.safetensors"
+    single = folder / WEIGHTS_FILE
     if single.is_file():
         return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -103,17 +110,12 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: has only pickled weights (.bin, .pt), which can run code when loaded and are not read; "
             "convert them to safetensors"
         )
-    raise ConfigError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    raise ConfigError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index}: must be a JSON object with a weight_map from tensor to file name") from error
+    names = sorted(weight_map(index))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"{index}: weight_map: {name!r} is not a file name")
         if not (folder / name).is_file():
             raise ConfigError(f"{index}: weight_map: {name} is missing from the folder")
     return [folder / name for name in names]

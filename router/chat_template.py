@@ -14,11 +14,11 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from tandem.common.checkpoint import read_json, special_tokens
 from tandem.common.errors import ConfigError, TandemError
-from tandem.router.tokenizer import read_json
+from tandem.router.content_form import content_form
 from tandem.router.tools.formats import ToolFormat, detect
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT_NAME = "default"
 TOOLS_NAME = "tool_use"
 """Of the template that some models have for requests with tools."""
@@ -35,30 +35,28 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-            self._tools_template = self._template if tools_source is None else environment.from_string(tools_source)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the model's chat template does not compile: {error}") from error
+        self._template = _Compiled(environment, source)
+        self._tools_template = self._template if tools_source is None else _Compiled(environment, tools_source)
         self._special_tokens = special_tokens
         self.tool_format: ToolFormat | None = detect(tools_source or source)
         """How the model writes calls of functions; None: it makes none, or in a form that is not known."""
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """`chat_template.jinja`, else `tokenizer_config.json`'s. None where the model has no template."""
-        config = read_json(folder / "tokenizer_config.json")
-        source, tools_source = _template_sources(folder, config)
-        return None if source is None else cls(source, _special_tokens(config), tools_source)
+        """Files `chat_template.jinja` and `additional_chat_templates/`, else what `tokenizer_config.json` says. None
+        where the model has no template."""
+        source, tools_source = _template_sources(folder)
+        return None if source is None else cls(source, special_tokens(folder), tools_source)
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """Raises TandemError `invalid_request` where the template rejects the messages."""
+        """`content` of a message is text or a list of text parts; the template gets the form that it expects, parts
+        joined by line breaks where that is text. Raises TandemError `invalid_request` where it rejects the messages."""
         context = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
             template = self._tools_template if context["tools"] else self._template
-            return template.render(**context, messages=list(messages), add_generation_prompt=add_generation_prompt)
+            return template.render(messages, **context, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TandemError(
                 "invalid_request",
@@ -67,29 +65,56 @@ class ChatTemplate:
             ) from error
 
 
-def _template_sources(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The template, and that for requests with tools where there is one of its own."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), None
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-        return named.get(DEFAULT_NAME), named.get(TOOLS_NAME)
-    if source is None or isinstance(source, str):
-        return source, None
-    raise ConfigError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of templates")
+class _Compiled:
+    """One template, and the form of message content that it expects."""
+
+    def __init__(self, environment: jinja2.Environment, source: str) -> None:
+        try:
+            self._template = environment.from_string(source)
+            self._form = content_form(environment.parse(source))
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the model's chat template does not compile: {error}") from error
+
+    def render(self, messages: Sequence[dict[str, Any]], **context: Any) -> str:
+        shaped = [{**message, "content": self._shaped(message["content"])} for message in messages]
+        return self._template.render(**context, messages=shaped)
+
+    def _shaped(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self._form == "parts" else content
+        return "\n".join(part["text"] for part in content) if self._form == "text" else content
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    tokens: dict[str, str] = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
+def _template_sources(folder: Path) -> tuple[str | None, str | None]:
+    """The template, and that for requests with tools where there is one of its own. Files win."""
+    named = _configured_templates(folder / "tokenizer_config.json")
+    default = folder / "chat_template.jinja"
+    if default.is_file():
+        named = {DEFAULT_NAME: _read_text(default)}
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        named[path.stem] = _read_text(path)
+    return named.get(DEFAULT_NAME), named.get(TOOLS_NAME)
+
+
+def _configured_templates(path: Path) -> dict[str, str]:
+    source = read_json(path).get("chat_template")
+    if source is None:
+        return {}
+    if isinstance(source, str):
+        return {DEFAULT_NAME: source}
+    named: dict[str, str] = {}
+    for item in source if isinstance(source, list) else [None]:
+        if not (isinstance(item, dict) and isinstance(item.get("template"), str)):
+            raise ConfigError(f"{path}: chat_template must be a string or a list of templates with names")
+        named[str(item.get("name"))] = item["template"]
+    return named
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _tojson(

@@ -151,7 +151,7 @@ def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """What a chat template takes. Text parts are joined by line breaks, as vLLM does; arguments become objects."""
+    """What `ChatTemplate.render` takes; arguments become objects."""
     result: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
         if message.tool_calls and message.role != "assistant":
@@ -159,7 +159,7 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
         if message.content is None and not message.tool_calls:
             raise invalid(f"messages[{index}].content", "is required")
         role = "system" if message.role == "developer" else message.role
-        entry: dict[str, Any] = {"role": role, "content": _text_of(message.content or "", index)}
+        entry: dict[str, Any] = {"role": role, "content": _content_of(message.content or "", index)}
         if message.name is not None:
             entry["name"] = message.name
         if message.tool_call_id is not None:
@@ -183,7 +183,7 @@ def _template_call(call: ToolCall, param: str) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
-def _text_of(content: str | list[ContentPart], index: int) -> str:
+def _content_of(content: str | list[ContentPart], index: int) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     for position, part in enumerate(content):
@@ -192,4 +192,4 @@ def _text_of(content: str | list[ContentPart], index: int) -> str:
             raise invalid(f"{param}.type", f"must be text; {part.type[:64]!r} is not supported")
         if part.text is None:
             raise invalid(f"{param}.text", "is required")
-    return "\n".join(part.text or "" for part in content)
+    return [{"type": "text", "text": part.text or ""} for part in content]

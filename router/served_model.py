@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.common.checkpoint import resolve_model
+from tandem.common.checkpoint import read_json, resolve_model
 from tandem.common.errors import ConfigError, TandemError
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.chat_template import ChatTemplate
 from tandem.router.settings import RouterConfig
-from tandem.router.tokenizer import ModelText, read_json
+from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
+
+logger = logging.getLogger(__name__)
 
 MAX_HASHED_BLOCKS = 1024
 """Prefix affinity looks at this many blocks of a prompt; hashing them takes one or two milliseconds."""
@@ -24,6 +27,16 @@ CHARACTERS_PER_TOKEN = 8
 """Where a prompt has more for each token of the context, its tokens are counted before it is taken as a whole."""
 CUT_TOKENS = 16
 """What cutting a text may add, at the most."""
+
+
+DEFAULTS_WITHIN = {
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (-1, 1 << 31),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-9, 10.0),
+}
+"""Fields of `generation_config.json` that count, with the least and the greatest value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +51,16 @@ class SamplingDefaults:
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
-        config = read_json(folder / "generation_config.json")
-        known = {name: config[name] for name in cls.__dataclass_fields__ if isinstance(config.get(name), int | float)}
+        """A value that no request could have is left out, with a warning."""
+        path = folder / "generation_config.json"
+        config = read_json(path)
+        known: dict[str, Any] = {}
+        for name, (least, most) in DEFAULTS_WITHIN.items():
+            value = config.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+                known[name] = int(value) if name == "top_k" else float(value)
+            elif value is not None:
+                logger.warning("%s: %s is %.60r and is ignored; it must be %g to %g", path, name, value, least, most)
         return cls(**known)
 
 
@@ -57,7 +78,7 @@ class ServedModel:
     @classmethod
     def load(cls, config: RouterConfig) -> ServedModel:
         """Raises ConfigError where the folder lacks something."""
-        folder = resolve_model(config.model)
+        folder = resolve_model(config.model, weights=False)
         settings = read_json(folder / "config.json")
         vocab_size, context = settings.get("vocab_size"), settings.get("max_position_embeddings")
         if not isinstance(vocab_size, int) or not isinstance(context, int):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -28,6 +26,11 @@ class ModelText:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: is missing; where there is only tokenizer.model or vocab.json, make it with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -106,19 +109,6 @@ class ModelText:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON file of the model folder; {} where there is none. Raises ConfigError if it is malformed."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a JSON object")
-    return content
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

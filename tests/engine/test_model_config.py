@@ -108,6 +108,34 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
     assert read(tmp_path, {}, eos_token_id=None).eos_token_ids == ()
 
 
+def test_the_tokenizers_end_token_ends_too(tmp_path: Path) -> None:
+    added = [{"id": 5, "content": "</s>"}, {"id": 9, "content": "<|im_end|>"}, {"id": 600, "content": "<|far|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    path = tmp_path / "special_tokens_map.json"
+    for name, ids in (("<|im_end|>", (2, 9)), ("<|far|>", (2,)), ("<|unknown|>", (2,))):
+        path.write_text(json.dumps({"eos_token": {"content": name}}))
+        assert read(tmp_path).eos_token_ids == ids
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "added_tokens_decoder": {}}')
+    assert read(tmp_path, {"eos_token_id": [7, 5]}).eos_token_ids == (7, 5)
+    assert read(tmp_path, {}, eos_token_id=None).eos_token_ids == (5,)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kind"),
+    [
+        ("BertForMaskedLM", {"model_type": "bert"}, "an encoder like BERT"),
+        ("XLMRobertaModel", {"model_type": "xlm-roberta"}, "an encoder like BERT"),
+        ("Qwen2ForSequenceClassification", {"model_type": "qwen2"}, "an encoder like BERT"),
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "an encoder with a decoder"),
+        ("LlavaForConditionalGeneration", {"vision_config": {"a": 1}}, "a model of images or audio"),
+        ("MixtralForCausalLM", {"num_local_experts": 8}, "a mixture of experts"),
+    ],
+)
+def test_a_model_of_another_kind_is_named_as_such(tmp_path: Path, name: str, fields: dict[str, Any], kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}, {kind}.* is not supported; supported are LlamaForCausalLM"):
+        read(tmp_path, architectures=[name], **fields)
+
+
 def test_an_unknown_architecture_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"GPT2LMHeadModel.*LlamaForCausalLM, Mistral.*, Qwen2.*, Qwen3ForCausalLM"):
         read(tmp_path, architectures=["GPT2LMHeadModel"])

@@ -40,6 +40,35 @@ def test_file_wins_over_config(tmp_path: Path) -> None:
     assert template(tmp_path, "from the config").render(USER) == "from the file"
 
 
+def test_additional_templates_are_files_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("with tools")
+    (folder / "rag.jinja").write_text("{% if %} nobody asks for this one")
+    loaded = template(tmp_path, "from the config")
+    assert [loaded.render(USER), loaded.render(USER, tools=[{}])] == ["from the config", "with tools"]
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    loaded = template(tmp_path, [{"name": "tool_use", "template": "no"}])
+    assert [loaded.render(USER), loaded.render(USER, tools=[{}])] == ["from the file", "with tools"]
+
+
+def test_special_tokens_may_have_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    assert template(tmp_path, "{{ bos_token }}-{{ eos_token }}").render(USER) == "<s>-</s>"
+
+
+@pytest.mark.parametrize("source", [7, [{"name": "default"}], ["default"], {"default": "x"}])
+def test_a_template_of_another_type_is_a_configuration_error(tmp_path: Path, source: object) -> None:
+    with pytest.raises(ConfigError, match="chat_template must be a string or a list of templates"):
+        template(tmp_path, source)
+
+
+def test_a_template_that_is_not_utf8_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"hello \xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: is not UTF-8"):
+        ChatTemplate.load(tmp_path)
+
+
 def test_folder_without_template(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path) is None
 
