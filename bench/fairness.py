@@ -121,8 +121,8 @@ class Router:
             self.counters,
             max_requests=10**6,
             max_tokens=10**12,
-            room=lambda _: self._best() is not None,
-            wait_s=lambda: 0.0,
+            room=lambda *_: self._best() is not None,
+            wait_s=lambda _: 0.0,
             clock=lambda: play.now,
         )
         self._play = play

@@ -256,6 +256,11 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def first_band(self) -> int:
+        """The band whose turn it is. Raises ValueError where nobody waits."""
+        return min(self._bands)
+
     def push(self, item: T, tenant: str, band: int) -> None:
         account = self._counters.enter(tenant, band)
         account.waiting += 1

@@ -14,6 +14,13 @@ import time
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
 
 from tandem.common.errors import ConfigError
 
@@ -86,11 +93,18 @@ def traceparent_of(span: trace.Span) -> str:
     return carrier.get("traceparent", "")
 
 
-def serve_metrics(host: str, port: int) -> None:
-    """Prometheus text of the default registry at http://host:port/metrics, from a daemon thread."""
-    from prometheus_client import start_http_server
+def process_registry() -> CollectorRegistry:
+    """For a process's metrics; begins with what every process has: memory, processor time, descriptors, collections."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
 
+
+def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> None:
+    """Prometheus text at http://host:port/metrics, from a daemon thread."""
     try:
-        start_http_server(port, addr=host)
+        start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise ConfigError(f"--metrics_port {port}: cannot listen on {host}:{port} ({error.strerror})") from error

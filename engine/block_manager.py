@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NewType
 
 from tandem.engine.cache_events import CacheLog
@@ -92,17 +92,26 @@ class BlockManager:
         """
         if key in self._tables:
             raise ValueError(f"{key} has blocks already")
-        hits = [self._by_hash[block_hash] for block_hash in chain[: self.cached_prefix(chain, num_tokens)]]
-        fresh = self.blocks_for(num_tokens) - len(hits)
-        from_idle = sum(1 for block in hits if self._refs[block] == 0)
-        if fresh + from_idle + reserve > self.available_blocks:
+        if self.spare_blocks(num_tokens, chain) < reserve:
             return None
+        hits = self._hits(num_tokens, chain)
+        fresh = self.blocks_for(num_tokens) - len(hits)
         for block in hits:
             if self._refs[block] == 0:
                 del self._idle[block]
             self._refs[block] += 1
         self._tables[key] = hits + [self._take() for _ in range(fresh)]
         return len(hits) * self.block_size
+
+    def spare_blocks(self, num_tokens: int, chain: Sequence[BlockHash], without: Collection[RequestKey] = ()) -> int:
+        """How many blocks would be left available by `allocate`, if the requests `without` gave theirs back before.
+        Negative: so many are missing."""
+        hits = self._hits(num_tokens, chain)
+        given_back = Counter(block for key in without for block in self._tables[key])
+        freed = {block for block, count in given_back.items() if self._refs[block] == count}
+        taken = self.blocks_for(num_tokens) - len(hits)
+        taken += sum(1 for block in hits if self._refs[block] == 0 or block in freed)
+        return self.available_blocks + len(freed) - taken
 
     def extend(self, key: RequestKey, num_tokens: int) -> bool:
         """Grows the table of `key` to hold `num_tokens`; False, with nothing changed, if there are too few blocks."""
@@ -149,6 +158,9 @@ class BlockManager:
                 del self._retained[block]
             self.num_retained -= 1
             self._drop_reference(block)
+
+    def _hits(self, num_tokens: int, chain: Sequence[BlockHash]) -> list[BlockId]:
+        return [self._by_hash[block_hash] for block_hash in chain[: self.cached_prefix(chain, num_tokens)]]
 
     def _drop_reference(self, block: BlockId) -> None:
         self._refs[block] -= 1

@@ -168,6 +168,7 @@ class Engine:
             decode_step_s=self._meter.decode_step_s,
             decoding=decoding,
             running_tokens=running_tokens,
+            by_band=self.scheduler.by_band(),
         )
 
     @property
@@ -296,6 +297,9 @@ class Engine:
         """Rows and hand-overs of the sequences that lost or got their blocks."""
         for sequence in plan.preempted:
             self._runner.release(sequence)
+            self._outputs.append(
+                RequestOutput(sequence.key, start_index=sequence.num_output, preempted=sequence.preempted)
+            )
         for sequence in plan.admitted:
             if not self._start(sequence):
                 plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence is not sequence]

@@ -37,6 +37,14 @@ class Pooling(enum.IntEnum):
     """That of the last token."""
 
 
+class Preemption(enum.StrEnum):
+    """Why a request lost its blocks, for a while: what it has generated is kept."""
+
+    MEMORY = "memory"
+    PRIORITY = "priority"
+    """For a request of an earlier band."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     logprob: float
@@ -81,6 +89,8 @@ class RequestOutput:
     """With the first output, when asked for: one entry per prompt token, the first is None."""
     embedding: bytes = b""
     """Little-endian float32 [hidden_size], where pooling was asked for."""
+    preempted: Preemption | None = None
+    """It has just lost its blocks; there are no tokens in this output."""
 
 
 class KvExport(Protocol):

@@ -12,7 +12,10 @@ Rules, in order:
    Requests with a KV import wait in the same queue, then hold their blocks outside the steps until the import ends;
    they count as slots, so the number of slots bounds what absent peers can hold. So do those that load KV from the
    store.
-4. A waiting request whose next block is just being computed by a request before it in order waits for that block
+4. A waiting request of an earlier band (lower priority value) than somebody running goes before that one's prompt, and
+   where slots or blocks are missing it displaces: those last in order of later bands are preempted, as many as it takes
+   or none. A request is displaced `MAX_DISPLACED` times at most; then it stays to its end.
+5. A waiting request whose next block is just being computed by a request before it in order waits for that block
    instead of computing it twice (n > 1, shared system prompts).
 """
 
@@ -20,17 +23,21 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
 from tandem.common.fairness import ServiceCounters
 from tandem.engine.block_manager import BlockManager, IntegrityError
-from tandem.engine.request import RequestKey
+from tandem.engine.request import Preemption, RequestKey
 from tandem.engine.sequence import Phase, Sequence
 from tandem.engine.waiting import WaitingQueue
 from tandem.kvstore.identity import BlockHash, extend_chain
 from tandem.kvstore.interfaces import TierName
+
+MAX_DISPLACED = 3
+"""Times that a request is preempted for others of earlier bands: each time costs its recompute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,8 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """The next step; `now` (s) becomes the time at which sequences were first scheduled."""
         plan = StepPlan()
+        self._admit_urgent(plan, now)
+        displaced = len(plan.preempted)
         self._plan_decodes(plan)
         left = self._budget - len(plan.decodes)
         for sequence in self._running:
@@ -165,7 +174,7 @@ class Scheduler:
                 break
             if _prefills(sequence):
                 left -= self._plan_chunk(plan, sequence, left)
-        if not plan.preempted:
+        if len(plan.preempted) == displaced:
             self._admit(plan, left, now)
         return plan
 
@@ -181,6 +190,8 @@ class Scheduler:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.num_tokens
+            if sequence.num_output and not sequence.remaining and sequence.account is not None:
+                sequence.account.charge(sequence.output_cost)  # it goes on with its next token
             if sequence.num_computed <= sequence.num_prompt and (
                 not sequence.chunk_ends or sequence.chunk_ends[-1] < sequence.num_computed
             ):
@@ -208,7 +219,7 @@ class Scheduler:
             if sequence.num_computed % block_size == 0:
                 while not self.blocks.extend(sequence.key, sequence.num_computed + 1):
                     victim = self._victim()
-                    self._preempt(plan, victim)
+                    self._preempt(plan, victim, Preemption.MEMORY)
                     if victim is sequence:
                         break
                 if sequence.phase is not Phase.RUNNING:
@@ -233,45 +244,92 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, plan: StepPlan, left: int, now: float) -> None:
-        slots = self._max_num_seqs - len(self._running) - len(self._importing) - len(self._loading)
-        if not self._waiting or slots <= 0:
+        if not self._waiting or self._free_slots <= 0:
             return
         pending = self._pending_blocks()
         for sequence in self._waiting.in_turn():
-            if slots <= 0 or left <= 0:
+            if self._free_slots <= 0 or left <= 0 or sequence in plan.preempted:
                 break
-            usable = [] if sequence.computes_all else sequence.chain
-            if not sequence.wants_import and self._computed_elsewhere(sequence, usable, pending):
+            if self._waits_for_block(sequence, pending):
                 continue
             # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
-            cached = self.blocks.allocate(sequence.key, len(sequence.tokens), usable, reserve=len(self._running))
-            if cached is None:
+            if not self._take_in(plan, sequence, pending, now):
                 break
-            slots -= 1
-            sequence.num_computed = cached
-            self._waiting.admit(sequence, 0 if sequence.wants_import else sequence.to_compute)
-            sequence.published = cached // self.blocks.block_size
-            if sequence.first_scheduled is None:
-                sequence.first_scheduled = now
-                if sequence.report is not None:
-                    of_prompt = min(cached, sequence.num_prompt)
-                    sequence.report.cached_tokens = of_prompt
-                    sequence.report.cached_by_tier = {TierName.DEVICE: of_prompt} if of_prompt else {}
-            plan.admitted.append(sequence)
-            if sequence.wants_import:
-                sequence.phase = Phase.IMPORTING
-                self._importing[sequence.key] = sequence
-                continue
-            if sequence.stored[0] <= cached < sequence.stored[1]:
-                sequence.phase = Phase.LOADING
-                self._loading[sequence.key] = sequence
-            else:
-                sequence.phase = Phase.RUNNING
-                insort(self._running, sequence, key=_order)
+            if sequence.phase is Phase.RUNNING:
                 left -= self._plan_chunk(plan, sequence, left)
+
+    def _admit_urgent(self, plan: StepPlan, now: float) -> None:
+        """Those of an earlier band than somebody running. Who is displaced joins the queue behind them, in a band that
+        `in_turn` has not reached."""
+        band = self._waiting.first_band
+        if band is None or not self._running or band >= self._running[-1].priority:
+            return
+        pending = self._pending_blocks()
+        for sequence in self._waiting.in_turn():
+            if not self._running or sequence.priority >= self._running[-1].priority:
+                break
+            if self._waits_for_block(sequence, pending):
+                continue
+            if not self._make_room(plan, sequence) or not self._take_in(plan, sequence, pending, now):
+                break
+
+    def _make_room(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Displaces as few as it takes, the last in order first. False, with nobody displaced, where all of them would
+        not be enough."""
+        victims = [each for each in reversed(self._running) if _displaceable(each, sequence.priority)]
+        if not self._fits_without(victims, sequence):
+            return False
+        count = next(count for count in range(len(victims) + 1) if self._fits_without(victims[:count], sequence))
+        for victim in victims[:count]:
+            victim.displaced += 1
+            self._preempt(plan, victim, Preemption.PRIORITY)
+        return True
+
+    def _fits_without(self, victims: list[Sequence], sequence: Sequence) -> bool:
+        if self._free_slots + len(victims) <= 0:
+            return False
+        keys = [victim.key for victim in victims]
+        spare = self.blocks.spare_blocks(len(sequence.tokens), _usable(sequence), without=keys)
+        return spare >= len(self._running) - len(victims)
+
+    def _take_in(
+        self, plan: StepPlan, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]], now: float
+    ) -> bool:
+        """Gives it its blocks. False, with nothing changed, where there are too few."""
+        cached = self.blocks.allocate(sequence.key, len(sequence.tokens), _usable(sequence), reserve=len(self._running))
+        if cached is None:
+            return False
+        sequence.num_computed = cached
+        self._waiting.admit(sequence, 0 if sequence.wants_import else sequence.to_compute)
+        sequence.published = cached // self.blocks.block_size
+        if sequence.first_scheduled is None:
+            sequence.first_scheduled = now
+            if sequence.report is not None:
+                of_prompt = min(cached, sequence.num_prompt)
+                sequence.report.cached_tokens = of_prompt
+                sequence.report.cached_by_tier = {TierName.DEVICE: of_prompt} if of_prompt else {}
+        plan.admitted.append(sequence)
+        if sequence.wants_import:
+            sequence.phase = Phase.IMPORTING
+            self._importing[sequence.key] = sequence
+            return True
+        if sequence.stored[0] <= cached < sequence.stored[1]:
+            sequence.phase = Phase.LOADING
+            self._loading[sequence.key] = sequence
+        else:
+            sequence.phase = Phase.RUNNING
+            insort(self._running, sequence, key=_order)
+        if self.blocks.caching:
             for block_hash in sequence.chain[sequence.published :]:
-                if self.blocks.caching:
-                    pending.setdefault(block_hash, sequence.order)
+                pending.setdefault(block_hash, sequence.order)
+        return True
+
+    @property
+    def _free_slots(self) -> int:
+        return self._max_num_seqs - len(self._running) - len(self._importing) - len(self._loading)
+
+    def _waits_for_block(self, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]]) -> bool:
+        return not sequence.wants_import and self._computed_elsewhere(sequence, _usable(sequence), pending)
 
     def _computed_elsewhere(
         self, sequence: Sequence, chain: list[BlockHash], pending: dict[BlockHash, tuple[int, int]]
@@ -299,12 +357,15 @@ class Scheduler:
                 return sequence
         raise IntegrityError("a decode needs a block and there is nobody to preempt")
 
-    def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
+    def _preempt(self, plan: StepPlan, sequence: Sequence, reason: Preemption) -> None:
         self._running.remove(sequence)
         self.blocks.free(sequence.key)
         sequence.restart()
+        sequence.preempted = reason
         self._waiting.add(sequence)
         plan.preempted.append(sequence)
+        if sequence in plan.admitted:  # a step may not both give and take
+            plan.admitted.remove(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         match sequence.phase:
@@ -341,6 +402,12 @@ class Scheduler:
         waiting += sum(sequence.to_compute for sequence in tuple(self._looking_up.values()))
         waiting += sum(sequence.to_compute for sequence in tuple(self._loading.values()))
         return waiting + sum(sequence.remaining for sequence in tuple(self._running) if _prefills(sequence))
+
+    def by_band(self) -> dict[int, int]:
+        """Requests by priority: with blocks, and waiting."""
+        groups = (self._running, self._importing.values(), self._loading.values(), self._holding.values())
+        live = [each for group in groups for each in tuple(group)]
+        return Counter(each.priority for each in (*live, *self._waiting.sequences(), *tuple(self._looking_up.values())))
 
     def decode_load(self) -> tuple[int, int]:
         """Decoding requests, and the tokens whose KV they read in a step."""
@@ -384,6 +451,17 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _usable(sequence: Sequence) -> list[BlockHash]:
+    """Of its chain, what may come from the cache."""
+    return [] if sequence.computes_all else sequence.chain
+
+
+def _displaceable(sequence: Sequence, priority: int) -> bool:
+    """For a request of `priority`: nobody else reads or writes its blocks, and it has not yielded too often."""
+    free = sequence.request.kv_export is None and not sequence.gated
+    return free and sequence.priority > priority and sequence.displaced < MAX_DISPLACED
 
 
 def _prefills(sequence: Sequence) -> bool:

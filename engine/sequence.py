@@ -6,7 +6,7 @@ import enum
 from typing import TYPE_CHECKING
 
 from tandem.engine.pooling import Pooler
-from tandem.engine.request import EngineRequest, Pooling, PromptReport, RequestKey, TokenLogprobs
+from tandem.engine.request import EngineRequest, Pooling, Preemption, PromptReport, RequestKey, TokenLogprobs
 from tandem.kvstore.identity import BlockHash
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Sequence:
         "chain",
         "chunk_ends",
         "deadline",
+        "displaced",
         "first_scheduled",
         "gated",
         "guide",
@@ -60,6 +61,7 @@ class Sequence:
         "output_cost",
         "phase",
         "pooler",
+        "preempted",
         "prefill_finished",
         "priority",
         "prompt_logprobs",
@@ -101,6 +103,10 @@ class Sequence:
         self.max_total = min(self.num_prompt + request.sampling.max_tokens, max_model_len)
         """Tokens at which it ends with `length`."""
         self.num_computed = 0
+        self.preempted: Preemption | None = None
+        """Why it was the last time."""
+        self.displaced = 0
+        """Times that it was for the sake of an earlier band."""
         self.root = root
         """The tenant's namespace: the parent of the chain."""
         self.chain = chain

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 _DECAY = 0.9
 
@@ -25,6 +26,8 @@ class EngineStatus:
     """Requests that take one token per step."""
     running_tokens: int
     """Tokens whose KV those read in every step."""
+    by_band: Mapping[int, int] = field(default_factory=dict)
+    """Running and waiting requests by priority."""
 
 
 class StepMeter:

@@ -26,6 +26,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return sum(len(line) for tenants in tuple(self._lines.values()) for line in tuple(tenants.values()))
 
+    @property
+    def first_band(self) -> int | None:
+        """The lowest priority value; None: nobody waits."""
+        return min(self._lines, default=None)
+
     def sequences(self) -> list[Sequence]:
         """In no particular order. From any thread: it copies before it looks."""
         lines = [line for tenants in tuple(self._lines.values()) for line in tuple(tenants.values())]
@@ -62,7 +67,7 @@ class WaitingQueue:
 
     def in_turn(self) -> Iterator[Sequence]:
         """Whose turn it is, then whose it would be next, and so on. Each may be admitted before the next is asked for,
-        and nothing else may change the queue meanwhile."""
+        and others may join later bands; nothing else may change the queue meanwhile."""
         for priority in sorted(self._lines):
             passed: dict[str, int] = {}
             while True:

@@ -14,6 +14,7 @@ from tandem.engine.request import (
     EngineRequest,
     FinishReason,
     Pooling,
+    Preemption,
     PromptReport,
     RequestKey,
     RequestOutput,
@@ -23,6 +24,10 @@ from tandem.proto import worker_pb2
 
 _STAMP = struct.Struct("<Hd")
 """Length of the clock's name, seconds."""
+_PREEMPTIONS = {
+    Preemption.MEMORY: worker_pb2.PREEMPTION_MEMORY,
+    Preemption.PRIORITY: worker_pb2.PREEMPTION_PRIORITY,
+}
 
 
 def key_to_proto(key: RequestKey) -> worker_pb2.RequestKey:
@@ -64,6 +69,8 @@ def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
         )
     if output.embedding:
         message.embedding = output.embedding
+    if output.preempted is not None:
+        message.preempted = _PREEMPTIONS[output.preempted]
     if output.prompt_logprobs:
         message.prompt_logprobs.extend(map(_logprobs_to_proto, output.prompt_logprobs))
     return message

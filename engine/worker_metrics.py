@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
+from prometheus_client.registry import Collector, CollectorRegistry
 
-from tandem.engine.request import RequestOutput
+from tandem.engine.request import Preemption, RequestOutput
 from tandem.engine.store.stats import StoreStats
 from tandem.proto import worker_pb2
 
@@ -16,12 +16,12 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class WorkerMetrics:
-    """Counters of the requests that pass; one per process (or per `registry` in tests)."""
+    """Counters of the requests that pass; one per `registry`."""
 
     def __init__(
         self,
         status: Callable[[], worker_pb2.WorkerStatus],
-        registry: CollectorRegistry = REGISTRY,
+        registry: CollectorRegistry,
         store: Callable[[], StoreStats] | None = None,
     ) -> None:
         """`store` is `EngineStore.stats` of a worker with a KV store."""
@@ -40,6 +40,14 @@ class WorkerMetrics:
             "tandem_worker_handover_recomputes", "Hand-overs that became a recompute", registry=registry
         )
         self._refused = Counter("tandem_worker_refused_requests", "Requests refused", ["error"], registry=registry)
+        self._preemptions = Counter(
+            "tandem_worker_preemptions",
+            "Running requests that lost their blocks for a while: for want of memory, or for an earlier priority",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in Preemption:
+            self._preemptions.labels(reason.value)
         self._slow_readers = Counter(
             "tandem_worker_slow_sessions", "Sessions ended because the router did not read", registry=registry
         )
@@ -56,6 +64,8 @@ class WorkerMetrics:
     def output(self, output: RequestOutput) -> None:
         if output.token_ids:
             self._tokens.inc(len(output.token_ids))
+        if output.preempted is not None:
+            self._preemptions.labels(output.preempted.value).inc()
         if output.finish_reason is not None:
             self._requests.labels(output.finish_reason.name.lower(), output.error_code).inc()
         report = output.prompt
@@ -83,8 +93,10 @@ class _EngineGauges(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         status = self._status()
         for field in status.DESCRIPTOR.fields:
+            if field.message_type is not None:  # numbers by priority: of any cardinality
+                continue
             value = float(getattr(status, field.name))
-            yield GaugeMetricFamily(f"tandem_worker_{field.name}", f"WorkerStatus.{field.name}", value=value)
+            yield GaugeMetricFamily(f"tandem_engine_{field.name}", f"WorkerStatus.{field.name}", value=value)
 
 
 class _StoreCounters(Collector):

@@ -113,10 +113,11 @@ class WorkerProcess:
     async def serve(self, handover: Handover, kv_endpoint: worker_pb2.KvEndpoint | None) -> None:
         """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once."""
         service = WorkerServer(self.engine, handover, self._info(kv_endpoint), self._store_node)
+        stats = self._store.stats if self._store else None
+        service.metrics = WorkerMetrics(service.status, service.registry, stats)
         if self.config.metrics_port:
-            service.metrics = WorkerMetrics(service.status, store=self._store.stats if self._store else None)
             host = "127.0.0.1" if self.config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
-            serve_metrics(host, self.config.metrics_port)
+            serve_metrics(host, self.config.metrics_port, service.registry)
         self._bridge.deliver = service.deliver
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)

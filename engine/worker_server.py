@@ -11,16 +11,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
 import grpc.aio
 from opentelemetry import trace
+from prometheus_client import generate_latest
 
 from tandem.common.errors import TandemError
-from tandem.common.telemetry import context_from_traceparent, tracer
+from tandem.common.telemetry import context_from_traceparent, process_registry, tracer
 from tandem.engine.cache_events import CacheFollower, CacheLog
 from tandem.engine.request import EngineRequest, FinishReason, RequestKey, RequestOutput
 from tandem.engine.wire import error_output, key_from_proto, output_to_proto, request_from_proto
@@ -62,6 +63,8 @@ class EngineStatus(Protocol):
     def decoding(self) -> int: ...
     @property
     def running_tokens(self) -> int: ...
+    @property
+    def by_band(self) -> Mapping[int, int]: ...
 
 
 class WorkerEngine(Protocol):
@@ -190,6 +193,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self._handover = handover
         self._info = info
         self._store_node = store_node
+        self.registry = process_registry()
         self.metrics: WorkerMetrics | None = None
         self._loop = asyncio.get_running_loop()
         self._sessions: set[_Session] = set()
@@ -227,6 +231,14 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         finally:
             reader.cancel()
             self._end(session)
+
+    async def GetMetrics(
+        self,
+        request: worker_pb2.GetMetricsRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.GetMetricsRequest, worker_pb2.MetricsText],
+    ) -> worker_pb2.MetricsText:
+        text = await asyncio.to_thread(generate_latest, self.registry)
+        return worker_pb2.MetricsText(text=text.decode())
 
     async def Drain(
         self,
@@ -280,6 +292,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             draining=self._draining,
             decoding=now.decoding,
             running_tokens=now.running_tokens,
+            by_band=now.by_band,
         )
 
     def deliver(self, outputs: list[RequestOutput]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import REGISTRY, Collector, CollectorRegistry
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from tandem.kvstore.dataplane.stats import DataPlaneStats
 from tandem.kvstore.interfaces import TierName
@@ -67,7 +67,7 @@ class StoreMetrics(Collector):
     def __init__(
         self,
         source: Callable[[], tuple[NodeStats, DataPlaneStats | None]],
-        registry: CollectorRegistry | None = REGISTRY,
+        registry: CollectorRegistry | None = None,
     ) -> None:
         self._source = source
         if registry is not None:

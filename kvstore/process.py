@@ -24,7 +24,7 @@ from grpc_health.v1.health import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tandem.common.errors import ConfigError
-from tandem.common.telemetry import serve_metrics, set_up_logging
+from tandem.common.telemetry import process_registry, serve_metrics, set_up_logging
 from tandem.kvstore.contexts import open_shelf
 from tandem.kvstore.dataplane.auth import read_secret
 from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
@@ -103,11 +103,12 @@ def serve(config: KvStoreConfig) -> None:
             encryption_key = read_encryption_key(config.kv_encryption_key_file)
             contexts = open_shelf(store.node, config.kv_disk, config.kv_chunk_tokens, encryption_key)
             contexts.start()
+            registry = process_registry()
+            StoreMetrics(store.stats, registry)
             if config.metrics_port:
-                StoreMetrics(store.stats)
                 host = "127.0.0.1" if config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
-                serve_metrics(host, config.metrics_port)
-            kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory, contexts), server)
+                serve_metrics(host, config.metrics_port, registry)
+            kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory, contexts, registry), server)
             if isinstance(directory, EmbeddedDirectory):
                 add_directory_service(server, directory)
             health = HealthServicer()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import grpc
+from prometheus_client import CollectorRegistry, generate_latest
 
 import tandem
 from tandem.kvstore.context_files import Context
@@ -35,7 +36,11 @@ _TIER_NAMES = {number: name for name, number in _TIERS.items()}
 
 
 class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
-    def __init__(self, store: OpenNode, directory: Directory, contexts: ContextShelf) -> None:
+    def __init__(
+        self, store: OpenNode, directory: Directory, contexts: ContextShelf, registry: CollectorRegistry
+    ) -> None:
+        """`registry`: the process's metrics."""
+        self._registry = registry
         self._store = store
         self._node = store.node
         self._node_id = store.node.settings.node_id
@@ -60,6 +65,11 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
             refused_puts={str(reason): count for reason, count in stats.refused.items()},
             known_nodes=sorted(self._directory.nodes()),
         )
+
+    def GetMetrics(
+        self, request: kvnode_pb2.GetMetricsRequest, context: grpc.ServicerContext
+    ) -> kvnode_pb2.MetricsText:
+        return kvnode_pb2.MetricsText(text=generate_latest(self._registry).decode())
 
     def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
         if len(request.keys) > MAX_KEYS:

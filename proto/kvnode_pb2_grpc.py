@@ -94,6 +94,11 @@ class KvNodeStub:
                 request_serializer=tandem_dot_proto_dot_kvnode__pb2.DropContextRequest.SerializeToString,
                 response_deserializer=tandem_dot_proto_dot_kvnode__pb2.DropContextResponse.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/tandem.kvnode.v1.KvNode/GetMetrics',
+                request_serializer=tandem_dot_proto_dot_kvnode__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_kvnode__pb2.MetricsText.FromString,
+                _registered_method=True)
 
 
 class KvNodeServicer:
@@ -176,6 +181,13 @@ class KvNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMetrics(self, request, context):
+        """What the node counts, for a router's /metrics.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvNodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -238,6 +250,11 @@ def add_KvNodeServicer_to_server(servicer, server):
                     servicer.DropContext,
                     request_deserializer=tandem_dot_proto_dot_kvnode__pb2.DropContextRequest.FromString,
                     response_serializer=tandem_dot_proto_dot_kvnode__pb2.DropContextResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=tandem_dot_proto_dot_kvnode__pb2.GetMetricsRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_kvnode__pb2.MetricsText.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -564,6 +581,33 @@ class KvNode:
             '/tandem.kvnode.v1.KvNode/DropContext',
             tandem_dot_proto_dot_kvnode__pb2.DropContextRequest.SerializeToString,
             tandem_dot_proto_dot_kvnode__pb2.DropContextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kvnode.v1.KvNode/GetMetrics',
+            tandem_dot_proto_dot_kvnode__pb2.GetMetricsRequest.SerializeToString,
+            tandem_dot_proto_dot_kvnode__pb2.MetricsText.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,8 @@ class KvNodeStub:
     GetContext: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.GetContextRequest, _kvnode_pb2.GetContextResponse]
     ListContexts: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.ListContextsRequest, _kvnode_pb2.ListContextsResponse]
     DropContext: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.DropContextRequest, _kvnode_pb2.DropContextResponse]
+    GetMetrics: _grpc.UnaryUnaryMultiCallable[_kvnode_pb2.GetMetricsRequest, _kvnode_pb2.MetricsText]
+    """What the node counts, for a router's /metrics."""
 
 @_typing.type_check_only
 class KvNodeAsyncStub(KvNodeStub):
@@ -69,6 +71,8 @@ class KvNodeAsyncStub(KvNodeStub):
     GetContext: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.GetContextRequest, _kvnode_pb2.GetContextResponse]  # type: ignore[assignment]
     ListContexts: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.ListContextsRequest, _kvnode_pb2.ListContextsResponse]  # type: ignore[assignment]
     DropContext: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.DropContextRequest, _kvnode_pb2.DropContextResponse]  # type: ignore[assignment]
+    GetMetrics: _aio.UnaryUnaryMultiCallable[_kvnode_pb2.GetMetricsRequest, _kvnode_pb2.MetricsText]  # type: ignore[assignment]
+    """What the node counts, for a router's /metrics."""
 
 class KvNodeServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -159,5 +163,13 @@ class KvNodeServicer(metaclass=_abc_1.ABCMeta):
         request: _kvnode_pb2.DropContextRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvnode_pb2.DropContextResponse, _abc.Awaitable[_kvnode_pb2.DropContextResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetMetrics(
+        self,
+        request: _kvnode_pb2.GetMetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvnode_pb2.MetricsText, _abc.Awaitable[_kvnode_pb2.MetricsText]]:
+        """What the node counts, for a router's /metrics."""
 
 def add_KvNodeServicer_to_server(servicer: KvNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -89,6 +89,27 @@ FINISH_REASON_HANDED_OVER: FinishReason.ValueType  # 5
 """prefill worker: the decode worker has KV and first token"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Preemption:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PreemptionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Preemption.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREEMPTION_NONE: _Preemption.ValueType  # 0
+    PREEMPTION_MEMORY: _Preemption.ValueType  # 1
+    """those before it in order need its blocks"""
+    PREEMPTION_PRIORITY: _Preemption.ValueType  # 2
+    """a request of an earlier band takes its place"""
+
+class Preemption(_Preemption, metaclass=_PreemptionEnumTypeWrapper): ...
+
+PREEMPTION_NONE: Preemption.ValueType  # 0
+PREEMPTION_MEMORY: Preemption.ValueType  # 1
+"""those before it in order need its blocks"""
+PREEMPTION_PRIORITY: Preemption.ValueType  # 2
+"""a request of an earlier band takes its place"""
+Global___Preemption: _TypeAlias = Preemption  # noqa: Y015
+
 @_typing.final
 class GetInfoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -673,6 +694,7 @@ class RequestOutput(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     start_index: _builtins.int
     """index of token_ids[0] in the output: the router drops what it has seen"""
     finish_reason: Global___FinishReason.ValueType
@@ -680,6 +702,8 @@ class RequestOutput(_message.Message):
     """the token that ended it, when finish_reason is STOP"""
     embedding: _builtins.bytes
     """little-endian float32, where pooling was asked for"""
+    preempted: Global___Preemption.ValueType
+    """It has just lost its blocks and waits for others; its output is kept. No tokens come with this."""
     @_builtins.property
     def key(self) -> Global___RequestKey: ...
     @_builtins.property
@@ -709,10 +733,11 @@ class RequestOutput(_message.Message):
         prompt: Global___PromptReport | None = ...,
         prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         embedding: _builtins.bytes = ...,
+        preempted: Global___Preemption.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "key", b"key", "prompt", b"prompt", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "embedding", b"embedding", "error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "start_index", b"start_index", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "embedding", b"embedding", "error", b"error", "finish_reason", b"finish_reason", "key", b"key", "logprobs", b"logprobs", "preempted", b"preempted", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "start_index", b"start_index", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
@@ -855,6 +880,26 @@ Global___WorkerError: _TypeAlias = WorkerError  # noqa: Y015
 class WorkerStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ByBandEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
@@ -865,6 +910,7 @@ class WorkerStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     RUNNING_TOKENS_FIELD_NUMBER: _builtins.int
     DECODING_FIELD_NUMBER: _builtins.int
+    BY_BAND_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     free_blocks: _builtins.int
@@ -880,6 +926,10 @@ class WorkerStatus(_message.Message):
     """tokens whose KV the decoding requests read in every step"""
     decoding: _builtins.int
     """requests that decode"""
+    @_builtins.property
+    def by_band(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """running and waiting requests by priority"""
+
     def __init__(
         self,
         *,
@@ -893,10 +943,11 @@ class WorkerStatus(_message.Message):
         draining: _builtins.bool = ...,
         running_tokens: _builtins.int = ...,
         decoding: _builtins.int = ...,
+        by_band: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_s", b"decode_step_s", "decoding", b"decoding", "draining", b"draining", "free_blocks", b"free_blocks", "pending_prefill_tokens", b"pending_prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "running", b"running", "running_tokens", b"running_tokens", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_band", b"by_band", "decode_step_s", b"decode_step_s", "decoding", b"decoding", "draining", b"draining", "free_blocks", b"free_blocks", "pending_prefill_tokens", b"pending_prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "running", b"running", "running_tokens", b"running_tokens", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -942,3 +993,38 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class GetMetricsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMetricsRequest: _TypeAlias = GetMetricsRequest  # noqa: Y015
+
+@_typing.final
+class MetricsText(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Prometheus text format"""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetricsText: _TypeAlias = MetricsText  # noqa: Y015

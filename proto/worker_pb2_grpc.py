@@ -49,6 +49,11 @@ class WorkerStub:
                 request_serializer=tandem_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tandem_dot_proto_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/tandem.worker.v1.Worker/GetMetrics',
+                request_serializer=tandem_dot_proto_dot_worker__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_worker__pb2.MetricsText.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -73,6 +78,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMetrics(self, request, context):
+        """What it counts, for the router's /metrics.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +102,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=tandem_dot_proto_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=tandem_dot_proto_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=tandem_dot_proto_dot_worker__pb2.GetMetricsRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_worker__pb2.MetricsText.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +190,33 @@ class Worker:
             '/tandem.worker.v1.Worker/Drain',
             tandem_dot_proto_dot_worker__pb2.DrainRequest.SerializeToString,
             tandem_dot_proto_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.worker.v1.Worker/GetMetrics',
+            tandem_dot_proto_dot_worker__pb2.GetMetricsRequest.SerializeToString,
+            tandem_dot_proto_dot_worker__pb2.MetricsText.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class WorkerStub:
     Session: _grpc.StreamStreamMultiCallable[_worker_pb2.SessionRequest, _worker_pb2.SessionResponse]
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Stops admission, waits for running requests up to the grace period, then answers."""
+    GetMetrics: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetMetricsRequest, _worker_pb2.MetricsText]
+    """What it counts, for the router's /metrics."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -48,6 +50,8 @@ class WorkerAsyncStub(WorkerStub):
     Session: _aio.StreamStreamMultiCallable[_worker_pb2.SessionRequest, _worker_pb2.SessionResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Stops admission, waits for running requests up to the grace period, then answers."""
+    GetMetrics: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetMetricsRequest, _worker_pb2.MetricsText]  # type: ignore[assignment]
+    """What it counts, for the router's /metrics."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -71,5 +75,13 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
         """Stops admission, waits for running requests up to the grace period, then answers."""
+
+    @_abc_1.abstractmethod
+    def GetMetrics(
+        self,
+        request: _worker_pb2.GetMetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.MetricsText, _abc.Awaitable[_worker_pb2.MetricsText]]:
+        """What it counts, for the router's /metrics."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tandem.common.errors import TandemError
 from tandem.common.fairness import INPUT_COST, OUTPUT_COST, QUANTUM, FairQueue, ServiceCounters
+from tandem.router.load import LOWEST
 
 MAX_GRANTS = 32
 """Requests started by one `pump`: about 10 ms of placements, then the event loop gets its turn."""
@@ -56,13 +57,14 @@ class Admission:
         *,
         max_requests: int,
         max_tokens: int,
-        room: Callable[[int], bool],
-        wait_s: Callable[[], float],
+        room: Callable[[int, int], bool],
+        wait_s: Callable[[int], float],
         ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`room(prompt_tokens)`: a worker can take such a request without letting it wait. `wait_s()`: the shortest
-        wait of a new prompt on any worker. `ttft_slo_s`: see RouterConfig."""
+        """`room(prompt_tokens, priority)`: a worker can take such a request without letting it wait; it may displace
+        those of later bands. `wait_s(priority)`: the shortest wait of a new prompt on any worker. `ttft_slo_s`: see
+        RouterConfig."""
         self.granted = 0
         self.queued = 0
         """Granted requests that had to wait."""
@@ -93,7 +95,7 @@ class Admission:
     @property
     def idle(self) -> bool:
         """Nobody waits and a worker has room: batch work may go ahead."""
-        return not self._queue and self._room(0)
+        return not self._queue and self._room(0, LOWEST)
 
     def submit(self, waiting: Waiting) -> None:
         """Grants it now or later. Raises TandemError `overloaded` where the queue is full or the SLO out of reach."""
@@ -124,7 +126,9 @@ class Admission:
         self._pumping = True
         try:
             for _ in range(MAX_GRANTS):
-                if not self._room(0):
+                if not self._queue:
+                    return False
+                if not self._room(0, self._queue.first_band):
                     self._held_since = None
                     return False
                 waiting = self._queue.pop(self._fits)
@@ -155,7 +159,7 @@ class Admission:
     # Inside
 
     def _fits(self, waiting: Waiting) -> bool:
-        if not self._room(waiting.prompt_tokens):
+        if not self._room(waiting.prompt_tokens, waiting.priority):
             self._held_since = None
             return False
         if self._counters.ahead(waiting.tenant, waiting.priority) > QUANTUM:
@@ -222,7 +226,7 @@ class Admission:
             for tenant, held in tenants.items()
             if band < waiting.priority or (band == waiting.priority and tenant == waiting.tenant)
         )
-        wait_s = self._wait_s() + (before / self._rate.tokens_per_s if before else 0.0)
+        wait_s = self._wait_s(waiting.priority) + (before / self._rate.tokens_per_s if before else 0.0)
         if wait_s > limit_s:
             self.refused["slo"] += 1
             raise TandemError(

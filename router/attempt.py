@@ -68,7 +68,7 @@ class Attempt:
         self._cancel_prefill()
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
-        if not self._answered:
+        if not self._answered and not output.preempted:
             self._note_answer(output)
         if output.finish_reason:
             if output.error.code == FAULT:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _FINISH_REASONS = {worker_pb2.FINISH_REASON_STOP: "stop", worker_pb2.FINISH_REASON_LENGTH: "length"}
 
+_PREEMPTIONS = {worker_pb2.PREEMPTION_MEMORY: "memory", worker_pb2.PREEMPTION_PRIORITY: "priority"}
+
 
 @dataclass(frozen=True, slots=True)
 class ChoiceSpec:
@@ -200,6 +202,11 @@ class Choice:
     def _take_output(self, output: worker_pb2.RequestOutput) -> None:
         if output.finish_reason in (worker_pb2.FINISH_REASON_ERROR, worker_pb2.FINISH_REASON_CANCELLED):
             self._on_error(output)
+            return
+        if output.preempted:
+            reason = _PREEMPTIONS.get(output.preempted, "other")
+            self._call.context.metrics.preemptions.inc(reason)
+            self._call.spec.record.preempted(self.index, reason)
             return
         received = len(self._output)
         if output.start_index > received:

@@ -112,20 +112,22 @@ class Dispatcher:
         submit.pooling = sequence.pooling
         return Attempt(message, decode.session, None if prefill is None else prefill.session, listener, placement)
 
-    def room(self, waiting_tokens: int) -> bool:
-        """Whether a worker can begin with a prompt of `waiting_tokens` soon, rather than keep it in its queue. True
-        where nobody is connected: `start` says so."""
+    def room(self, waiting_tokens: int, priority: int) -> bool:
+        """Whether a worker can begin with a prompt of `waiting_tokens` soon, rather than keep it in its queue; those of
+        later bands it displaces. True where nobody is connected: `start` says so."""
         decodes = self.fleet.decode
         if not decodes:
             return True
-        if not any(self.pool.state(session).load.has_room(waiting_tokens, SLACK_REQUESTS) for session in decodes):
+        if not any(
+            self.pool.state(session).load.has_room(waiting_tokens, SLACK_REQUESTS, priority) for session in decodes
+        ):
             return False
-        return self._prompt_wait_s(decodes) <= READY_S
+        return self._prompt_wait_s(decodes, priority) <= READY_S
 
-    def wait_s(self) -> float:
-        """The least time until a new prompt has its turn; 0 where nobody is connected."""
+    def wait_s(self, priority: int) -> float:
+        """The least time until a new prompt of this band has its turn; 0 where nobody is connected."""
         decodes = self.fleet.decode
-        return self._prompt_wait_s(decodes) if decodes else 0.0
+        return self._prompt_wait_s(decodes, priority) if decodes else 0.0
 
     def cached_tokens(self, sequence: SequenceSpec) -> int:
         """The longest prefix of the prompt that any one worker holds or will hold soon."""
@@ -135,10 +137,10 @@ class Dispatcher:
         matches = self.pool.index.match(self._chain(sequence, decodes[0]))
         return max((present + promised for _, present, promised in matches), default=0) * decodes[0].info.block_size
 
-    def _prompt_wait_s(self, decodes: Sequence[WorkerSession]) -> float:
+    def _prompt_wait_s(self, decodes: Sequence[WorkerSession], priority: int) -> float:
         computing = [*decodes, *self.fleet.prefill] if self._disaggregate != "always" else self.fleet.prefill or decodes
         now = time.monotonic()
-        return min(self.pool.state(session).load.wait_s(now) for session in computing)
+        return min(self.pool.state(session).load.wait_s(now, priority) for session in computing)
 
     def _hits(self, chain: Sequence[BlockHash], block_size: int) -> Hits:
         return {
@@ -155,6 +157,7 @@ class Dispatcher:
         return Request(
             prompt_tokens=len(sequence.prompt.token_ids) + resumed_tokens,
             output_tokens=output_tokens,
+            priority=sequence.priority,
             one_place=one_place,
             stored=self._stored(sequence, states),
         )
@@ -194,6 +197,7 @@ class Dispatcher:
                 output_tokens,
                 prefill_s=placement.prefill_s if computes else 0.0,
                 cached_tokens=cached,
+                priority=request.priority,
             )
             source = prefill if state is decode else None
             placed = Placed(self.pool, state, work, chain, cached // block_size, source=source, resumed=resumed)

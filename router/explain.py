@@ -21,6 +21,8 @@ MAX_RECORDS = 2000
 """About 5 KB each. The oldest are forgotten."""
 MAX_CANDIDATES = 8
 """The cheapest ones that are shown of a placement."""
+MAX_PREEMPTIONS = 8
+"""That are shown of an attempt; all are counted."""
 MAX_ATTEMPTS = 32
 """Of one record: a request with n=16 and retries."""
 
@@ -39,6 +41,9 @@ class AttemptNote:
     """Tokens that an earlier attempt had produced; this one went on after them."""
     first_token_s: float | None = None
     report: worker_pb2.PromptReport | None = None
+    num_preemptions: int = 0
+    preemptions: list[tuple[float, str]] = field(default_factory=list)
+    """The first ones: when, and for want of `memory` or for a request of an earlier `priority`."""
     ended_s: float | None = None
     ended: str = ""
     """`stop`, `length`, or what broke it."""
@@ -56,6 +61,9 @@ class AttemptNote:
             "ended_s": _rounded(self.ended_s),
             "ended": self.ended,
         }
+        if self.num_preemptions:
+            value["num_preemptions"] = self.num_preemptions
+            value["preemptions"] = [{"at_s": _rounded(at_s), "reason": reason} for at_s, reason in self.preemptions]
         if self.report is not None:
             report = self.report
             value["cached_by_tier"] = dict(report.cached_by_tier)
@@ -103,6 +111,13 @@ class Record:
     def first_token(self, choice: int, report: worker_pb2.PromptReport) -> None:
         if (note := self._latest(choice)) is not None:
             note.first_token_s, note.report = self._now(), report
+
+    def preempted(self, choice: int, reason: str) -> None:
+        """Its worker has taken its place from it, and gives it back later."""
+        if (note := self._latest(choice)) is not None:
+            note.num_preemptions += 1
+            if len(note.preemptions) < MAX_PREEMPTIONS:
+                note.preemptions.append((self._now(), reason))
 
     def ended(self, choice: int, why: str) -> None:
         """The latest attempt of `choice` is over."""

@@ -5,9 +5,24 @@ Pure: the clock is passed in. Shared by the live router and by what drives the p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from tandem.planner.perf_model import PerfModel
+
+LOWEST = 2**31 - 1
+"""The band after all others."""
+NONE: Mapping[int, int] = MappingProxyType({})
+
+
+@dataclass(slots=True)
+class BandLoad:
+    """What requests of one priority take of a worker, of those that this router gave it."""
+
+    requests: int = 0
+    waiting_s: float = 0.0
+    reserved_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -41,6 +56,10 @@ class WorkerLoad:
     """Prompt and output so far of all `requests`: what a decode step reads, or will before long."""
     reserved_tokens: int = 0
     """KV that they take up beyond what was cached, with the output that is still to come."""
+    bands: dict[int, BandLoad] = field(default_factory=dict)
+    """By priority; none is without requests."""
+    foreign_bands: Mapping[int, int] = field(default_factory=dict)
+    """Requests of other routers by priority, as far as known."""
     foreign_requests: int = 0
     foreign_decoding: int = 0
     foreign_s: float = 0.0
@@ -51,28 +70,57 @@ class WorkerLoad:
         """Requests that decode, or will before long."""
         return self.requests + self.foreign_requests
 
-    def wait_s(self, now: float) -> float:
+    def batch_before(self, priority: int) -> int:
+        """Of `batch`, those that a request of `priority` cannot displace."""
+        return (
+            self.batch
+            - sum([band.requests for value, band in self.bands.items() if value > priority])
+            - round(self.foreign_requests * self._foreign_later(priority))
+        )
+
+    def wait_s(self, now: float, priority: int = LOWEST) -> float:
         """Until a prompt that arrives now has its turn.
 
         Work drains with the clock, but a worker that is slower than estimated is not idle: of n prompts that wait, at
-        most one is nearly done.
+        most one is nearly done. Prompts of later bands let it pass.
         """
+        foreign_s = self.foreign_s * (1.0 - self._foreign_later(priority))
         if not self.waiting:
-            return self.foreign_s
+            return foreign_s
         left = self.waiting_s * (self.waiting - 1) / self.waiting
-        return max(self.busy_until - now, left) + self.foreign_s
+        own_s = max(self.busy_until - now, left)
+        later_s = sum([band.waiting_s for value, band in self.bands.items() if value > priority])
+        return min(own_s, max(self.waiting_s - later_s, 0.0)) + foreign_s if later_s else own_s + foreign_s
 
-    def has_room(self, tokens: int, slack: int) -> bool:
+    def has_room(self, tokens: int, slack: int, priority: int = LOWEST) -> bool:
         """Whether a prompt of `tokens` would not just wait for others to end. `slack`: requests beyond a full batch
-        that may wait there, so that a place does not stay empty."""
-        if not self.batch:
+        that may wait there, so that a place does not stay empty. Later bands are displaced."""
+        batch = self.batch_before(priority)
+        if not batch:
             return True
-        if self.max_requests and self.batch >= self.max_requests + slack:
+        if self.max_requests and batch >= self.max_requests + slack:
             return False
-        return not self.capacity_tokens or self.reserved_tokens + self.foreign_tokens + tokens <= self.capacity_tokens
+        if not self.capacity_tokens:
+            return True
+        later = sum([band.reserved_tokens for value, band in self.bands.items() if value > priority])
+        foreign = self.foreign_tokens * (1.0 - self._foreign_later(priority))
+        return self.reserved_tokens - later + foreign + tokens <= self.capacity_tokens
 
-    def foreign(self, *, requests: int, decoding: int, pending_tokens: int, used_tokens: int) -> None:
-        """What the worker reports beyond what this router knows: the work of other routers."""
+    def _foreign_later(self, priority: int) -> float:
+        """The share of other routers' requests that are of later bands."""
+        total = sum(self.foreign_bands.values()) if self.foreign_bands else 0
+        return sum([count for value, count in self.foreign_bands.items() if value > priority]) / total if total else 0.0
+
+    def foreign(
+        self, *, requests: int, decoding: int, pending_tokens: int, used_tokens: int, by_band: Mapping[int, int] = NONE
+    ) -> None:
+        """What the worker reports beyond what this router knows: the work of other routers. `by_band`: all requests on
+        the worker by priority."""
+        self.foreign_bands = {
+            value: count - mine
+            for value, count in by_band.items()
+            if count > (mine := band.requests if (band := self.bands.get(value)) is not None else 0)
+        }
         self.foreign_requests = requests
         self.foreign_decoding = decoding
         self.foreign_s = self.model.prefill_s(pending_tokens)
@@ -91,13 +139,18 @@ class Work:
     """Estimated, of the part that this worker computes; 0 where it is sent the KV."""
     cached_tokens: int = 0
     """Of the prompt, on this worker: they take up no further room."""
+    priority: int = 0
     produced_tokens: int = 0
     _waits: bool = field(default=False, init=False)
     _decodes: bool = field(default=False, init=False)
     _over: bool = field(default=False, init=False)
+    _band: BandLoad = field(default_factory=BandLoad, init=False)
 
     def start(self, now: float) -> None:
         load = self.load
+        self._band = load.bands.setdefault(self.priority, BandLoad())
+        self._band.requests += 1
+        self._band.reserved_tokens += self._reserved
         load.requests += 1
         load.reserved_tokens += self._reserved
         load.kv_tokens += self.prompt_tokens
@@ -106,6 +159,7 @@ class Work:
             load.waiting += 1
             load.waiting_tokens += self.prompt_tokens
             load.waiting_s += self.prefill_s
+            self._band.waiting_s += self.prefill_s
             load.busy_until = max(load.busy_until, now) + self.prefill_s
 
     def computed(self, now: float) -> None:
@@ -123,6 +177,7 @@ class Work:
         if more > 0:
             self.output_tokens += more
             self.load.reserved_tokens += more
+            self._band.reserved_tokens += more
 
     def end(self, now: float) -> None:
         """Idempotent."""
@@ -131,6 +186,10 @@ class Work:
         self._computed(now)
         self._over = True
         load = self.load
+        self._band.requests -= 1
+        self._band.reserved_tokens -= self._reserved
+        if not self._band.requests:
+            del load.bands[self.priority]
         load.requests -= 1
         load.reserved_tokens -= self._reserved
         load.kv_tokens -= self.prompt_tokens + self.produced_tokens
@@ -146,5 +205,6 @@ class Work:
             load = self.load
             load.waiting -= 1
             load.waiting_tokens -= self.prompt_tokens
+            self._band.waiting_s = max(0.0, self._band.waiting_s - self.prefill_s)
             load.waiting_s = max(0.0, load.waiting_s - self.prefill_s) if load.waiting else 0.0
             load.busy_until = now + load.waiting_s

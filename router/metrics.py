@@ -58,6 +58,12 @@ class RouterMetrics:
             _ITL_BUCKETS,
             registry=registry,
         )
+        self.preemptions = Counter(
+            "tandem_router_preemptions",
+            "Running sequences that lost their place for a while: for want of memory, or for an earlier priority",
+            ["reason"],
+            registry=registry,
+        )
         self.retries = Counter("tandem_router_retries", "Sequences started again on another worker", registry=registry)
         self.disconnects = Counter(
             "tandem_router_client_disconnects", "Clients that went away before the end", registry=registry

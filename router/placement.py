@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tandem.router.load import WorkerLoad
+from tandem.router.load import LOWEST, WorkerLoad
 from tandem.router.settings import Disaggregate
 
 REASONS = (
@@ -51,6 +51,8 @@ class Request:
     prompt_tokens: int
     output_tokens: int = 256
     """Expected."""
+    priority: int = LOWEST
+    """It displaces requests of later bands (higher values) where a worker is full."""
     one_place: str = ""
     """Why it cannot be handed over: `prompt_logprobs` or `pooling`."""
     stored: Stored = field(default_factory=dict)
@@ -226,7 +228,7 @@ def _prompt_cost(load: WorkerLoad, request: Request, hit: tuple[int, int], now: 
         rest_s = model.prefill_s(request.prompt_tokens - reached, reached)
         if tokens and loading_s + PREFILL_WEIGHT * rest_s < PREFILL_WEIGHT * prefill_s:
             prefill_s, fetch_s, stored, computed_from = rest_s, loading_s, tuple(tokens.items()), reached
-    queue_s = load.wait_s(now)
+    queue_s = load.wait_s(now, request.priority)
     stall_s = decoding * model.stall_s(request.prompt_tokens - computed_from, computed_from) if decoding else 0.0
     total_s = queue_s + PREFILL_WEIGHT * prefill_s + fetch_s + STALL_WEIGHT * stall_s
     return _Prompt(queue_s, prefill_s, fetch_s, stall_s, present, promised, stored, total_s)
@@ -240,8 +242,9 @@ def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _D
     decode_s = output * after_s
     slowdown_s = output * batch * (after_s - before_s)
     queue_s = memory_s = 0.0
-    if load.max_requests and batch >= load.max_requests:
-        queue_s = (batch - load.max_requests + 1) / load.max_requests * decode_s
+    before = load.batch_before(request.priority)
+    if load.max_requests and before >= load.max_requests:
+        queue_s = (before - load.max_requests + 1) / load.max_requests * decode_s
     if load.capacity_tokens:
         taken = load.reserved_tokens + load.foreign_tokens
         missing = taken + request.prompt_tokens - hit[0] + output - load.capacity_tokens

@@ -86,6 +86,7 @@ class WorkerState:
             decoding=max(0, status.decoding - load.decoding),
             pending_tokens=max(0, status.pending_prefill_tokens - load.waiting_tokens),
             used_tokens=max(0, used - load.reserved_tokens),
+            by_band=status.by_band,
         )
         if status.decode_step_s != self._step_s:  # else nothing was decoded since the last time
             self._step_s = status.decode_step_s

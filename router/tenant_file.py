@@ -69,7 +69,7 @@ def read_api_keys(path: Path, files: Files) -> Roster:
             raise ConfigError(
                 f"--api_keys_file {path}, line {number}: expected `name:sha256-hex-of-key[:sharing-group]`"
             )
-        by_digest[bytes.fromhex(match.group(2))] = Caller(match.group(1), match.group(3) or "")
+        by_digest[bytes.fromhex(match.group(2))] = Caller(match.group(1), match.group(3) or "", priority_min=0)
     if not by_digest:
         raise ConfigError(f"--api_keys_file {path}: holds no key")
     return Roster(by_digest, {}, {})

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tandem.common.errors import TandemError
 from tandem.engine.block_manager import BlockManager
-from tandem.engine.request import RequestKey
-from tandem.engine.scheduler import Scheduler, StepPlan
+from tandem.engine.request import Preemption, RequestKey
+from tandem.engine.scheduler import MAX_DISPLACED, Scheduler, StepPlan
 from tandem.engine.sequence import Phase, Sequence
 from tests.engine_harness import make_sequence
 
@@ -43,7 +43,9 @@ class Play:
         """Plans and plays one step, and checks what must hold for every step."""
         self.now += 1.0
         running = [s for s in self.scheduler._running if s.num_computed >= s.num_prompt and s.remaining == 1]
+        waiting = {s.key: s.priority for s in self.scheduler._waiting.sequences()}
         plan = self.scheduler.schedule(self.now)
+        self.check_displaced(plan, waiting)
         assert plan.num_tokens <= self.budget
         for sequence in running:
             assert sequence in plan.decodes or sequence in plan.preempted, "a decode stalled"
@@ -66,6 +68,15 @@ class Play:
                     self.scheduler.finish(sequence)
         self.scheduler.check_integrity()
         return plan
+
+    def check_displaced(self, plan: StepPlan, waiting: dict[RequestKey, int]) -> None:
+        """Who is displaced makes room for somebody of an earlier band that waited, and who takes it in this step."""
+        displaced = [s for s in plan.preempted if s.preempted is Preemption.PRIORITY]
+        taken = [waiting[s.key] for s in plan.admitted]
+        for sequence in displaced:
+            assert sequence.displaced <= MAX_DISPLACED
+            assert any(priority < sequence.priority for priority in taken) or len(displaced) < len(plan.preempted)
+        assert not {s.key for s in plan.preempted} & {s.key for s in plan.admitted}
 
     def run(self, limit: int = 2000) -> None:
         for _ in range(limit):
@@ -185,7 +196,7 @@ def test_a_recompute_ends_its_chunks_where_the_first_computation_did() -> None:
     assert ends[0] == 48
     for sequence in others:
         play.scheduler.finish(sequence)
-    play.scheduler._preempt(StepPlan(), victim)
+    play.scheduler._preempt(StepPlan(), victim, Preemption.MEMORY)
     evictor = RequestKey("evictor", 1)
     assert play.blocks.allocate(evictor, play.blocks.available_blocks * play.blocks.block_size, []) == 0
     play.blocks.free(evictor)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from tandem.kvstore.contexts import open_shelf
 from tandem.kvstore.directory import EmbeddedDirectory
@@ -48,7 +49,7 @@ class StoreNode:
         self._shelf.start()
         self._threads = ThreadPoolExecutor(2)
         self._server = grpc.server(self._threads, options=[("grpc.so_reuseport", 0)])
-        service = KvNodeService(self._store, directory, self._shelf)
+        service = KvNodeService(self._store, directory, self._shelf, CollectorRegistry())
         kvnode_pb2_grpc.add_KvNodeServicer_to_server(service, self._server)
         self._server.add_insecure_port(self.address)
         self._server.start()

@@ -9,7 +9,7 @@ from tandem.router.explain import Record
 
 def open_door() -> Admission:
     """Nobody ever waits."""
-    return Admission(ServiceCounters(), max_requests=10, max_tokens=10**6, room=lambda _: True, wait_s=lambda: 0.0)
+    return Admission(ServiceCounters(), max_requests=10, max_tokens=10**6, room=lambda *_: True, wait_s=lambda _: 0.0)
 
 
 def a_record() -> Record:

@@ -46,6 +46,8 @@ class Script:
     """Prefill worker: `ok`, `error`, `never`."""
     hold_after: int | None = None
     """Sends this many tokens, then nothing until `resume` is set."""
+    preempted_before: dict[int, worker_pb2.Preemption.ValueType] = field(default_factory=dict)
+    """By index of the token before which the request loses its place for a while."""
     cached_tokens: int = 0
     wait_for_kv: bool = True
     """Decode worker: wait for the fake prefill worker's KV or `HandoverLost`."""
@@ -180,6 +182,8 @@ class FakeWorker:
                 await self.resume.wait()
             if script.delay_s:
                 await asyncio.sleep(script.delay_s)
+            if (reason := script.preempted_before.get(position)) is not None:
+                yield worker_pb2.RequestOutput(key=submit.key, start_index=position, preempted=reason)
             new = tokens[position : min(position + script.per_output, limit)]
             output = worker_pb2.RequestOutput(key=submit.key, start_index=position, token_ids=new)
             if position == first:

@@ -27,8 +27,8 @@ class Desk:
         self.counters = ServiceCounters()
         self.admission = Admission(
             self.counters,
-            room=lambda _: self.slots > 0,
-            wait_s=lambda: self.worker_wait_s,
+            room=lambda *_: self.slots > 0,
+            wait_s=lambda _: self.worker_wait_s,
             clock=lambda: self.now,
             **({"max_requests": 100, "max_tokens": 100_000} | options),
         )
@@ -92,6 +92,18 @@ def test_a_higher_band_goes_first() -> None:
     desk.submit("high", "greedy", priority=-1)
     desk.free(1)
     assert desk.started == ["high"]
+
+
+def test_what_displaces_starts_at_once_and_what_does_not_goes_on_waiting() -> None:
+    desk = Desk()
+    desk.admission._room = lambda tokens, priority: desk.slots > 0 or priority < 5
+    desk.submit("batch", priority=5)
+    desk.submit("urgent", priority=0)
+    assert (desk.started, desk.admission.waiting_requests) == (["urgent"], 1)
+    assert not desk.admission.idle
+    desk.slots = 0
+    desk.free(1)
+    assert desk.started == ["urgent", "batch"]
 
 
 def test_input_is_charged_with_the_grant_and_corrected_and_output_as_it_comes() -> None:

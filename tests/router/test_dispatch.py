@@ -94,7 +94,7 @@ async def test_cache_events_draw_a_prompt_to_its_blocks(before: bool) -> None:
     tokens = list(range(2048))
     bench = Bench(Workers(workers))
     if not before:
-        assert bench.dispatcher.room(100)  # looks at every worker
+        assert bench.dispatcher.room(100, 0)  # looks at every worker
         bench.loads()
     tell(workers[2], cache=worker_pb2.CacheEvents(reset=True, stored=blocks(tokens)))
     assert bench.loads()
@@ -111,7 +111,7 @@ async def test_a_request_is_counted_from_its_start_to_its_end() -> None:
     bench = Bench(Workers(workers))
     attempts = [bench.start(range(100 * i, 100 * i + 64)) for i in range(1, 9)]
     assert [load.requests for load in bench.loads()] == [4, 4]
-    assert bench.dispatcher.wait_s() > 0.0
+    assert bench.dispatcher.wait_s(0) > 0.0
     report = worker_pb2.PromptReport(cached_tokens=0, prefill_s=0.5)
     for attempt in attempts[:6]:
         answer(attempt.decode, attempt.key, 1, prompt=report)
@@ -122,7 +122,7 @@ async def test_a_request_is_counted_from_its_start_to_its_end() -> None:
         attempt.cancel()
     for load in bench.loads():
         assert (load.requests, load.waiting, load.decoding, load.kv_tokens, load.reserved_tokens) == (0, 0, 0, 0, 0)
-    assert bench.dispatcher.wait_s() == 0.0
+    assert bench.dispatcher.wait_s(0) == 0.0
     assert bench.loads()[0].model.prefill_s(64) > 0.05, "it has learned from the reports"
     bench.dispatcher.pool.index.check_integrity()
 
@@ -130,15 +130,15 @@ async def test_a_request_is_counted_from_its_start_to_its_end() -> None:
 async def test_room_ends_where_batches_are_full_and_where_prompts_queue() -> None:
     worker = session("w0")
     bench = Bench(Workers([worker]))
-    assert bench.dispatcher.room(100)
+    assert bench.dispatcher.room(100, 0)
     for _ in range(6):
         bench.start(range(32))
-    assert not bench.dispatcher.room(100)
+    assert not bench.dispatcher.room(100, 0)
     other = Bench(Workers([session("w1", max_num_seqs=1000, hardware_class="cpu")]))
     other.start(range(4000))
-    assert other.dispatcher.wait_s() > 0.25
-    assert not other.dispatcher.room(100)
-    assert Bench(Workers([])).dispatcher.room(100), "start says that nobody is there"
+    assert other.dispatcher.wait_s(0) > 0.25
+    assert not other.dispatcher.room(100, 0)
+    assert Bench(Workers([])).dispatcher.room(100, 0), "start says that nobody is there"
 
 
 async def test_the_work_of_other_routers_counts_from_the_status() -> None:

@@ -8,6 +8,7 @@ import json
 import httpx
 import pytest
 
+from tandem.proto import worker_pb2
 from tandem.router.explain import MAX_RECORDS, Explain
 from tests.router.conftest import House, events
 from tests.router.fake_worker import Script
@@ -80,6 +81,23 @@ async def test_a_lost_worker_shows_as_two_attempts(house: House) -> None:
     assert account["attempts"][1]["resumed_tokens"] > 0
     assert account["attempts"][0]["ended"] not in ("", "length")
     assert account["outcome"] == "ok"
+
+
+async def test_preemptions_are_told_and_counted_and_leave_no_trace_in_the_answer(house: House) -> None:
+    when = {0: worker_pb2.PREEMPTION_MEMORY, 2: worker_pb2.PREEMPTION_PRIORITY}
+    _, client = await house.pair(Script(preempted_before=when))
+    plain = (await client.post("/v1/completions", json=BODY)).json()
+    answer = (await client.post("/v1/completions", json=BODY, headers=ASKS)).json()
+    (attempt,) = answer.pop("explain")["attempts"]
+    assert (attempt["num_preemptions"], [note["reason"] for note in attempt["preemptions"]]) == (
+        2,
+        ["memory", "priority"],
+    )
+    assert attempt["preemptions"][0]["at_s"] <= attempt["first_token_s"] <= attempt["preemptions"][1]["at_s"]
+    assert answer["choices"] == plain["choices"]
+    text = (await client.get("/metrics")).text
+    for reason in ("memory", "priority"):
+        assert f'tandem_router_preemptions_total{{reason="{reason}"}} 2.0' in text
 
 
 async def test_refusals_are_on_record_too(house: House) -> None:

@@ -237,7 +237,7 @@ def test_the_books_balance_whatever_happens(steps) -> None:  # type: ignore[no-u
     for what, number in steps:
         now += 0.1
         if what == "start":
-            works.append(Work(load, 100 + number, number, 0.05 * number, cached_tokens=number))
+            works.append(Work(load, 100 + number, number, 0.05 * number, cached_tokens=number, priority=number % 3))
             works[-1].start(now)
         elif works:
             work = works[number % len(works)]
@@ -252,6 +252,11 @@ def test_the_books_balance_whatever_happens(steps) -> None:  # type: ignore[no-u
         assert load.requests == len(works)
         assert 0 <= load.decoding <= len(works)
         assert load.wait_s(now) >= 0.0
+        for priority in range(-1, 3):
+            later = [work for work in works if work.priority > priority]
+            assert load.batch_before(priority) == len(works) - len(later)
+            assert 0.0 <= load.wait_s(now, priority) <= load.wait_s(now)
+        assert sum(band.reserved_tokens for band in load.bands.values()) == load.reserved_tokens
     for work in works:
         work.end(now)
     empty = worker(0)
@@ -280,3 +285,25 @@ def test_room() -> None:
     assert load.has_room(1, 1)
     load.reserved_tokens = 399_999
     assert not load.has_room(2, 1)
+
+
+def test_later_bands_take_no_room_from_earlier_ones() -> None:
+    load = replace(worker(0), max_requests=2, capacity_tokens=1000)
+    for _ in range(2):
+        Work(load, 400, 50, 5.0, priority=5).start(0.0)
+    assert not load.has_room(200, 0, 5)
+    assert load.has_room(200, 0, 4)
+    assert (load.wait_s(0.0, 5), load.wait_s(0.0, 4)) == (10.0, 0.0)
+    Work(load, 400, 50, 5.0, priority=4).start(0.0)
+    assert load.batch_before(4) == 1
+    assert not load.has_room(1000, 0, 4), "memory that its own band has is not to be had"
+    assert load.wait_s(0.0, 4) == 5.0
+
+
+def test_other_routers_requests_yield_as_well() -> None:
+    load = replace(worker(0), max_requests=2)
+    Work(load, 100, 50, 1.0, priority=0).start(0.0)
+    load.foreign(requests=3, decoding=0, pending_tokens=0, used_tokens=0, by_band={0: 1, 7: 3})
+    assert (load.batch_before(7), load.batch_before(6), load.batch_before(0)) == (4, 1, 1)
+    assert load.has_room(10, 0, 6)
+    assert not load.has_room(10, 0, 7)

@@ -145,8 +145,8 @@ async def test_shares_are_those_of_tenants_and_not_of_the_replicas_that_they_com
                 service.counters,
                 max_requests=10_000,
                 max_tokens=10**9,
-                room=lambda _: slots > 0,
-                wait_s=lambda: 0.0,
+                room=lambda *_: slots > 0,
+                wait_s=lambda _: 0.0,
                 clock=lambda: now,
             )
             for service in services

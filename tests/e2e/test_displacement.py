@@ -1,0 +1,80 @@
+"""A request of an earlier band takes a running one's place, in the whole platform; the stream that yields only pauses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.serving import Serve, eventually
+
+MakePrompt = Callable[[int], list[int]]
+SLOTS = 2
+
+
+@pytest.fixture(params=["unified", "disaggregated"])
+def serve(serves: Callable[..., Serve], slow_model: Path, request: pytest.FixtureRequest) -> Serve:
+    mode = ("--disaggregate", "always") if request.param == "disaggregated" else ("--roles", "unified")
+    return serves(slow_model, *mode, "--dtype", "float32", "--max-num-seqs", SLOTS, "--max-num-batched-tokens", 64)
+
+
+class Stream:
+    """A streaming completion that is read by a thread."""
+
+    def __init__(self, serve: Serve, prompt: list[int], max_tokens: int, **fields: Any) -> None:
+        self.tokens: list[int] = []
+        self._events = serve.stream(prompt, max_tokens, **fields)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for event in self._events:
+            self.tokens += [token for choice in event["choices"] for token in choice.get("token_ids") or []]
+
+    def end(self) -> list[int]:
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        return self.tokens
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}])
+def test_an_urgent_request_displaces_and_nothing_is_lost(
+    serve: Serve, prompt: MakePrompt, sampling: dict[str, Any]
+) -> None:
+    prompts = [prompt(40) for _ in range(SLOTS + 3)]  # more than the batch and what may wait before it
+    alone = serve.tokens(prompts[0], 80, **sampling)
+    before = serve.metric("tandem_router_preemptions_total", reason="priority")
+    streams = [Stream(serve, each, 80, priority=5, **sampling) for each in prompts]
+    eventually(lambda: sum(bool(stream.tokens) for stream in streams) >= SLOTS, 120, "a full batch")
+    lengths = [len(stream.tokens) for stream in streams]
+    urgent = serve.complete(prompt(40), 4, priority=0)
+    assert len(urgent["choices"][0]["token_ids"]) == 4
+    unfinished = [length for length, stream in zip(lengths, streams, strict=True) if len(stream.tokens) < 80]
+    assert len(unfinished) >= SLOTS, "it did not wait for the others to end"
+    tokens = [stream.end() for stream in streams]
+    assert all(len(each) == 80 for each in tokens)
+    assert tokens[0] == alone
+    assert serve.metric("tandem_router_preemptions_total", reason="priority") > before
+
+
+def test_explain_tells_who_had_to_yield(serve: Serve, prompt: MakePrompt) -> None:
+    ids = [f"batch-{index}-{id(serve)}" for index in range(SLOTS)]
+
+    def run(request_id: str) -> None:
+        body = serve._body(prompt(30), 100, {"priority": 7})
+        serve.http.post("/v1/completions", json=body, headers={"x-request-id": request_id})
+
+    threads = [threading.Thread(target=run, args=(each,)) for each in ids]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: serve.metric("tandem_worker_running", role="decode") >= SLOTS, 120, "a full batch")
+    serve.complete(prompt(30), 3)
+    for thread in threads:
+        thread.join(120)
+    accounts = [serve.http.get(f"/v1/requests/{each}").json() for each in ids]
+    notes = [note for account in accounts for attempt in account["attempts"] for note in attempt.get("preemptions", ())]
+    assert [note["reason"] for note in notes] == ["priority"]
+    assert notes[0]["at_s"] > 0
