@@ -1,4 +1,4 @@
-"""A request of an earlier band takes a running one's place, in the whole platform; the stream that yields only pauses."""
+"""A request of an earlier band takes a running one's place in the whole platform; a stream that yields only pauses."""
 
 from __future__ import annotations
 
