@@ -226,7 +226,7 @@ async def test_the_lane_of_a_router_starts_nothing_while_admission_has_no_room(
 ) -> None:
     room, asked = [False], [0]
 
-    def has_room(prompt_tokens: int) -> bool:
+    def has_room(prompt_tokens: int, priority: int) -> bool:
         asked[0] += 1
         return room[0]
 
