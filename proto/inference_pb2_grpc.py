@@ -39,15 +39,60 @@ class InferenceStub:
                 request_serializer=tandem_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=tandem_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Complete = channel.unary_unary(
+                '/tandem.v1.Inference/Complete',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.CompleteResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/tandem.v1.Inference/Embed',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tandem.v1.Inference/Tokenize',
                 request_serializer=tandem_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=tandem_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/tandem.v1.Inference/Detokenize',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/tandem.v1.Inference/ListModels',
                 request_serializer=tandem_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=tandem_dot_proto_dot_inference__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.CreateContext = channel.unary_unary(
+                '/tandem.v1.Inference/CreateContext',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.CreateContextRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.Context.FromString,
+                _registered_method=True)
+        self.GetContext = channel.unary_unary(
+                '/tandem.v1.Inference/GetContext',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.GetContextRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.Context.FromString,
+                _registered_method=True)
+        self.ListContexts = channel.unary_unary(
+                '/tandem.v1.Inference/ListContexts',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.ListContextsRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.ListContextsResponse.FromString,
+                _registered_method=True)
+        self.DeleteContext = channel.unary_unary(
+                '/tandem.v1.Inference/DeleteContext',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.DeleteContextRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.DeleteContextResponse.FromString,
+                _registered_method=True)
+        self.GetRequest = channel.unary_unary(
+                '/tandem.v1.Inference/GetRequest',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.GetRequestRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.RequestAccount.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/tandem.v1.Inference/GetUsage',
+                request_serializer=tandem_dot_proto_dot_inference__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=tandem_dot_proto_dot_inference__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
 
 
@@ -62,7 +107,26 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Complete(self, request, context):
+        """The same, whole: answers when every choice has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +134,45 @@ class InferenceServicer:
 
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateContext(self, request, context):
+        """Long prompt prefixes with a name, computed once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetContext(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListContexts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteContext(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRequest(self, request, context):
+        """Where one of the latest requests went, and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """What the caller's tenant has used.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -82,15 +185,60 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=tandem_dot_proto_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
+            'Complete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Complete,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.CompleteResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=tandem_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=tandem_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=tandem_dot_proto_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=tandem_dot_proto_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'CreateContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateContext,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.CreateContextRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.Context.SerializeToString,
+            ),
+            'GetContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetContext,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.GetContextRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.Context.SerializeToString,
+            ),
+            'ListContexts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListContexts,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.ListContextsRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.ListContextsResponse.SerializeToString,
+            ),
+            'DeleteContext': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteContext,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.DeleteContextRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.DeleteContextResponse.SerializeToString,
+            ),
+            'GetRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRequest,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.GetRequestRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.RequestAccount.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=tandem_dot_proto_dot_inference__pb2.GetUsageRequest.FromString,
+                    response_serializer=tandem_dot_proto_dot_inference__pb2.GetUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +279,60 @@ class Inference:
             _registered_method=True)
 
     @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/Complete',
+            tandem_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/Embed',
+            tandem_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Tokenize(request,
             target,
             options=(),
@@ -158,6 +360,33 @@ class Inference:
             _registered_method=True)
 
     @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/Detokenize',
+            tandem_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListModels(request,
             target,
             options=(),
@@ -174,6 +403,168 @@ class Inference:
             '/tandem.v1.Inference/ListModels',
             tandem_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
             tandem_dot_proto_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/CreateContext',
+            tandem_dot_proto_dot_inference__pb2.CreateContextRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.Context.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/GetContext',
+            tandem_dot_proto_dot_inference__pb2.GetContextRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.Context.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListContexts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/ListContexts',
+            tandem_dot_proto_dot_inference__pb2.ListContextsRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.ListContextsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteContext(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/DeleteContext',
+            tandem_dot_proto_dot_inference__pb2.DeleteContextRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.DeleteContextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/GetRequest',
+            tandem_dot_proto_dot_inference__pb2.GetRequestRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.RequestAccount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/GetUsage',
+            tandem_dot_proto_dot_inference__pb2.GetUsageRequest.SerializeToString,
+            tandem_dot_proto_dot_inference__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

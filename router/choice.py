@@ -79,6 +79,8 @@ class CallSpec:
     arrived: float = field(default_factory=time.monotonic)
     traceparent: str = ""
     streaming: bool = False
+    timeout_s: float | None = None
+    """From arrival to the last token; None: as the router allows."""
     prompt_tokens: int = field(init=False)
     """Each prompt counts once however many choices it has."""
 

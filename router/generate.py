@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tandem.common.errors import TandemError
 from tandem.router.admission import Waiting
@@ -35,13 +36,20 @@ class Usage:
         return sum(self.cached_by_tier.values())
 
 
+def account_of(call: Call) -> dict[str, Any]:
+    """What the answer tells of a call that has gone well, where the client asked: see explain.py."""
+    call.spec.record.finished("ok")
+    return call.spec.record.describe()
+
+
 class Call:
     """Make it, `start` it, read it, and `close` it in a `finally`. Used from one task."""
 
     def __init__(self, spec: CallSpec, context: CallContext) -> None:
         self.spec = spec
         self.context = context
-        self.deadline = spec.arrived + context.timeout_s
+        self.timeout_s = context.timeout_s if spec.timeout_s is None else min(spec.timeout_s, context.timeout_s)
+        self.deadline = spec.arrived + self.timeout_s
         self.choices = [Choice(self, index, choice) for index, choice in enumerate(spec.choices)]
         self.error: TandemError | None = None
         self.on_failed: Callable[[], None] | None = None
@@ -215,7 +223,7 @@ class Call:
             self._wake()
 
     def _expire(self) -> None:
-        self.fail(TandemError("deadline_exceeded", f"not finished within {self.context.timeout_s:g} s"))
+        self.fail(TandemError("deadline_exceeded", f"not finished within {self.timeout_s:g} s"))
 
     def _release(self) -> None:
         self.context.admission.cancel(self._ticket)

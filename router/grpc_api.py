@@ -3,170 +3,127 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tandem.common.errors import ConfigError, TandemError
-from tandem.proto import inference_pb2, inference_pb2_grpc
+from tandem.proto import inference_pb2 as pb
+from tandem.router import grpc_info
 from tandem.router.accounts import Accounts
-from tandem.router.caller import ANYBODY, Caller
-from tandem.router.choice import ChoiceSpec, Delta, with_seeds
-from tandem.router.dispatch import SequenceSpec
-from tandem.router.http_types import MAX_N
-from tandem.router.sampling_fields import (
-    MAX_LOGPROBS,
-    SamplingFields,
-    in_range,
-    invalid,
-    output_tokens,
-    sampling_params,
-    stop_strings,
-)
-from tandem.router.served_model import Prompt
+from tandem.router.grpc_exchange import Context, GrpcExchange
+from tandem.router.grpc_explain import get_request
+from tandem.router.grpc_generate import complete, generate
+from tandem.router.grpc_messages import read_message
 from tandem.router.service import Service
 from tandem.router.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
-SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_OPTIONAL_FIELDS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "n",
-    "min_tokens",
-)
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+MAX_METADATA_BYTES = 64 << 10
+"""As of HTTP's headers."""
+MAX_STREAMS = 1024
+"""Calls at a time on one connection; more wait at the client."""
+MAX_CONNECTION_AGE_S = 1800.0
+"""Then clients are told to connect anew, which spreads them over routers and ends what hangs. Calls in progress get
+GRACE_S more than the longest request."""
+GRACE_S = 60.0
+PING_S = 30.0
+"""Of silence, after which the server asks whether the client is alive."""
+CLIENT_PING_MS = 10_000
+"""Clients may ask as often as that."""
 
-T = TypeVar("T")
-Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[[GrpcExchange, Any, Service], Awaitable[Message | None]]
 
 
-class InferenceService(inference_pb2_grpc.InferenceServicer):
+@dataclass(frozen=True, slots=True)
+class Method:
+    request: type[Message]
+    handler: Handler
+    generates: bool = False
+    """Limits and load are looked at first."""
+
+
+METHODS = {
+    "Generate": Method(pb.GenerateRequest, generate, generates=True),
+    "Complete": Method(pb.GenerateRequest, complete, generates=True),
+    "Embed": Method(pb.EmbedRequest, grpc_info.embed, generates=True),
+    "Tokenize": Method(pb.TokenizeRequest, grpc_info.tokenize),
+    "Detokenize": Method(pb.DetokenizeRequest, grpc_info.detokenize),
+    "ListModels": Method(pb.ListModelsRequest, grpc_info.list_models),
+    "CreateContext": Method(pb.CreateContextRequest, grpc_info.create_context),
+    "GetContext": Method(pb.GetContextRequest, grpc_info.get_context),
+    "ListContexts": Method(pb.ListContextsRequest, grpc_info.list_contexts),
+    "DeleteContext": Method(pb.DeleteContextRequest, grpc_info.delete_context),
+    "GetRequest": Method(pb.GetRequestRequest, get_request),
+    "GetUsage": Method(pb.GetUsageRequest, grpc_info.get_usage),
+}
+STREAMING = frozenset({"Generate"})
+
+
+class InferenceService:
+    """Every method of the service: reads the message itself, so that one that cannot be read gets an answer, too."""
+
     def __init__(self, service: Service, tenants: Tenants | None, accounts: Accounts) -> None:
+        """`tenants` None: everybody may come in."""
         self._service = service
         self._tenants = tenants
         self._accounts = accounts
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        arrived = time.monotonic()
-        request_id = uuid.uuid4().hex
-        caller = ANYBODY
-        try:
-            caller = self._authenticate(context)
-            self._accounts.limits.check(caller)
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Requests and responses as bytes."""
+        methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
+        for name, method in METHODS.items():
+            make = grpc.unary_stream_rpc_method_handler if name in STREAMING else grpc.unary_unary_rpc_method_handler
+            methods[name] = make(self._behaviour(name, method), None, None)
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    def _behaviour(self, name: str, method: Method) -> Callable[[bytes, Context], Awaitable[bytes | None]]:
+        async def answer(raw: bytes, context: Context) -> bytes | None:
+            exchange = GrpcExchange(f"/{SERVICE_NAME}/{name}", context, self._accounts)
+            metrics, status = self._service.metrics, "CANCELLED"
+            try:
+                response = await self._answer(method, exchange, raw)
+                status = "OK"
+                return response
+            except TandemError as error:
+                self._accounts.refused(exchange.caller, error)
+                status = error.kind.grpc_code
+                await exchange.abort(error)
+            except grpc.aio.BaseError:  # the client has gone
+                raise
+            except Exception:
+                log.exception("request %s to %s failed", exchange.request_id, exchange.method)
+                status = "INTERNAL"
+                await exchange.abort(TandemError("internal", "an internal error; the router's log has more"))
+            finally:
+                metrics.requests.inc(exchange.method, status)
+                if status == "CANCELLED":
+                    metrics.disconnects.inc()
+
+        return answer
+
+    async def _answer(self, method: Method, exchange: GrpcExchange, raw: bytes) -> bytes | None:
+        """None of a stream, which has been sent. Raises TandemError."""
+        if self._tenants is not None:
+            exchange.caller = self._tenants.authenticate(exchange.authorization)
+        if method.generates:
+            self._accounts.limits.check(exchange.caller)
             self._service.check_load()
-            choices = await self._choices(request, caller)
-            with self._service.call(
-                request_id, choices, arrived=arrived, traceparent=_metadata(context, "traceparent"), streaming=True
-            ) as call:
-                while not call.finished:
-                    for delta in await call.next():
-                        yield _response(request_id, delta)
-                usage = call.usage()
-            yield inference_pb2.GenerateResponse(
-                request_id=request_id,
-                usage=inference_pb2.Usage(
-                    prompt_tokens=usage.prompt_tokens,
-                    completion_tokens=usage.completion_tokens,
-                    cached_tokens=usage.cached_tokens,
-                    cached_by_tier=usage.cached_by_tier,
-                ),
-            )
-        except TandemError as error:
-            self._accounts.refused(caller, error)
-            await _abort(context, error)
-
-    async def Tokenize(
-        self, request: inference_pb2.TokenizeRequest, context: Context
-    ) -> inference_pb2.TokenizeResponse:
-        async def tokenize() -> inference_pb2.TokenizeResponse:
-            self._service.model.check_name(request.model)
-            special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            ids = await self._service.model.text.encode(request.text, add_special_tokens=special)
-            return inference_pb2.TokenizeResponse(token_ids=ids)
-
-        return await self._guarded(context, tokenize)
-
-    async def ListModels(
-        self, request: inference_pb2.ListModelsRequest, context: Context
-    ) -> inference_pb2.ListModelsResponse:
-        async def list_models() -> inference_pb2.ListModelsResponse:
-            model = inference_pb2.Model(id=self._service.model.name, max_model_len=self._service.max_model_len)
-            return inference_pb2.ListModelsResponse(models=[model])
-
-        return await self._guarded(context, list_models)
-
-    async def _guarded(self, context: Context, handler: Callable[[], Awaitable[T]]) -> T:
-        try:
-            self._authenticate(context)
-            return await handler()
-        except TandemError as error:
-            await _abort(context, error)
-
-    def _authenticate(self, context: Context) -> Caller:
-        if self._tenants is None:
-            return ANYBODY
-        return self._tenants.authenticate(_metadata(context, "authorization"))
-
-    async def _choices(self, request: inference_pb2.GenerateRequest, caller: Caller) -> list[ChoiceSpec]:
-        model = self._service.model
-        model.check_name(request.model)
-        fields = SamplingFields(
-            stop=list(request.stop),
-            stop_token_ids=list(request.stop_token_ids),
-            ignore_eos=request.ignore_eos,
-        )
-        for name in _OPTIONAL_FIELDS:
-            if request.HasField(name):  # type: ignore[arg-type]
-                setattr(fields, name, getattr(request, name))
-        in_range("n", fields.n, 1, MAX_N)
-        logprobs = request.logprobs if request.HasField("logprobs") else None
-        in_range("logprobs", logprobs, 0, MAX_LOGPROBS)
-        prompt = await self._prompt(request, caller)
-        max_tokens = output_tokens(
-            fields.max_tokens,
-            default=None,
-            prompt_tokens=len(prompt.token_ids),
-            max_model_len=self._service.max_model_len,
-            param="max_tokens",
-            prompt_param=request.WhichOneof("input") or "prompt",
-        )
-        sampling = sampling_params(
-            fields, defaults=model.defaults, vocab_size=model.vocab_size, max_tokens=max_tokens, logprobs=logprobs
-        )
-        sequence = SequenceSpec(prompt, sampling, caller, priority=caller.priority(None))
-        spec = ChoiceSpec(sequence, stop=stop_strings(fields), keep_tokens=True)
-        return with_seeds(spec, fields.n or 1)
-
-    async def _prompt(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Prompt:
-        model = self._service.model
-        match request.WhichOneof("input"):
-            case "prompt":
-                return await model.text_prompt(request.prompt, param="prompt")
-            case "prompt_token_ids":
-                return model.token_prompt(list(request.prompt_token_ids.ids), param="prompt_token_ids")
-            case "chat":
-                messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-                text = model.render_chat(messages)
-                return await model.text_prompt(text, param="chat", add_special_tokens=False, salt=caller.cache_salt(""))
-            case _:
-                raise invalid("input", "is required: prompt, prompt_token_ids or chat")
+        request, unknown = read_message(method.request, raw)
+        exchange.ignore(unknown)
+        response = await method.handler(exchange, request, self._service)
+        if response is None:
+            return None
+        await exchange.begin()
+        return response.SerializeToString()
 
 
 class GrpcServer:
@@ -183,13 +140,21 @@ class GrpcServer:
         shared: bool = False,
     ) -> None:
         """`shared`: other processes may listen on the same port."""
+        config = service.config
         options = [
-            ("grpc.max_receive_message_length", service.config.max_body_bytes),
+            ("grpc.max_receive_message_length", config.max_body_bytes),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.max_connection_age_ms", round(1000 * MAX_CONNECTION_AGE_S)),
+            ("grpc.max_connection_age_grace_ms", round(1000 * (config.request_timeout_s + GRACE_S))),
+            ("grpc.keepalive_time_ms", round(1000 * PING_S)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", CLIENT_PING_MS),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", CLIENT_PING_MS),
             ("grpc.so_reuseport", int(shared)),
         ]
-        self._server = grpc.aio.server(options=options)
-        servicer = InferenceService(service, tenants, accounts)
-        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
+        self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * config.max_requests)
+        self._server.add_generic_rpc_handlers((InferenceService(service, tenants, accounts).handlers(),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -211,31 +176,3 @@ class GrpcServer:
     async def stop(self, grace_s: float) -> None:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-
-
-def _response(request_id: str, delta: Delta) -> inference_pb2.GenerateResponse:
-    return inference_pb2.GenerateResponse(
-        request_id=request_id,
-        index=delta.index,
-        text=delta.piece.text,
-        token_ids=delta.piece.token_ids,
-        finish_reason=delta.finish_reason or "",
-    )
-
-
-def _metadata(context: Context, name: str) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == name and isinstance(value, str):
-            return value
-    return ""
-
-
-async def _abort(context: Context, error: TandemError) -> NoReturn:
-    """Code, field and Retry-After travel as trailing metadata, as HTTP has them in body and header."""
-    trailing = [("tandem-error", error.code)]
-    if error.param:
-        trailing.append(("tandem-param", error.param))
-    if error.retry_after_s is not None:
-        trailing.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
-    await context.abort(grpc.StatusCode[error.kind.grpc_code], error.message[:500], tuple(trailing))
-    raise error  # abort has raised already

@@ -10,7 +10,7 @@ import msgspec
 
 from tandem.common.errors import TandemError
 from tandem.router.choice import Choice, Delta
-from tandem.router.generate import Call, Usage
+from tandem.router.generate import Call, Usage, account_of
 from tandem.router.http_exchange import ClientGone, Exchange
 
 T = TypeVar("T")
@@ -72,11 +72,6 @@ async def _while_connected(exchange: Exchange, call: Call, work: Coroutine[Any, 
 
 def wants_account(exchange: Exchange) -> bool:
     return exchange.header(b"x-tandem-explain") == "1"
-
-
-def account_of(call: Call) -> dict[str, Any]:
-    call.spec.record.finished("ok")
-    return call.spec.record.describe()
 
 
 def _account_event(exchange: Exchange, call: Call) -> bytes:

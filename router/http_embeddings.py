@@ -6,7 +6,8 @@ import base64
 from typing import Any
 
 from tandem.router.embedding_request import EmbeddingsBody, Vector, plan_embeddings, vectors
-from tandem.router.http_answers import account_of, wants_account, whole
+from tandem.router.generate import account_of
+from tandem.router.http_answers import wants_account, whole
 from tandem.router.http_exchange import Exchange
 from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service

@@ -213,7 +213,7 @@ class Exchange:
         self.status = status
         headers.append((b"x-request-id", self.request_id.encode()))
         if self.ignored:
-            headers.append((IGNORED_HEADER, _header_list(self.ignored)))
+            headers.append((IGNORED_HEADER, header_list(self.ignored)))
         if self.anthropic:
             headers.append((b"request-id", self.request_id.encode()))
         if self.accounts is not None and not self.caller.rates.unlimited:
@@ -235,7 +235,7 @@ class Exchange:
         return TandemError("request_too_large", f"the body is larger than {self._max_body_bytes} bytes")
 
 
-def _header_list(names: Iterable[str]) -> bytes:
+def header_list(names: Iterable[str]) -> bytes:
     """Each once, separated by commas; what is no printable ASCII is escaped, what is too long is left out."""
     listed = b", ".join(name.encode("unicode_escape").replace(b",", b"\\x2c") for name in dict.fromkeys(names))
     return listed if len(listed) <= MAX_LISTED_BYTES else listed[: MAX_LISTED_BYTES - 3] + b"..."

@@ -126,8 +126,12 @@ class Service:
         arrived: float,
         traceparent: str = "",
         streaming: bool = False,
+        timeout_s: float | None = None,
     ) -> Iterator[Call]:
-        """A started call, which is closed on the way out. Raises TandemError `overloaded` or `unavailable`."""
+        """A started call, which is closed on the way out. `timeout_s`: from arrival; None: as the router allows.
+
+        Raises TandemError `overloaded` or `unavailable`.
+        """
         self.check_load(len(choices))
         span = self._span(request_id, len(choices), traceparent)
         sequence = choices[0].sequence
@@ -141,6 +145,7 @@ class Service:
             arrived=arrived,
             traceparent=telemetry.traceparent_of(span) if self._tracing else traceparent,
             streaming=streaming,
+            timeout_s=timeout_s,
         )
         call = Call(spec, self._context)
         charge: Charge | None = None

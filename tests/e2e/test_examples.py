@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.runtime.serve import free_port
 from tandem.runtime.settings import BUNDLED_MODEL
 from tests.e2e.conftest import ServeFactory
 from tests.e2e.serving import Serve
@@ -21,10 +22,15 @@ Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def platform(serves: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+def grpc_port() -> int:
+    return free_port("127.0.0.1", 0)
+
+
+@pytest.fixture(scope="module")
+def platform(serves: ServeFactory, tmp_path_factory: pytest.TempPathFactory, grpc_port: int) -> Serve:
     """One for all of them: with the example's tenants, and a folder for batches."""
     storage = tmp_path_factory.mktemp("e2e-examples") / "storage"
-    flags = ("--tenants-file", EXAMPLES / "tenants.yaml", "--storage", storage)
+    flags = ("--tenants-file", EXAMPLES / "tenants.yaml", "--storage", storage, "--grpc-port", grpc_port)
     return serves(BUNDLED_MODEL, *flags, api_key=API_KEY)
 
 
@@ -34,7 +40,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(name: str, serve: Serve, *flags: str) -> str:
         script = EXAMPLES / name
-        monkeypatch.setattr(sys, "argv", [str(script), "--base-url", f"{serve.url}/v1", *flags])
+        where = [] if "--target" in flags else ["--base-url", f"{serve.url}/v1"]
+        monkeypatch.setattr(sys, "argv", [str(script), *where, *flags])
         runpy.run_path(str(script), run_name="__main__")
         return capsys.readouterr().out.strip()
 
@@ -105,6 +112,17 @@ def test_tenants(run: Run, platform: Serve) -> None:
     assert as_visitors.strip() == "visitors: 3 requests, 1 rejected, 6 prompt tokens, 15 generated"
     assert as_visitors.strip() in as_operator
     assert "acme: 1 requests, 0 rejected" in as_operator
+
+
+def test_grpc(run: Run, platform: Serve, grpc_port: int) -> None:
+    printed = run("08-grpc.py", platform, "--target", f"127.0.0.1:{grpc_port}", "--api-key", API_KEY)
+    stream, usage, alike, ran, looked_up, call = printed.rsplit("\n", maxsplit=5)
+    assert len(stream.removeprefix("stream:").split()) >= 5
+    assert re.fullmatch(r"usage: \d+ prompt tokens, 24 generated", usage)
+    assert -1 <= float(alike.removeprefix("alike: ")) <= 1
+    assert ran.startswith("ran on: decode decode-0, ")
+    assert re.fullmatch(r"looked up: request \S+ was ok", looked_up)
+    assert call.startswith("call: ")
 
 
 def test_explain(run: Run, platform: Serve) -> None:

@@ -136,7 +136,10 @@ async def test_a_client_that_goes_away_frees_its_place(desk: Desk) -> None:
 async def test_models_and_priorities_that_are_not_allowed(desk: Desk) -> None:
     await desk.open(ann={"models": "[other]"}, bob={"priority_min": 3, "priority_max": 9}, cy={})
     check_error(await desk.post("ann"), 403, "permission_denied", "permission_error", "model")
-    for path, body in ((COMPLETIONS, {}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})):
+    for path, body in (
+        (COMPLETIONS, {}),
+        ("/v1/chat/completions", {"prompt": None, "messages": [{"role": "user", "content": "a"}]}),
+    ):
         refused = await desk.post("bob", path, priority=1, **body)
         check_error(refused, 403, "permission_denied", "permission_error", "priority")
         assert (await desk.post("bob", path, **body)).status_code == 200
