@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from prometheus_client import Counter, Histogram
@@ -95,8 +96,9 @@ class _EngineGauges(Collector):
         for field in status.DESCRIPTOR.fields:
             if field.message_type is not None:  # numbers by priority: of any cardinality
                 continue
+            name = re.sub(r"_s$", "_seconds", field.name.replace("_per_s", "_per_second"))
             value = float(getattr(status, field.name))
-            yield GaugeMetricFamily(f"tandem_engine_{field.name}", f"WorkerStatus.{field.name}", value=value)
+            yield GaugeMetricFamily(f"tandem_engine_{name}", f"WorkerStatus.{field.name}", value=value)
 
 
 class _StoreCounters(Collector):

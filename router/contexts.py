@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
@@ -94,6 +95,12 @@ class ContextClient:
                 raise unknown(name)
         finally:
             self._forget(owner, name)
+
+    async def metrics(self, timeout_s: float) -> str | None:
+        """The node's, as Prometheus text. None: no answer within `timeout_s`."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            return (await self._node().GetMetrics(kvnode_pb2.GetMetricsRequest(), timeout=timeout_s)).text
+        return None
 
     def _node(self) -> kvnode_pb2_grpc.KvNodeAsyncStub:
         """Connects in the background; a channel belongs to the loop on which it is made."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import tandem
 from tandem.common.errors import TandemError
+from tandem.router.all_metrics import all_metrics
 from tandem.router.batch.paging import page
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import DetokenizeBody, TokenizeBody
 from tandem.router.metrics import CONTENT_TYPE
 from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
-from tandem.router.siblings import merged_metrics
 from tandem.router.tokenize_request import detokenized, tokenized
 
 _TOKENIZE = BodyReader(TokenizeBody)
@@ -80,12 +80,8 @@ async def version(exchange: Exchange, service: Service) -> None:
 
 
 async def metrics(exchange: Exchange, service: Service) -> None:
-    """Of all replicas on this machine, each sample with the label `replica` where there are several."""
-    text = service.metrics.text()
-    if service.siblings.count > 1:
-        answers = await service.siblings.ask("metrics")
-        text = merged_metrics({service.siblings.index: text.decode(), **answers})
-    await exchange.reply(text, content_type=CONTENT_TYPE.encode())
+    """Of all processes that this router knows."""
+    await exchange.reply(await all_metrics(service), content_type=CONTENT_TYPE.encode())
 
 
 def _model(exchange: Exchange, service: Service) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics, generate_latest
+from prometheus_client import Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tandem.common.telemetry import process_registry
 from tandem.router.admission import Admission
 from tandem.router.counting import Counter, Histogram
 from tandem.router.workers import Fleet
@@ -22,8 +23,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 class RouterMetrics:
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
-        self.registry = registry = CollectorRegistry()
+        self.registry = registry = process_registry()
         self.requests = Counter(
             "tandem_router_requests", "Answered requests", ["endpoint", "status"], registry=registry
         )
@@ -119,16 +119,16 @@ class _FleetCollector(Collector):
         up = gauge("up", "1 while connected")
         healthy = gauge("healthy", "0 while it gets no requests because it failed or was far slower than the others")
         others = {
-            name: gauge(name, text)
-            for name, text in (
-                ("running", "Requests in the running batch"),
-                ("waiting", "Requests in the queue"),
-                ("free_blocks", "KV blocks free or evictable"),
-                ("total_blocks", "KV blocks"),
-                ("pending_prefill_tokens", "Prompt tokens still to compute"),
-                ("prefill_tokens_per_s", "Measured prefill speed"),
-                ("decode_step_s", "Measured seconds of a decode step"),
-                ("draining", "1 while the worker takes no new requests"),
+            field: gauge(name, text)
+            for field, name, text in (
+                ("running", "running", "Requests in the running batch"),
+                ("waiting", "waiting", "Requests in the queue"),
+                ("free_blocks", "free_blocks", "KV blocks free or evictable"),
+                ("total_blocks", "total_blocks", "KV blocks"),
+                ("pending_prefill_tokens", "pending_prefill_tokens", "Prompt tokens still to compute"),
+                ("prefill_tokens_per_s", "prefill_tokens_per_second", "Measured prefill speed"),
+                ("decode_step_s", "decode_step_seconds", "Measured seconds of a decode step"),
+                ("draining", "draining", "1 while the worker takes no new requests"),
             )
         }
         for client in self._fleet.clients:
@@ -137,8 +137,8 @@ class _FleetCollector(Collector):
             up.add_metric(labels, float(session is not None))
             healthy.add_metric(labels, float(client.health.available(now)))
             if session is not None:
-                for name, family in others.items():
-                    family.add_metric(labels, float(getattr(session.status, name)))
+                for field, family in others.items():
+                    family.add_metric(labels, float(getattr(session.status, field)))
         yield up
         yield healthy
         yield from others.values()

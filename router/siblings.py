@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 log = logging.getLogger(__name__)
 
@@ -89,27 +88,3 @@ class Siblings:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-
-
-def merged_metrics(texts: dict[int, str]) -> bytes:
-    """Prometheus texts by replica as one text: every sample with the label `replica`."""
-    lines: dict[str, list[str]] = {}
-    for replica, text in sorted(texts.items()):
-        for family in text_string_to_metric_families(text):
-            suffix = "_total" if family.type == "counter" else ""
-            name = family.name + suffix
-            if name not in lines:
-                lines[name] = [f"# HELP {name} {_escaped_help(family.documentation)}", f"# TYPE {name} {family.type}"]
-            for sample in family.samples:
-                labels = {**sample.labels, "replica": str(replica)}
-                shown = ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items())
-                lines[name].append(f"{sample.name}{{{shown}}} {sample.value!r}")
-    return "".join(f"{line}\n" for family_lines in lines.values() for line in family_lines).encode()
-
-
-def _escaped_help(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n")
-
-
-def _escaped(value: str) -> str:
-    return _escaped_help(value).replace('"', '\\"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -61,6 +62,9 @@ class WorkerClient:
         self.role = role
         self.session: WorkerSession | None = None
         self.health = WorkerHealth()
+        self.name = target
+        """The worker's id, once it has told it."""
+        self._stub: worker_pb2_grpc.WorkerAsyncStub | None = None
         self._router_id = router_id
         self._check = check
         self._changed = changed
@@ -79,9 +83,17 @@ class WorkerClient:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    async def metrics(self, timeout_s: float) -> str | None:
+        """Prometheus text. None: no answer within `timeout_s`."""
+        if self._stub is None:
+            return None
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            return (await self._stub.GetMetrics(worker_pb2.GetMetricsRequest(), timeout=timeout_s)).text
+        return None
+
     async def _run(self) -> None:
         async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
-            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            self._stub = stub = worker_pb2_grpc.WorkerStub(channel)
             pause = RETRY_MIN_S
             said = ""
             while True:
@@ -122,6 +134,7 @@ class WorkerClient:
                 await call.write(worker_pb2.SessionRequest(hello=hello))
             self._check_worker(info)  # another worker may have connected meanwhile
             self.session = session = WorkerSession(info, call, silence_s=self._silence_s, health=self.health)
+            self.name = info.worker_id
             log.info("worker %s is %s, epoch %d", self.target, info.worker_id, info.worker_epoch)
             self._changed()
             reason = await session.run()

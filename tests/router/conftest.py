@@ -132,6 +132,12 @@ async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
         await asyncio.sleep(0.005)
 
 
+async def router_metrics(client: httpx.AsyncClient) -> str:
+    """Of the router alone, without the label that says so."""
+    text = (await client.get("/metrics")).text
+    return text.replace('{process="router",', "{").replace('{process="router"}', "")
+
+
 def joined(lists: Iterable[list[Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(lists))
 

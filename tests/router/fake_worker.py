@@ -228,6 +228,13 @@ class _Servicer(worker_pb2_grpc.WorkerServicer):
     async def GetInfo(self, request, context):  # type: ignore[no-untyped-def]
         return self._worker.info()
 
+    async def GetMetrics(self, request, context):  # type: ignore[no-untyped-def]
+        await self._worker.thawed()
+        text = (
+            "# HELP tandem_worker_generated_tokens_total Tokens\n# TYPE tandem_worker_generated_tokens_total counter\n"
+        )
+        return worker_pb2.MetricsText(text=f"{text}tandem_worker_generated_tokens_total {self._worker.sent}.0\n")
+
     async def Session(self, request_iterator, context):  # type: ignore[no-untyped-def]
         worker = self._worker
         outbox: asyncio.Queue[worker_pb2.SessionResponse] = asyncio.Queue(maxsize=10000)

@@ -10,7 +10,7 @@ import pytest
 
 from tandem.proto import worker_pb2
 from tandem.router.explain import MAX_RECORDS, Explain
-from tests.router.conftest import House, events
+from tests.router.conftest import House, events, router_metrics
 from tests.router.fake_worker import Script
 
 BODY = {"prompt": "The river ran past the old mill", "max_tokens": 4}
@@ -95,7 +95,7 @@ async def test_preemptions_are_told_and_counted_and_leave_no_trace_in_the_answer
     )
     assert attempt["preemptions"][0]["at_s"] <= attempt["first_token_s"] <= attempt["preemptions"][1]["at_s"]
     assert answer["choices"] == plain["choices"]
-    text = (await client.get("/metrics")).text
+    text = await router_metrics(client)
     for reason in ("memory", "priority"):
         assert f'tandem_router_preemptions_total{{reason="{reason}"}} 2.0' in text
 

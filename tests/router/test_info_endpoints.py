@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 import tandem
-from tests.router.conftest import House
+from tests.router.conftest import House, router_metrics
 
 
 async def test_models(house: House) -> None:
@@ -56,7 +56,7 @@ async def test_metrics_tell_what_happened(house: House) -> None:
     await client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3})
     await client.post("/v1/completions", json={"prompt": "Hello", "n": 99})
     await client.get("/x" * 100)
-    text = (await client.get("/metrics")).text
+    text = await router_metrics(client)
     for line in (
         'tandem_router_requests_total{endpoint="/v1/completions",status="200"} 1.0',
         'tandem_router_requests_total{endpoint="/v1/completions",status="400"} 1.0',

@@ -10,14 +10,12 @@ import socket
 
 import httpx
 import psutil
-import pytest
 
-from tandem.router.siblings import merged_metrics
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker
 from tests.router.test_router_process import Process, closed, start
 
-UP = re.compile(rb'^tandem_worker_up\{.*replica="(\d)".*\} 1\.0$', re.MULTILINE)
+UP = re.compile(rb'^tandem_worker_up\{.*process="router-(\d)".*\} 1\.0$', re.MULTILINE)
 
 
 async def get(router: Process, path: str) -> httpx.Response:
@@ -98,17 +96,3 @@ async def test_a_port_that_is_taken_is_refused_even_if_it_could_be_shared(house:
         taken.listen()
         router = await start(worker, house.model, "--replicas=2", f"--port={taken.getsockname()[1]}")
         assert await asyncio.wait_for(router.process.wait(), 20) != 0
-
-
-@pytest.mark.parametrize("value", ["plain", 'quote " back \\ slash', "line\nbreak"])
-def test_merged_metrics_keep_every_sample(value: str) -> None:
-    shown = value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-    text = (
-        "# HELP requests_total Answered\n# TYPE requests_total counter\n"
-        f'requests_total{{path="{shown}"}} 3.0\n# HELP up Up\n# TYPE up gauge\nup 1.0\n'
-    )
-    merged = merged_metrics({0: text, 1: text}).decode()
-    assert merged.count("# TYPE requests_total counter") == 1
-    for replica in "01":
-        assert f'requests_total{{path="{shown}",replica="{replica}"}} 3.0' in merged
-        assert f'up{{replica="{replica}"}} 1.0' in merged

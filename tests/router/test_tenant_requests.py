@@ -173,7 +173,7 @@ async def test_usage_of_a_tenant_and_of_all(desk: Desk) -> None:
     assert set(everyone) == {"ann", "bob"}
     assert everyone["bob"]["prompt_tokens"] == 1
     metrics = await desk.get("boss", "/metrics")
-    assert 'tandem_tenant_requests_total{outcome="served",tenant="ann"} 2.0' in metrics.text
+    assert 'tandem_tenant_requests_total{process="router",outcome="served",tenant="ann"} 2.0' in metrics.text
     check_error(await desk.get("ann", "/metrics"), 403, "permission_denied", "permission_error")
 
 
