@@ -235,7 +235,7 @@ def ours(folder: Path, replicas: int) -> tuple[list[str], str, str]:
     targets = json.dumps([f"unix:{each}" for each in sockets(folder, WORKERS)])
     command = [sys.executable, "-m", "tandem.runtime.cli", "router", "--model", str(MODEL), "--port", str(port)]
     command += ["--decode-workers", targets, "--log-level", "warning", "--served-model-name", "bench"]
-    return [*command, "--replicas", str(replicas)], f"http://127.0.0.1:{port}", "/readyz"
+    return [*command, "--routers", str(replicas)], f"http://127.0.0.1:{port}", "/readyz"
 
 
 def sglang(python: str, ports: list[int]) -> tuple[list[str], str, str]:
@@ -261,7 +261,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, ports = Path(name), free_ports(WORKERS)
         stack.enter_context(workers(folder, ports))
-        commands = {"tandem": ours(folder, 1), "tandem --replicas 2": ours(folder, 2)}
+        commands = {"tandem": ours(folder, 1), "tandem --routers 2": ours(folder, 2)}
         if args.sglang:
             commands["sglang-router"] = sglang(args.sglang, ports)
         processes = {

@@ -111,7 +111,7 @@ def all_systems(model: Path) -> list[Server | Job]:
     vllm_env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_NO_USAGE_STATS": "1"}
     llamacpp = [str(PEERS / "llamacpp/bin/python"), str(ROOT / "bench/peers/llamacpp_server.py")]
     return [
-        Server("unified", lambda port: [*here, "--port", str(port), "--roles", "unified"], ROOT, ready_path="/readyz"),
+        Server("unified", lambda port: [*here, "--port", str(port), "--prefill", "0"], ROOT, ready_path="/readyz"),
         Server(
             "disaggregated",
             lambda port: [*here, "--port", str(port), "--disaggregate", "always"],

@@ -46,7 +46,7 @@ def set_up_logging(worker: str, level: str = "info") -> None:
     """Logs of this process go to stderr, one event per line, marked with the worker's name."""
     numeric = logging.getLevelNamesMapping().get(level.upper())
     if numeric is None:
-        raise ConfigError(f"--log_level {level}: use one of debug, info, warning, error")
+        raise ConfigError(f"--log-level {level}: use one of debug, info, warning, error")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter(worker))
     logging.basicConfig(level=max(numeric, logging.INFO), handlers=[handler], force=True)
@@ -107,4 +107,4 @@ def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> None:
     try:
         start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise ConfigError(f"--metrics_port {port}: cannot listen on {host}:{port} ({error.strerror})") from error
+        raise ConfigError(f"--metrics-port {port}: cannot listen on {host}:{port} ({error.strerror})") from error

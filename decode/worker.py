@@ -16,6 +16,8 @@ from tandem.kvstore.transport import KvServer
 from tandem.proto import worker_pb2
 
 EXPIRY_TICK_S = 0.25
+HANDOVER_TIMEOUT_S = 3.0
+"""A request whose prefill worker has not opened its KV stream after this time is computed here."""
 
 
 async def serve(config: DecodeConfig) -> None:
@@ -23,18 +25,19 @@ async def serve(config: DecodeConfig) -> None:
     process = WorkerProcess(config, "decode")
     await process.load()
     with contextlib.ExitStack() as stack:
-        path = config.kv_unix
-        if not path:
+        if config.listen.startswith("unix:"):  # beside it, so that who removes one after a kill removes both
+            path = config.listen.removeprefix("unix:").removesuffix(".sock") + ".kv"
+        else:
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-kv-")) + "/kv.sock"
         pool = process.engine.pool
-        importer = Importer(row_bytes=pool.row_bytes, num_layers=pool.num_layers, timeout_s=config.handover_timeout_s)
+        importer = Importer(row_bytes=pool.row_bytes, num_layers=pool.num_layers, timeout_s=HANDOVER_TIMEOUT_S)
         tcp = split_address(config.kv_listen, "kv_listen") if config.kv_listen else None
         server = KvServer(Path(path), tcp, process.identity, importer)
         importer.server = server
         try:
             server.start()
         except OSError as error:
-            raise ConfigError(f"kv_unix {path!r}, kv_listen {config.kv_listen!r}: {error}") from error
+            raise ConfigError(f"socket {path!r}, kv_listen {config.kv_listen!r}: {error}") from error
         stack.callback(server.stop)
         expiry = asyncio.create_task(_expire(importer))
         stack.callback(expiry.cancel)

@@ -50,7 +50,7 @@ from tandem.engine.runner import Runner
 from tandem.engine.sampler import Sampler, score_prompts
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Phase, Sequence
-from tandem.engine.settings import EngineConfig
+from tandem.engine.settings import EXPORT_LEASE_S, MAX_WAITING, EngineConfig
 from tandem.engine.status import EngineStatus, StepMeter
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.flow import StoreFlow
@@ -89,7 +89,7 @@ class Engine:
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_waiting=config.max_waiting,
+            max_waiting=MAX_WAITING,
         )
         self._runner = Runner(self.blocks, config.max_num_seqs, self.max_model_len, self.loaded.device)
         self._meter = StepMeter()
@@ -100,7 +100,7 @@ class Engine:
         """Blocks kept for an exporter, and until when; the earliest end first."""
         self._outputs: list[RequestOutput] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """Bounded in effect: it is emptied before each step, and requests beyond `max_waiting` are refused then."""
+        """Bounded in effect: it is emptied before each step, and requests beyond MAX_WAITING are refused then."""
         model = self.loaded.config
         self._constraints = Constraints(
             folder / "tokenizer.json", model.vocab_size, model.eos_token_ids, self._inbox.put
@@ -288,7 +288,7 @@ class Engine:
         for key, (end, sequence) in list(self._leases.items()):
             if end > now:
                 break
-            logger.warning("the hand-over of %s was not confirmed within %g s", key, self.config.export_lease_s)
+            logger.warning("the hand-over of %s was not confirmed within %g s", key, EXPORT_LEASE_S)
             if key in self._sequences:
                 self._fail(sequence, "unavailable", "the hand-over was not confirmed in time")
             self._free(sequence)
@@ -545,7 +545,7 @@ class Engine:
         self._runner.release(sequence)
         self.scheduler.hold(sequence)
         self._leases.pop(sequence.key, None)
-        self._leases[sequence.key] = (time.monotonic() + self.config.export_lease_s, sequence)
+        self._leases[sequence.key] = (time.monotonic() + EXPORT_LEASE_S, sequence)
 
     def _export_finished(self, sequence: Sequence, export: KvExport, output: RequestOutput) -> None:
         self._hold(sequence)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tandem.common.errors import ConfigError
+from tandem.common.settings import Group
+
+MAX_WAITING = 1024
+"""Requests in an engine's queue, which routers keep short; more are refused with `overloaded`."""
+EXPORT_LEASE_S = 30.0
+"""How long a prefilled request may hold its blocks for a hand-over that is never confirmed."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Which model is served, and how much memory and work a step may take."""
 
+    basics: ClassVar[Group]
+    """Basics"""
     model: str
     """A folder in Hugging Face format, or a hub id (OWNER/NAME)."""
     served_model_name: str | None = None
     """The name clients use. None: the last part of `model`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and KV. auto: bfloat16 on a GPU and on processors that compute in it, else float32."""
-    device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
-    quantization: Literal["int8"] | None = None
-    """int8: weights only, quantised while loading."""
-    attention: Literal["auto", "torch", "triton"] = "auto"
-    """auto: triton on a GPU, on a CPU torch with C kernels where they can be compiled. torch: plain torch, with which a
-    decoded row has the same bits as the same row of a prompt."""
-    block_size: int = 16
-    """Tokens per KV block, a multiple of 16. Both ends of a hand-over may differ in it; rows travel, not blocks."""
+
+    memory: ClassVar[Group]
+    """Memory and batches: how much a worker may hold and compute at once."""
     kv_cache_bytes: int | None = None
     """The bound of the KV pool. None: 256 MiB on a CPU (touched only as it fills), 80 % of the free memory on a GPU."""
     max_model_len: int | None = None
@@ -36,19 +36,29 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     """Tokens computed in one step. Decodes come first; prompts share the rest in chunks, so this bounds how long a
     long prompt can delay the next token of everybody else."""
-    max_waiting: int = 1024
-    """Requests in the queue; more are refused with `overloaded`."""
     enable_prefix_caching: bool = True
     """Keep the KV of finished requests until its memory is needed, and reuse equal prefixes of the same tenant."""
-    export_lease_s: float = 30.0
-    """How long a prefilled request may hold its blocks for a hand-over that is never confirmed."""
+    block_size: int = 16
+    """Tokens per KV block, a multiple of 16. Both ends of a hand-over may differ in it; rows travel, not blocks."""
+
+    engine: ClassVar[Group]
+    """Engine: how a worker computes."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and KV. auto: bfloat16 on a GPU and on processors that compute in it, else float32."""
+    quantization: Literal["int8"] | None = None
+    """int8: weights only, quantised while loading."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
     num_threads: int = 1
     """CPU threads of one forward step."""
+    attention: Literal["auto", "torch", "triton"] = "auto"
+    """auto: triton on a GPU, on a CPU torch with C kernels where they can be compiled. torch: plain torch, with which a
+    decoded row has the same bits as the same row of a prompt."""
 
     def __post_init__(self) -> None:
         if self.block_size <= 0 or self.block_size % 16:
             raise ConfigError(f"block_size {self.block_size}: must be a positive multiple of 16")
-        for name in ("max_num_seqs", "max_waiting", "num_threads"):
+        for name in ("max_num_seqs", "num_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs + self.block_size:
@@ -58,5 +68,3 @@ class EngineConfig:
             )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len {self.max_model_len}: must be at least 2, a prompt token and an output")
-        if self.export_lease_s <= 0:
-            raise ConfigError(f"export_lease_s {self.export_lease_s}: must be positive")

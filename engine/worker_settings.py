@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tandem.common.errors import ConfigError
+from tandem.common.settings import Group
 from tandem.engine.settings import EngineConfig
 from tandem.kvstore.settings import StoreSettings, split_address
 
@@ -16,10 +17,14 @@ from tandem.kvstore.settings import StoreSettings, split_address
 class WorkerConfig(EngineConfig, StoreSettings):
     """An engine, where it can be reached, and the KV store it uses."""
 
+    basics: ClassVar[Group]
     listen: str = "127.0.0.1:9100"
     """Address of the gRPC service: HOST:PORT, or unix:/path for routers on the same host."""
     worker_id: str = ""
     """Name in logs, metrics and reports. Empty: made of role, host and process id."""
+
+    process: ClassVar[Group]
+    """Process: how it ends, and what it tells."""
     drain_grace_s: float = 30.0
     """On SIGTERM: how long running requests may take before they are aborted."""
     hardware_class: str = ""

@@ -10,8 +10,8 @@ from tandem.kvstore.process import KvStoreConfig, serve
 EXAMPLES = (
     (
         "4 GiB of memory and 100 GiB of disk, shared by the workers of this machine",
-        "tandem kvstore --kv-node /run/tandem-kv.sock --kv-host-bytes 4294967296 --kv-disk /var/lib/tandem "
-        "--kv-disk-bytes 107374182400",
+        "tandem kvstore --kv-node /run/tandem-kv.sock --kv-host-bytes 4GiB --kv-disk /var/lib/tandem "
+        "--kv-disk-bytes 100GiB",
     ),
     ("a worker that uses it", "tandem prefill --model DIR --kv-node /run/tandem-kv.sock"),
     (

@@ -118,7 +118,7 @@ def open_node(
                     host_id=local_host_id(),
                     host_bytes=settings.kv_host_bytes,
                     eviction=settings.kv_eviction or DEFAULT_POLICY,
-                    quotas=Shares(settings.kv_quota_fraction, settings.kv_quotas),
+                    quotas=Shares.read(settings.kv_quotas),
                     disk_codec=settings.kv_disk_codec,
                     remote_codec=settings.kv_remote_codec,
                     link_codec=settings.kv_link_codec,

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -24,6 +24,7 @@ from grpc_health.v1.health import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tandem.common.errors import ConfigError
+from tandem.common.settings import Group
 from tandem.common.telemetry import process_registry, serve_metrics, set_up_logging
 from tandem.kvstore.contexts import open_shelf
 from tandem.kvstore.dataplane.auth import read_secret
@@ -52,15 +53,20 @@ _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 class KvStoreConfig(StoreSettings):
     """A store node and where it can be reached."""
 
+    basics: ClassVar[Group]
+    """Basics"""
     listen: str = "127.0.0.1:9300"
     """Address of the gRPC service (control, and the directory if this node has it): HOST:PORT, or unix:/path."""
     kv_node: str = ""
     """Unix path where workers and nodes of this host reach this node; give workers the same. Empty: a new one in a
     private temporary folder."""
     kv_host_bytes: int = 1 << 30
-    """Host memory for KV, bytes. Taken as it fills, then kept."""
+    """Host memory for KV. Taken as it fills, then kept."""
     node_id: str = ""
     """Name in logs, the directory and reports. Empty: made of host and process id."""
+
+    process: ClassVar[Group]
+    """Process: how it ends, and what it tells."""
     drain_grace_s: float = 10.0
     """On SIGTERM: how long the node may take to write what is not on a lower tier yet."""
     metrics_port: int = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from tandem.common.errors import ConfigError
+from tandem.common.settings import Group
 from tandem.kvstore.eviction import Shares
 
 _BOUNDED_BY = {"kv_disk": "kv_disk_bytes", "kv_remote": "kv_remote_bytes"}
@@ -12,22 +14,24 @@ _BOUNDED_BY = {"kv_disk": "kv_disk_bytes", "kv_remote": "kv_remote_bytes"}
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a slotted class cannot inherit from two others with fields
 class StoreSettings:
-    """Where KV is kept beyond the engine's pool, and what may be shared with whom."""
+    """Read by workers, by `tandem kvstore` and by `tandem serve`."""
 
+    store: ClassVar[Group]
+    """Store: where KV is kept beyond the engine's pool, and what may be shared with whom."""
     kv_node: str = ""
     """Unix path of the store node of this host (`tandem kvstore --kv-node PATH`), whose memory is then used. Empty:
     a node inside this process if `kv_host_bytes` is not 0, else no store."""
     kv_host_bytes: int = 0
-    """Host memory for KV, bytes. Taken as it fills, then kept."""
+    """Host memory for KV. Taken as it fills, then kept."""
     kv_disk: str = ""
     """Folder for KV on disk, which survives restarts; one process each. Empty: none."""
     kv_disk_bytes: int = 10 << 30
-    """What that folder may take, bytes."""
+    """What that folder may take."""
     kv_remote: str = ""
     """Store shared by all nodes: redis://HOST:PORT/DB, unix:///path/of/redis.sock, s3://BUCKET/PREFIX or folder:/path.
     Empty: none."""
     kv_remote_bytes: int = 100 << 30
-    """What the remote store may take, bytes, all nodes together."""
+    """What the remote store may take, all nodes together."""
     kv_directory: str = ""
     """Who tells the nodes what the others hold: redis://HOST:PORT/DB, or the gRPC address of one store node (HOST:PORT
     or unix:/path; that node itself is given the same). Empty: a worker knows only its own, a store node has a directory
@@ -56,10 +60,8 @@ class StoreSettings:
     kv_near: bool = False
     """Whether KV that went through a codec which is not exact may be used. It may change answers. Nodes and workers
     need the same."""
-    kv_quota_fraction: float = 1.0
-    """Share of a tier that one tenant may fill; 1: no limit."""
     kv_quotas: dict[str, float] = field(default_factory=dict)
-    """Tenants for whom another share holds, such as `{acme: 0.25}`."""
+    """Share of each tier that a tenant may fill, such as `{acme: 0.25}`; `*` stands for those not named."""
     kv_nixl: bool = False
     """Read from nodes of other hosts, and let them read, over NIXL (RDMA where there is a network card for it) where
     both sides have this set. All of `kv_host_bytes` is pinned at the start."""
@@ -79,7 +81,7 @@ class StoreSettings:
                     raise ConfigError(f"{setting} is set and kv_host_bytes is 0: everything passes through host memory")
         if self.kv_chunk_tokens <= 0:
             raise ConfigError(f"kv_chunk_tokens {self.kv_chunk_tokens}: must be positive, a multiple of the block size")
-        Shares(self.kv_quota_fraction, self.kv_quotas)
+        Shares.read(self.kv_quotas)
         if self.kv_replicas < 1:
             raise ConfigError(f"kv_replicas {self.kv_replicas}: must be at least 1")
         if self.kv_replicas > 1 and not self.kv_directory:

@@ -42,14 +42,14 @@ class Router:
 
     def __init__(self, config: RouterConfig, replica: Replica = ALONE, *, silence_s: float = SILENCE_S) -> None:
         if not config.decode_workers:
-            raise ConfigError("--decode_workers: at least one decode worker is needed, such as unix:/run/decode-0.sock")
-        if replica.count > 1 and config.grpc_port == 0:
-            raise ConfigError("--grpc_port 0: replicas share a port, name one")
+            raise ConfigError("--decode-workers: at least one decode worker is needed, such as unix:/run/decode-0.sock")
         self.config = config
         self.replica = replica
         self.metrics = RouterMetrics()
         self.model = ServedModel.load(config)
-        self.tenants = Tenants.open(config.tenants_file, config.api_keys_file, self.metrics.registry)
+        self.tenants = Tenants.open(
+            config.tenants_file, config.api_keys_file, self.metrics.registry, api_keys=config.api_key
+        )
         counters = ServiceCounters()
         self._shared = (
             SharedService(config.redis, counters, prefix=f"tandem:{self.model.name}") if config.redis else None

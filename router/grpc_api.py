@@ -162,7 +162,7 @@ class GrpcServer:
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise ConfigError(f"--grpc_port {port}: cannot listen on {address}; is it in use?") from error
+            raise ConfigError(f"--grpc-port {port}: cannot listen on {address}; is it in use?") from error
 
     async def start(self) -> None:
         await self._server.start()

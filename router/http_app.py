@@ -60,7 +60,7 @@ class HttpApp:
 
     def __init__(self, service: Service, tenants: Tenants | None, accounts: Accounts) -> None:
         """`tenants` None: everybody may come in. Raises ConfigError for origins that are none."""
-        origins = service.config.origins
+        origins = service.config.allowed_origins
         self._cors = Cors(origins) if origins else None
         self._service = service
         self._tenants = tenants

@@ -15,23 +15,23 @@ from tandem.router.settings import RouterConfig
 EXAMPLES = (
     (
         "one prefill and one decode worker on this machine",
-        "tandem router --model DIR --prefill-workers '[unix:/tmp/p0.sock]' --decode-workers '[unix:/tmp/d0.sock]'",
+        "tandem router --model DIR --prefill-workers unix:/tmp/p0.sock --decode-workers unix:/tmp/d0.sock",
     ),
     (
         "decode workers only, with API keys",
-        "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --api-keys-file keys",
+        "tandem router --model DIR --decode-workers 10.0.0.5:9200 --api-keys-file keys",
     ),
     (
         "four processes that share the port, and limits and fairness that they share with routers elsewhere",
-        "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --replicas 4 --redis redis://10.0.0.2:6379",
+        "tandem router --model DIR --decode-workers 10.0.0.5:9200 --routers 4 --redis redis://10.0.0.2:6379",
     ),
     (
         "tenants with keys, weights and limits (docs/tenants.md), and a folder for /v1/files and /v1/batches",
-        "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --tenants-file tenants.yaml --storage files",
+        "tandem router --model DIR --decode-workers 10.0.0.5:9200 --tenants-file tenants.yaml --storage files",
     ),
     (
         "refuses at once (503) what would certainly wait longer than 5 s for its first token",
-        "tandem router --model DIR --decode-workers '[10.0.0.5:9200]' --ttft-slo-s 5",
+        "tandem router --model DIR --decode-workers 10.0.0.5:9200 --ttft-slo-s 5",
     ),
     ("settings from a file", "tandem router --config router.yaml --log-level debug"),
 )
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(config: RouterConfig) -> None:
     """Serves until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
-    if config.replicas > 1:
+    if config.routers > 1:
         run_replicas(config, _run_one)
     else:
         _run_one(config, ALONE)

@@ -1,4 +1,4 @@
-"""`--replicas N`: N router processes that share one port. The parent only starts, restarts and stops them.
+"""`--routers N`: N router processes that share one port. The parent only starts, restarts and stops them.
 
 The kernel spreads connections over the replicas (SO_REUSEPORT). The parent imports nothing that starts threads, so that
 it may fork; children notice its death by the end of a pipe.
@@ -26,7 +26,6 @@ RESTART_FIRST_S = 0.25
 RESTART_LONGEST_S = 10.0
 HEALTHY_S = 20.0
 CONFIG_ERROR_STATUS = 2
-MAX_REPLICAS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +59,10 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
 
 def run_replicas(config: RouterConfig, serve: Callable[[RouterConfig, Replica], None]) -> None:
-    """Runs `serve` in `config.replicas` processes until SIGTERM or SIGINT; a second signal ends at once.
+    """Runs `serve` in `config.routers` processes until SIGTERM or SIGINT; a second signal ends at once.
 
     Raises ConfigError where the port cannot be had, SystemExit with the status of a replica that refuses its settings.
     """
-    if config.replicas > MAX_REPLICAS:
-        raise ConfigError(f"--replicas {config.replicas}: at most {MAX_REPLICAS} share a machine")
     listen(config.host, config.port).close()  # refused where a stranger has it, even one that would share
     reserved = listen(config.host, config.port, shared=True)
     config = replace(config, port=reserved.getsockname()[1])
@@ -87,14 +84,14 @@ class _Parent:
         """Process id -> index, when it was started."""
         self._due: dict[int, float] = {}
         """Index -> when it starts again."""
-        self._pause = [RESTART_FIRST_S] * config.replicas
+        self._pause = [RESTART_FIRST_S] * config.routers
         self._stopping = False
         self._status = 0
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        for index in range(self._config.replicas):
+        for index in range(self._config.routers):
             self._start(index)
         while self._children or (self._due and not self._stopping):
             self._reap()
@@ -119,7 +116,7 @@ class _Parent:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             os.close(self._write_end)
-            replica = Replica(index, self._config.replicas, self._folder, self._read_end)
+            replica = Replica(index, self._config.routers, self._folder, self._read_end)
             self._serve(self._config, replica)
             status = 0
         except ConfigError as error:

@@ -88,7 +88,7 @@ class ServedModel:
         if config.tool_format:
             kind = format_named(config.tool_format)
             if template is None:
-                raise ConfigError(f"--tool_format {config.tool_format}: the model has no chat template")
+                raise ConfigError(f"--tool-format {config.tool_format}: the model has no chat template")
             template.tool_format = kind
         return cls(
             name=name,

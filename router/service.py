@@ -36,6 +36,8 @@ from tandem.router.workers import Fleet
 if TYPE_CHECKING:
     from tandem.router.batch.lane import BatchLane
 
+KEEPALIVE_S = 15.0
+"""After so much silence a stream gets a comment, so that proxies do not close it."""
 PUMP_S = 0.02
 """Between two looks at whether those who wait can go on."""
 
@@ -91,7 +93,7 @@ class Service:
             text=model.text,
             timeout_s=config.request_timeout_s,
             worker_wait_s=config.worker_wait_s,
-            keepalive_s=config.keepalive_s,
+            keepalive_s=KEEPALIVE_S,
             admission=self.admission,
         )
 

@@ -4,81 +4,129 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from tandem.common.errors import ConfigError
+from tandem.common.settings import Group
 
 Disaggregate = Literal["auto", "always", "never"]
+MAX_ROUTERS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class RouterConfig:
-    """What an operator turns. Everything else is a named constant beside the code that uses it."""
+@dataclass(frozen=True, kw_only=True)  # no slots: a slotted class cannot inherit from two others with fields
+class FrontDoorSettings:
+    """What an operator turns at `tandem router` and, under the same names, at `tandem serve`. Everything else is a
+    named constant beside the code that uses it."""
 
+    basics: ClassVar[Group]
+    """Basics"""
+    host: str = "127.0.0.1"
+    """Address of the HTTP and gRPC servers. 0.0.0.0: reachable from other machines."""
+    port: int = 8000
+    """Port of the HTTP server. 0: any free one; the ready line says which."""
+    api_key: list[str] = field(default_factory=list, repr=False)
+    """A key that clients must send; they are one tenant. Better in TANDEM_API_KEY, or in a file: others on this machine
+    can read command lines. None: no authentication."""
+
+    access: ClassVar[Group]
+    """Access: tenants with keys, limits and shares."""
+    api_keys_file: Path | None = None
+    """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
+    tenants_file: Path | None = None
+    """YAML file with tenants: keys or JWT claims, weight, limits, models (docs/tenants.md). Read again when it changes.
+    None: one tenant, or those of `api_keys_file`."""
+    redis: str = ""
+    """URL of a Redis that routers share: service counters and rate limits. Empty: each router by itself."""
+
+    door: ClassVar[Group]
+    """Front door: what is served to clients, and how."""
+    grpc_port: int | None = None
+    """Port of the gRPC API, `tandem.v1.Inference`. None: off."""
+    routers: int = 1
+    """Router processes on this machine, which share the port."""
+    allowed_origins: list[str] = field(default_factory=list)
+    """Web pages that may use the HTTP API from a browser (CORS): `https://app.example.com`, `null` for pages from
+    files, `*` for all. Empty: none."""
+    storage: Path | None = None
+    """Folder for uploaded files and batches (`/v1/files`, `/v1/batches`). None: there is no batch lane."""
+    tool_format: str = ""
+    """How the model writes tool calls: hermes, llama3_json, mistral, mistral_named. Empty: as its template says."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Size of a request body; larger ones are answered 413."""
+
+    queue: ClassVar[Group]
+    """Queue: who waits, for how long, and which worker is chosen."""
+    disaggregate: Disaggregate = "auto"
+    """auto: use a prefill worker where that pays; always: wherever one is alive; never: decode workers do it all."""
+    max_queued_requests: int = 2048
+    """Requests that wait for their turn; more are answered 503."""
+    max_queued_tokens: int = 8_000_000
+    """Prompt tokens of requests that wait for their turn; more are answered 503."""
+    max_requests: int = 4096
+    """Sequences in flight, waiting ones included (a request with n=4 counts four); more are answered 503. Bounds the
+    router's memory."""
+    ttft_slo_s: float | None = None
+    """A request that would certainly wait longer than this for its first token is answered 503 at once. None: it waits
+    in the queue."""
+    request_timeout_s: float = 600.0
+    """From arrival to the last token."""
+    worker_wait_s: float = 60.0
+    """How long a request that lost its decode worker waits for another one."""
+
+    process: ClassVar[Group]
+    """Process: how it ends, and what it tells."""
+    drain_grace_s: float = 30.0
+    """On Ctrl-C or SIGTERM: how long running requests may take before they are aborted."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of this project's own loggers."""
+
+    def __post_init__(self) -> None:
+        names = [name for name in ("tenants_file", "api_keys_file", "api_key") if getattr(self, name)]
+        if len(names) > 1:
+            raise ConfigError(f"{' and '.join(names)}: give one of them; tenants have keys, too")
+        if not all(self.api_key):
+            raise ConfigError("api_key: must not be empty")
+        if not 1 <= self.routers <= MAX_ROUTERS:
+            raise ConfigError(f"--routers {self.routers}: must be between 1 and {MAX_ROUTERS}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port}: must be between 0 and 65535")
+        if self.grpc_port is not None and not 0 <= self.grpc_port <= 65535:
+            raise ConfigError(f"grpc_port {self.grpc_port}: must be between 0 and 65535")
+        if self.grpc_port == 0 and self.routers > 1:
+            raise ConfigError("grpc_port 0: several routers share a port, name one")
+        for setting in ("max_body_bytes", "max_queued_requests", "max_queued_tokens", "max_requests"):
+            if getattr(self, setting) < 1:
+                raise ConfigError(f"{setting} {getattr(self, setting)}: must be at least 1")
+        if self.request_timeout_s <= 0:
+            raise ConfigError(f"request_timeout_s {self.request_timeout_s:g}: must be positive")
+        if self.ttft_slo_s is not None and self.ttft_slo_s <= 0:
+            raise ConfigError(f"ttft_slo_s {self.ttft_slo_s:g}: must be positive")
+        for setting in ("drain_grace_s", "worker_wait_s"):
+            if getattr(self, setting) < 0:
+                raise ConfigError(f"{setting} {getattr(self, setting):g}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(FrontDoorSettings):
+    """A front door, the model it speaks for, and the workers behind it."""
+
+    basics: ClassVar[Group]
     model: str
     """Folder or hub id of the model: its tokenizer, chat template and limits are read, never its weights."""
+    served_model_name: str | None = None
+    """The name clients use. None: the last part of `model`."""
     decode_workers: list[str] = field(default_factory=list)
     """gRPC targets of decode workers, such as `unix:/run/decode-0.sock` or `10.0.0.4:9100`. At least one."""
     prefill_workers: list[str] = field(default_factory=list)
     """gRPC targets of prefill workers. Empty: decode workers compute prompts themselves."""
-    host: str = "127.0.0.1"
-    """Address of the HTTP and gRPC servers."""
-    port: int = 8000
-    """Port of the HTTP server."""
-    grpc_port: int | None = None
-    """Port of the public gRPC service. None: off."""
-    served_model_name: str | None = None
-    """The name clients use. None: the last part of `model`."""
-    tool_format: str = ""
-    """How the model writes tool calls: hermes, llama3_json, mistral, mistral_named. Empty: as its template says."""
-    api_keys_file: Path | None = None
-    """File with one `name:sha256-hex-of-key` per line. None: no authentication."""
-    tenants_file: Path | None = None
-    """YAML file with tenants: keys or JWT claims, weight, limits, models. Read again when it changes. None: one tenant,
-    or those of `api_keys_file`."""
-    redis: str = ""
-    """URL of a Redis that router replicas share: service counters and rate limits. Empty: each replica by itself."""
+
+    store: ClassVar[Group]
+    """Store: the KV store whose contents placement goes by."""
+    kv_store: str = ""
+    """gRPC address of the store node that keeps named contexts, such as `unix:/run/kvstore.sock` or `10.0.0.4:9300`.
+    Empty: no named contexts."""
     kv_directory: str = ""
     """The KV store's directory, followed to know what is cached where: `redis://...` or the gRPC address of a store
     node. Empty: `kv_store`, where that is set."""
     kv_secret_file: str = ""
     """The store's secret, as its nodes have it. Empty: they ask for none."""
-    replicas: int = 1
-    """Router processes on this machine, which share the port."""
-    ttft_slo_s: float | None = None
-    """A request that would certainly wait longer than this for its first token is answered 503 at once. None: it waits
-    in the queue."""
-    max_queued_requests: int = 2048
-    """Requests that wait for their turn; more are answered 503."""
-    max_queued_tokens: int = 8_000_000
-    """Prompt tokens of requests that wait for their turn; more are answered 503."""
-    allowed_origins: list[str] | str = ""
-    """Web pages that may use the HTTP API from a browser (CORS), separated by commas: `https://app.example.com`, `null`
-    for pages from files, `*` for all. Empty: none."""
-    storage: Path | None = None
-    """Folder for uploaded files and batches (`/v1/files`, `/v1/batches`). None: there is no batch lane."""
-    disaggregate: Disaggregate = "auto"
-    """auto: use a prefill worker where that pays; always: wherever one is alive; never: decode workers do it all."""
-    kv_store: str = ""
-    """gRPC address of the store node that keeps named contexts, such as `unix:/run/kvstore.sock` or `10.0.0.4:9300`.
-    Empty: no named contexts."""
-    max_requests: int = 4096
-    """Sequences in flight, waiting ones included (a request with n=4 counts four); more are answered 503. Bounds the
-    router's memory."""
-    max_body_bytes: int = 8 * 1024 * 1024
-    """Size of a request body, bytes; larger ones are answered 413."""
-    request_timeout_s: float = 600.0
-    """Seconds from arrival to the last token."""
-    worker_wait_s: float = 60.0
-    """Seconds a request that lost its decode worker waits for another one."""
-    keepalive_s: float = 15.0
-    """Seconds of silence after which a stream gets a comment, so that proxies do not close it."""
-    drain_grace_s: float = 30.0
-    """Seconds that running requests get to finish after SIGTERM."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
-
-    @property
-    def origins(self) -> list[str]:
-        """Of `allowed_origins`, one by one."""
-        given = self.allowed_origins
-        texts = given.split(",") if isinstance(given, str) else given
-        return [text.strip() for text in texts if text.strip()]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.yaml_fields import Fields
 from tandem.router import jwt_issuer
-from tandem.router.caller import HIGHEST_PRIORITY, LOWEST_PRIORITY, Caller, Rates
+from tandem.router.caller import ANYBODY, HIGHEST_PRIORITY, LOWEST_PRIORITY, Caller, Rates
 from tandem.router.jwt_issuer import Issuer
-from tandem.router.yaml_fields import Fields
 
 MAX_TENANTS = 10_000
 MAX_RATE = 10**12
@@ -52,13 +53,19 @@ class Roster:
         return list({caller.tenant: caller for caller in (*self.by_digest.values(), *self.by_claim.values())}.values())
 
 
+def roster_of_keys(keys: Sequence[str]) -> Roster:
+    """Keys as they are sent, all of one tenant without limits."""
+    tenant = replace(ANYBODY, admin=False)
+    return Roster({hashlib.sha256(key.encode()).digest(): tenant for key in keys}, {}, {})
+
+
 def read_api_keys(path: Path, files: Files) -> Roster:
     """Lines `name:sha256-hex-of-key[:sharing-group]`; `#` begins a comment. No limits. Raises ConfigError."""
     files[path] = stamp(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api_keys_file {path}: cannot be read ({error})") from error
+        raise ConfigError(f"--api-keys-file {path}: cannot be read ({error})") from error
     by_digest: dict[bytes, Caller] = {}
     for number, line in enumerate(lines, start=1):
         stripped = line.partition("#")[0].strip()
@@ -67,18 +74,18 @@ def read_api_keys(path: Path, files: Files) -> Roster:
         match = _KEY_LINE.fullmatch(stripped)
         if match is None:
             raise ConfigError(
-                f"--api_keys_file {path}, line {number}: expected `name:sha256-hex-of-key[:sharing-group]`"
+                f"--api-keys-file {path}, line {number}: expected `name:sha256-hex-of-key[:sharing-group]`"
             )
         by_digest[bytes.fromhex(match.group(2))] = Caller(match.group(1), match.group(3) or "", priority_min=0)
     if not by_digest:
-        raise ConfigError(f"--api_keys_file {path}: holds no key")
+        raise ConfigError(f"--api-keys-file {path}: holds no key")
     return Roster(by_digest, {}, {})
 
 
 def read_tenants(path: Path, files: Files) -> Roster:
     """Fields are described in `docs/tenants.md`. Raises ConfigError naming line, field and remedy."""
     files[path] = stamp(path)
-    top = Fields.load(path, "--tenants_file")
+    top = Fields.load(path, "--tenants-file")
     issuers: dict[str, Issuer] = {}
     for fields in top.mappings("issuers"):
         issuer = _issuer(fields, path.parent, files)

@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from tandem.common.errors import ConfigError, TandemError
 from tandem.router.caller import Caller
 from tandem.router.jwt_issuer import issuer_of
-from tandem.router.tenant_file import Files, Roster, read_api_keys, read_tenants, stamp
+from tandem.router.tenant_file import Files, Roster, read_api_keys, read_tenants, roster_of_keys, stamp
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +88,20 @@ class Tenants:
 
     @classmethod
     def open(
-        cls, tenants_file: Path | None, api_keys_file: Path | None, registry: CollectorRegistry | None = None
+        cls,
+        tenants_file: Path | None,
+        api_keys_file: Path | None,
+        registry: CollectorRegistry | None = None,
+        *,
+        api_keys: Sequence[str] = (),
     ) -> Tenants | None:
-        """None where neither file is given: everybody may come in. Raises ConfigError."""
-        if tenants_file is not None and api_keys_file is not None:
-            raise ConfigError("--tenants_file and --api_keys_file: give one of them; tenants have keys, too")
+        """What is given of the three says who may come in; None without any: everybody may. Raises ConfigError."""
         if tenants_file is not None:
             return cls(lambda files: read_tenants(tenants_file, files), registry)
         if api_keys_file is not None:
             return cls(lambda files: read_api_keys(api_keys_file, files), registry)
+        if api_keys:
+            return cls(lambda files: roster_of_keys(api_keys), registry)
         return None
 
     @property

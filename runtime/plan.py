@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.engine.settings import EngineConfig
+from tandem.kvstore.settings import StoreSettings
+from tandem.router.settings import FrontDoorSettings
 from tandem.runtime.settings import ServeConfig
 
 BUNDLED_NAME = "tandem-small"
@@ -32,7 +35,8 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
     """The store node first, which ends last; then the workers, the router last. `port` is the router's, already
     chosen."""
     store = _plan_store(config, run_directory)
-    shared = config.engine_settings() | {
+    shared = config.part(EngineConfig) | {
+        "model": config.model_folder,
         "served_model_name": served_name(config),
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
@@ -41,37 +45,21 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
         **{name: getattr(config, name) for name in _KNOWN_TO_WORKERS},
     }
     workers: list[ChildPlan] = []
-    for role, count in (("prefill", config.num_prefill), ("decode", config.decode)):
+    for role, count in (("prefill", config.prefill), ("decode", config.decode)):
         for index in range(count):
             name = f"{role}-{index}"
             own: dict[str, object] = {"worker_id": name, "listen": f"unix:{run_directory / name}.sock"}
-            if role == "decode":
-                own |= {"kv_unix": f"{run_directory / name}.kv", "kv_listen": ""}
             workers.append(ChildPlan(name, role, shared | own))
-    router: dict[str, object] = {
+    router: dict[str, object] = config.part(FrontDoorSettings) | {
         "model": config.model_folder,
         "served_model_name": served_name(config),
-        "host": config.host,
         "port": port,
         "prefill_workers": [worker.settings["listen"] for worker in workers if worker.command == "prefill"],
         "decode_workers": [worker.settings["listen"] for worker in workers if worker.command == "decode"],
-        "drain_grace_s": config.drain_grace_s,
-        "log_level": config.log_level,
     }
     if store:
         router["kv_store"] = store[0].settings["listen"]
         router["kv_secret_file"] = config.kv_secret_file
-    for name in ("disaggregate", "grpc_port"):
-        if (value := getattr(config, name)) is not None:
-            router[name] = value
-    for name in ("api_keys_file", "tenants_file", "storage"):
-        if (path := getattr(config, name)) is not None:
-            router[name] = str(path.absolute())
-    for name in ("redis", "tool_format", "allowed_origins"):
-        if value := getattr(config, name):
-            router[name] = value
-    if config.routers > 1:
-        router["replicas"] = config.routers
     return [*store, *workers, ChildPlan("router", "router", router)]
 
 
@@ -82,11 +70,12 @@ def _plan_store(config: ServeConfig, run_directory: Path) -> list[ChildPlan]:
         "node_id": "kvstore",
         "listen": f"unix:{run_directory / 'kvstore.sock'}",
         "kv_node": str(run_directory / "kvstore.kv"),
+        "kv_quotas": _quotas(config),
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
         "metrics_port": 0,
     }
-    return [ChildPlan("kvstore", "kvstore", config.store_settings() | own | {"kv_quotas": _quotas(config)})]
+    return [ChildPlan("kvstore", "kvstore", config.part(StoreSettings) | own)]
 
 
 def _quotas(config: ServeConfig) -> dict[str, float]:
@@ -100,15 +89,14 @@ def _quotas(config: ServeConfig) -> dict[str, float]:
 
 
 def ready_text(config: ServeConfig, url: str, seconds: float) -> str:
-    """What the user sees once everything runs: where it is, and two ways to try it."""
+    """What the user sees once everything runs: where it is, and ways to try it."""
     name = served_name(config)
-    kind = (
-        f"{config.num_prefill} prefill + {config.decode} decode" if config.num_prefill else f"{config.decode} unified"
-    )
-    needs_key = config.api_keys_file is not None or config.tenants_file is not None
-    header = "    -H 'Authorization: Bearer '$TANDEM_API_KEY \\\n" if needs_key else ""
-    key = 'os.environ["TANDEM_API_KEY"]' if needs_key else '"none"'
-    imports = "import os\n  " if needs_key else ""
+    kind = f"{config.prefill} prefill + {config.decode} decode" if config.prefill else f"{config.decode} unified"
+    variable = "TANDEM_API_KEY" if config.api_key else "OPENAI_API_KEY"
+    header = f'    -H "Authorization: Bearer ${variable}" \\\n' if config.needs_key else ""
+    key = f'os.environ["{variable}"]' if config.needs_key else '"none"'
+    imports = "import os\n  " if config.needs_key else ""
+    grpc = f"\n  gRPC              port {config.grpc_port}" if config.grpc_port is not None else ""
     return f"""\
 Tandem is ready: {url} serves {name} ({kind}, started in {seconds:.1f} s)
 
@@ -122,5 +110,7 @@ Tandem is ready: {url} serves {name} ({kind}, started in {seconds:.1f} s)
   )
   print(reply.choices[0].message.content)
 
-Ctrl-C stops it.
+  At the terminal   tandem chat, tandem status
+  Metrics           {url}/metrics{grpc}
+  Ctrl-C stops it.
 """

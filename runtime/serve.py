@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from tandem.common.errors import ConfigError
 from tandem.common.settings import parse_settings
 from tandem.runtime.settings import ServeConfig
+from tandem.runtime.vllm_flags import SHORT_FLAGS, VLLM_FLAGS
 
 EXAMPLES = (
     ("the bundled small model on http://127.0.0.1:8000", "tandem serve"),
-    ("your model, reachable from other machines", "tandem serve --model DIR --host 0.0.0.0 --port 8080"),
-    ("two workers that prefill and decode by themselves", "tandem serve --roles unified --decode 2"),
-    ("more memory for KV cache in each worker", "tandem serve --kv-cache-bytes 2000000000 --max-model-len 8192"),
+    ("your model, reachable from other machines", "tandem serve DIR --host 0.0.0.0 --port 8080"),
+    ("two workers that prefill and decode by themselves", "tandem serve --prefill 0 --decode 2"),
+    ("more memory for KV cache in each worker", "tandem serve --kv-cache-bytes 2GiB --max-model-len 8192"),
     (
         "tenants with keys, weights and limits (docs/tenants.md), and a folder for /v1/files and /v1/batches",
         "tandem serve --tenants-file tenants.yaml --storage files",
@@ -37,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         description="Runs the whole platform on this machine: a router, prefill workers and decode workers, each in a "
         "process of its own, restarted when it crashes. Ctrl-C or SIGTERM finishes running requests first.",
         examples=EXAMPLES,
+        foreign=VLLM_FLAGS,
+        short=SHORT_FLAGS,
     )
     port = free_port(config.host, config.port)
     from tandem.runtime.supervisor import Supervisor

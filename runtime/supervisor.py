@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from tandem.common.settings import CONFIG_VARIABLE, plain, settings_of
 from tandem.runtime.child import Child, ChildFailed
 from tandem.runtime.parent import RUN_DIRECTORY_VARIABLE
 from tandem.runtime.plan import ChildPlan, plan_children, ready_text
@@ -81,9 +82,9 @@ class Supervisor:
 
     def _child(self, plan: ChildPlan, run_directory: Path, stdin: int) -> Child:
         path = run_directory / f"{plan.name}.yaml"
-        path.write_text(yaml.safe_dump(plan.settings, sort_keys=False))
+        path.write_text(yaml.safe_dump({name: plain(value) for name, value in plan.settings.items()}, sort_keys=False))
         argv = [sys.executable, "-m", "tandem.runtime.cli", plan.command, "--config", str(path)]
-        return Child(plan.name, argv, _environment(self._config, run_directory), stdin, _say)
+        return Child(plan.name, argv, _environment(self._config, plan, run_directory), stdin, _say)
 
     async def _announce(self) -> None:
         """Tells of each child as it becomes ready, then of the whole."""
@@ -146,9 +147,12 @@ def _say(text: str) -> None:
     print(f"[tandem] {text}", file=sys.stderr, flush=True)
 
 
-def _environment(config: ServeConfig, run_directory: Path) -> dict[str, str]:
-    """Of every child. TANDEM_CONFIG is the supervisor's own; two malloc arenas keep memory from being scattered."""
-    environment = {name: value for name, value in os.environ.items() if name != "TANDEM_CONFIG"}
+def _environment(config: ServeConfig, plan: ChildPlan, run_directory: Path) -> dict[str, str]:
+    """Of a child. What this process has read itself is left out, as variables go before the child's file; two malloc
+    arenas keep memory from being scattered."""
+    read = {setting.variable for setting in settings_of(ServeConfig).values()}
+    read |= {f"TANDEM_{name.upper()}" for name in plan.settings} | {CONFIG_VARIABLE}
+    environment = {name: value for name, value in os.environ.items() if name not in read}
     environment |= {
         RUN_DIRECTORY_VARIABLE: str(run_directory),
         "OMP_NUM_THREADS": str(config.num_threads),

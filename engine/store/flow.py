@@ -23,7 +23,7 @@ from tandem.engine.loader import LoadedModel
 from tandem.engine.request import RequestKey
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Phase, Sequence
-from tandem.engine.settings import EngineConfig
+from tandem.engine.settings import MAX_WAITING, EngineConfig
 from tandem.engine.status import StepMeter
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.loading import Gate, Load
@@ -83,7 +83,7 @@ class StoreFlow:
         self._pending: dict[RequestKey, Sequence] = {}
         """With a look-up or a load in progress."""
         self._closing = False
-        self._lookups = Workers("kv-lookup", 1, config.max_waiting)
+        self._lookups = Workers("kv-lookup", 1, MAX_WAITING)
         self._loaders = Workers("kv-load", store.loaders, 2 * config.max_num_seqs)
         self._saver = Workers("kv-save", 1, store.save_queue)
         scheduler.on_full_blocks = self._full_blocks

@@ -9,7 +9,9 @@ from types import MappingProxyType
 from tandem.common.errors import ConfigError
 from tandem.kvstore.interfaces import EvictionPolicy, ObjectInfo, ObjectKey
 
-_EVERYBODY = ""
+EVERYBODY = "*"
+"""Stands in `kv_quotas` for owners that it does not name."""
+_ONE_POLICY = ""
 """Name of the one policy where there is no limit."""
 
 
@@ -23,10 +25,17 @@ class Shares:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.everybody <= 1.0:
-            raise ConfigError(f"kv_quota_fraction is {self.everybody}: give a share above 0 and up to 1 (1: no limit)")
+            raise ConfigError(
+                f"kv_quotas: {EVERYBODY} is {self.everybody}: give a share above 0 and up to 1 (1: no limit)"
+            )
         for owner, share in self.owners.items():
             if not 0.0 < share <= 1.0:
                 raise ConfigError(f"kv_quotas: {owner} is {share}: give a share above 0 and up to 1 (1: no limit)")
+
+    @classmethod
+    def read(cls, quotas: Mapping[str, float]) -> Shares:
+        """From the setting `kv_quotas`. Raises ConfigError."""
+        return cls(quotas.get(EVERYBODY, 1.0), {owner: share for owner, share in quotas.items() if owner != EVERYBODY})
 
     def of(self, owner: str) -> float:
         return self.owners.get(owner, self.everybody)
@@ -129,7 +138,7 @@ class Quotas:
         return len(self._residents)
 
     def _policy_name(self, owner: str) -> str:
-        return owner if self._limited else _EVERYBODY
+        return owner if self._limited else _ONE_POLICY
 
     def _evict_from(self, name: str, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
         policy = self._policies.get(name)

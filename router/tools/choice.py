@@ -86,7 +86,7 @@ async def tool_use(
         return None
     _check_tools(tools)
     if format is None:
-        problem = "its chat template has no known form of calls, and the router's --tool_format names none"
+        problem = "its chat template has no known form of calls, and the router's --tool-format names none"
         raise invalid("tools", f"are not supported by this model: {problem}")
     if isinstance(choice, NamedTool):
         forced = [tool for tool in tools if tool.function.name == choice.function.name]

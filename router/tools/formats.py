@@ -47,7 +47,7 @@ FORMATS = {kind.name: kind for kind in (HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED)}
 def format_named(name: str) -> ToolFormat:
     """Raises ConfigError."""
     if name not in FORMATS:
-        raise ConfigError(f"--tool_format {name!r}: there are {', '.join(FORMATS)}")
+        raise ConfigError(f"--tool-format {name!r}: there are {', '.join(FORMATS)}")
     return FORMATS[name]
 
 

@@ -41,7 +41,7 @@ def test_a_log_line_names_time_level_worker_and_logger(capsys: pytest.CaptureFix
 
 
 def test_an_unknown_level_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="--log_level loud"):
+    with pytest.raises(ConfigError, match="--log-level loud"):
         set_up_logging("x", "loud")
 
 

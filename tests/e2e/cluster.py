@@ -194,7 +194,7 @@ class Cluster:
             for role in ("prefill", "decode"):
                 address = f"unix:{self.folder / role}-{host}"
                 sockets[role].append(address)
-                own = {"kv_unix": f"{self.folder / host}.handover", "kv_listen": self._address(f"kv-{host}")}
+                own = {"kv_listen": self._address(f"kv-{host}")}
                 self._add(
                     f"{role}-{host}",
                     role,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,15 @@ from pathlib import Path
 import pytest
 
 import tandem
+from tandem.common.settings import settings_of
+from tandem.runtime.settings import ServeConfig
 from tests.e2e.serving import environment, tandem_command
+
+COMMANDS = ("serve", "prefill", "decode", "router", "kvstore")
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("router", "tenants", "batches", "kvstore")))
+ELSEWHERE = {"--help", "--config", "--node", "--owner", "--no-deps"}
+"""Flags of every command, of `tandem kv` and of pip."""
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +43,12 @@ def refusal(*arguments: object, **variables: str) -> str:
     ("arguments", "said"),
     [
         (("serve", "--prot", "80"), "--prot"),
-        (("serve", "--port", "eighty"), "--port"),
+        (("serve", "--prot", "80"), "did you mean --port?"),
+        (("serve", "--port", "eighty"), '--port: must be a whole number, not "eighty"'),
+        (("serve", "--kv-cache-byte", "1"), "did you mean --kv-cache-bytes?"),
+        (("serve", "--kv_cache_bytes", "much"), "a number of bytes, such as 4GiB"),
+        (("serve", "a", "b"), "a word too many"),
+        (("serve", "--tensor-parallel-size", "2"), "--decode"),
         (("serve", "--decode", "0"), "--decode 0: at least one"),
         (("serve", "--dtype", "float12"), "bfloat16"),
         (("serve", "--config", "/nonexistent.yaml"), "/nonexistent.yaml"),
@@ -78,7 +92,7 @@ def test_help_lists_the_commands_without_loading_torch() -> None:
     assert done.stdout.endswith("False\n")
 
 
-@pytest.mark.parametrize("command", ["serve", "prefill", "decode", "router"])
+@pytest.mark.parametrize("command", [*COMMANDS])
 def test_the_help_of_every_command_shows_examples_and_explains_each_flag(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
@@ -94,5 +108,21 @@ def test_version_is_the_package_s() -> None:
 def test_settings_come_from_flags_file_and_environment_in_this_order(tmp_path: Path) -> None:
     (tmp_path / "serve.yaml").write_text("decode: 0\n")
     assert "--decode -1" in refusal("serve", TANDEM_DECODE="-1")
-    assert "--decode 0" in refusal("serve", "--config", tmp_path / "serve.yaml", TANDEM_DECODE="-1")
-    assert "--decode -3" in refusal("serve", "--config", tmp_path / "serve.yaml", "--decode", "-3")
+    assert "--decode 0" in refusal("serve", "--config", tmp_path / "serve.yaml")
+    assert "--decode -1" in refusal("serve", "--config", tmp_path / "serve.yaml", TANDEM_DECODE="-1")
+    assert "--decode -3" in refusal("serve", "--config", tmp_path / "serve.yaml", "--decode", "-3", TANDEM_DECODE="-1")
+
+
+def test_no_secret_is_printed(tmp_path: Path) -> None:
+    for arguments in (("--api-kye", "sk-x"), ("--api-key", "sk-1", "sk-x"), ("--api-key", "sk-x", "--decode", "0")):
+        assert "sk-x" not in refusal("serve", *arguments)
+    assert "did you mean --api-key?" in refusal("serve", "--api-kye", "sk-x")
+    done = run("serve", "--api-key", "sk-x", "--print-config")
+    assert done.returncode == 0
+    assert "sk-x" not in done.stdout + done.stderr
+
+
+def test_what_docs_name_is_a_setting_of_serve() -> None:
+    named = {flag for page in PAGES for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", (ROOT / page).read_text())}
+    assert len(named) > 20
+    assert named - {setting.flag for setting in settings_of(ServeConfig).values()} <= ELSEWHERE

@@ -17,7 +17,7 @@ SLOTS = 2
 
 @pytest.fixture(params=["unified", "disaggregated"])
 def serve(serves: Callable[..., Serve], slow_model: Path, request: pytest.FixtureRequest) -> Serve:
-    mode = ("--disaggregate", "always") if request.param == "disaggregated" else ("--roles", "unified")
+    mode = ("--disaggregate", "always") if request.param == "disaggregated" else ("--prefill", "0")
     return serves(slow_model, *mode, "--dtype", "float32", "--max-num-seqs", SLOTS, "--max-num-batched-tokens", 64)
 
 

@@ -46,7 +46,7 @@ def test_a_handed_over_request_gives_the_tokens_of_transformers(
 def test_unified_and_disaggregated_agree(
     serves: Callable[..., Serve], tiny: Path, prompt: MakePrompt, dtype: str
 ) -> None:
-    split, unified = serves(tiny, *SPLIT, dtype), serves(tiny, "--roles", "unified", "--dtype", dtype)
+    split, unified = serves(tiny, *SPLIT, dtype), serves(tiny, "--prefill", "0", "--dtype", dtype)
     before = split.handovers(), split.recomputes()
     for length in (5, 64, 700):
         tokens = prompt(length)

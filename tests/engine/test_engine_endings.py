@@ -51,8 +51,9 @@ def test_what_cannot_be_served_is_refused_and_harms_nobody(
     assert len(engine.tokens(good)) == 20
 
 
-def test_more_than_the_queue_holds_is_overload(folder: Path) -> None:
-    with EngineUnderTest(folder, max_num_seqs=1, max_waiting=2) as engine:
+def test_more_than_the_queue_holds_is_overload(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.engine.engine.MAX_WAITING", 2)
+    with EngineUnderTest(folder, max_num_seqs=1) as engine:
         first = engine.submit("first", PROMPT, max_tokens=400)
         engine.wait_tokens(first, 1)
         keys = [engine.submit(f"r{i}", PROMPT, max_tokens=2) for i in range(6)]

@@ -271,8 +271,9 @@ def test_blocks_stay_until_released(prefill: EngineUnderTest) -> None:
     prefill.engine.release(key)
 
 
-def test_a_lost_release_cannot_leak(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with EngineUnderTest(folder, export_lease_s=0.1) as prefill:
+def test_a_lost_release_cannot_leak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.engine.engine.EXPORT_LEASE_S", 0.1)
+    with EngineUnderTest(folder) as prefill:
         export = SilentExport()
         last = prefill.last(prefill.submit("a", PROMPT, kv_export=export))
         assert last.finish_reason is FinishReason.ERROR
@@ -305,8 +306,11 @@ def test_an_exporter_that_gives_up_ends_the_request(prefill: EngineUnderTest) ->
 
 
 @pytest.mark.parametrize("method", ["begin", "layer_ready", "finished"])
-def test_an_exporter_that_raises_fails_its_own_request_only(folder: Path, method: str) -> None:
-    with EngineUnderTest(folder, export_lease_s=0.2) as prefill:
+def test_an_exporter_that_raises_fails_its_own_request_only(
+    folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.engine.engine.EXPORT_LEASE_S", 0.2)
+    with EngineUnderTest(folder) as prefill:
         export = SilentExport()
         setattr(export, method, lambda *arguments: 1 / 0)
         good = SilentExport()
@@ -318,13 +322,14 @@ def test_an_exporter_that_raises_fails_its_own_request_only(folder: Path, method
         assert prefill.last(good_key).finish_reason is FinishReason.HANDED_OVER
 
 
-def test_a_soak_of_hand_overs_with_random_failures(folder: Path) -> None:
+def test_a_soak_of_hand_overs_with_random_failures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.engine.engine.EXPORT_LEASE_S", 1.0)
     rng = random.Random(3)
     block_bytes = 2 * 3 * 16 * 32 * 4
     small = {"kv_cache_bytes": 60 * block_bytes, "max_model_len": 200, "max_num_seqs": 6, "max_num_batched_tokens": 64}
     with (
         EngineUnderTest(folder, enable_prefix_caching=False) as unified,
-        EngineUnderTest(folder, **small, export_lease_s=1.0) as prefill,
+        EngineUnderTest(folder, **small) as prefill,
         EngineUnderTest(folder, **small) as decode,
     ):
         cases: list[tuple[RequestKey, list[int]]] = []

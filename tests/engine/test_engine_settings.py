@@ -17,11 +17,9 @@ from tandem.engine.settings import EngineConfig
         ({"block_size": 24}, "block_size"),
         ({"block_size": 0}, "block_size"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
-        ({"max_waiting": 0}, "max_waiting"),
         ({"num_threads": 0}, "num_threads"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 79}, "max_num_batched_tokens"),
         ({"max_model_len": 1}, "max_model_len"),
-        ({"export_lease_s": 0.0}, "export_lease_s"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(settings: dict[str, Any], names: str) -> None:

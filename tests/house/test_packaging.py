@@ -35,7 +35,8 @@ def test_editable_install_points_at_the_working_tree() -> None:
 
 def test_every_room_is_linked() -> None:
     links = {path.name: path.resolve() for path in (ROOT / "src" / "tandem").iterdir() if path.is_symlink()}
-    assert links == {room: ROOT / room for room in [*ROOMS, "operator", "proto"]}
+    model = {"small_model": ROOT / "examples" / "small_model" / "model"}
+    assert links == model | {room: ROOT / room for room in [*ROOMS, "operator", "proto"]}
 
 
 def test_wheel_works_in_a_clean_venv(tmp_path: Path) -> None:

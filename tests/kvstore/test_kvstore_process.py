@@ -238,10 +238,10 @@ def _directory(settings: StoreSettings) -> EmbeddedDirectory | None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--kv-host-bytes", "0"], "kv_host_bytes"),
-        (["--store-listen", "0.0.0.0:1"], "store_listen"),
-        (["--kv-replicas", "0"], "kv_replicas"),
-        (["--kv-quota-fraction", "2"], "kv_quota_fraction"),
+        (["--kv-host-bytes", "0"], "--kv-host-bytes"),
+        (["--store-listen", "0.0.0.0:1"], "--store-listen"),
+        (["--kv-replicas", "0"], "--kv-replicas"),
+        (["--kv-quotas", "*=2"], "kv-quotas: *"),
         (["--listen", "9300"], "listen"),
     ],
 )

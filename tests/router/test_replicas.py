@@ -45,7 +45,7 @@ async def stop(router: Process) -> None:
 
 async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
     worker = await house.decode()
-    router = await start(worker, house.model, "--replicas=2")
+    router = await start(worker, house.model, "--routers=2")
     try:
         assert "2 replicas" in await router.line()
         await all_up(router, 2)
@@ -71,7 +71,7 @@ async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
 
 
 async def test_a_killed_replica_comes_back_and_the_parent_takes_all_with_it(house: House) -> None:
-    router = await start(await house.decode(), house.model, "--replicas=2")
+    router = await start(await house.decode(), house.model, "--routers=2")
     try:
         await router.line()
         await all_up(router, 2)
@@ -94,5 +94,5 @@ async def test_a_port_that_is_taken_is_refused_even_if_it_could_be_shared(house:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        router = await start(worker, house.model, "--replicas=2", f"--port={taken.getsockname()[1]}")
+        router = await start(worker, house.model, "--routers=2", f"--port={taken.getsockname()[1]}")
         assert await asyncio.wait_for(router.process.wait(), 20) != 0

@@ -62,8 +62,9 @@ async def test_tokens_are_reported_no_earlier_than_their_text(house: House) -> N
     assert shown == "x###y"
 
 
-async def test_silence_is_filled_with_comments(house: House) -> None:
-    worker, client = await house.pair(Script(hold_after=2), keepalive_s=0.05)
+async def test_silence_is_filled_with_comments(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.router.service.KEEPALIVE_S", 0.05)
+    worker, client = await house.pair(Script(hold_after=2))
     async with client.stream("POST", "/v1/completions", json=PROMPT) as response:
         seen = ""
         async for part in response.aiter_text():
@@ -74,8 +75,9 @@ async def test_silence_is_filled_with_comments(house: House) -> None:
     assert len(events(seen)) > 3
 
 
-async def test_comments_come_before_the_first_token_too(house: House) -> None:
-    worker, client = await house.pair(Script(hold_after=0), keepalive_s=0.05)
+async def test_comments_come_before_the_first_token_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.router.service.KEEPALIVE_S", 0.05)
+    worker, client = await house.pair(Script(hold_after=0))
     async with client.stream("POST", "/v1/completions", json=PROMPT) as response:
         parts = response.aiter_text()
         assert (await anext(parts)).startswith(": keep-alive")

@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry
 from tandem.common.errors import ConfigError, TandemError
 from tandem.router import tenants as module
 from tandem.router.caller import ANYBODY, Caller, Rates
+from tandem.router.settings import RouterConfig
 from tandem.router.tenant_file import read_tenants
 from tandem.router.tenants import Tenants
 from tests.router.conftest import until
@@ -385,10 +386,21 @@ def test_no_file_breaks_it(text: str) -> None:
         read_tenants(write(Path(folder), text), {})
 
 
-def test_one_file_and_not_both(tmp_path: Path) -> None:
+def test_plain_keys_are_one_tenant_that_sees_nobody_else() -> None:
     assert Tenants.open(None, None) is None
-    with pytest.raises(ConfigError, match="give one of them"):
-        Tenants.open(tmp_path, tmp_path)
+    tenants = Tenants.open(None, None, CollectorRegistry(), api_keys=["sk-1", "sk-2"])
+    assert tenants is not None
+    first, second = (tenants.authenticate(f"Bearer {key}") for key in ("sk-1", "sk-2"))
+    assert first == second
+    assert not first.admin
+    with pytest.raises(TandemError, match="Incorrect API key"):
+        tenants.authenticate("Bearer sk-3")
+
+
+def test_who_may_come_in_is_said_in_one_place(tmp_path: Path) -> None:
+    for both in ({"tenants_file": tmp_path, "api_keys_file": tmp_path}, {"tenants_file": tmp_path, "api_key": ["k"]}):
+        with pytest.raises(ConfigError, match="give one of them"):
+            RouterConfig(model="m", **both)  # type: ignore[arg-type]
 
 
 def one(name: str, key: str) -> str:
@@ -414,7 +426,7 @@ def test_a_change_is_read_and_a_bad_file_changes_nothing(tmp_path: Path, caplog:
         assert not tenants.reload()
     assert tenants.authenticate("Bearer sk-bob").tenant == "bob"
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
-        f"the tenants stay as they were: --tenants_file {path}, line 1: tenants must be a list, got 'nonsense'"
+        f"the tenants stay as they were: --tenants-file {path}, line 1: tenants must be a list, got 'nonsense'"
     ]
     assert (metric("reloads_total", result="failed"), metric("stale")) == (1, 1)
     path.unlink()

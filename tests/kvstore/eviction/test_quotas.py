@@ -145,5 +145,5 @@ def test_an_impossible_share_of_an_owner_names_the_setting() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
 def test_an_impossible_fraction_names_the_setting(fraction: float) -> None:
-    with pytest.raises(ConfigError, match="kv_quota_fraction"):
+    with pytest.raises(ConfigError, match=r"kv_quotas: \*"):
         quotas(fraction)

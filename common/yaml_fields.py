@@ -115,6 +115,10 @@ class Fields:
         for index, item in enumerate(node.value):
             yield Fields(item, self._source, f"{self._path}{name}[{index}].")
 
+    def items(self) -> list[tuple[str, yaml.Node]]:
+        """Every field as it stands in the file, for those who know what to do with any name."""
+        return list(self._values.items())
+
     def has(self, name: str) -> bool:
         return self._find(name) is not None
 

@@ -1,0 +1,199 @@
+"""Reads what the command line, the environment and a YAML file say, with where each was said. All raise ConfigError."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from tandem.common.errors import ConfigError
+from tandem.common.settings.fields import Setting
+from tandem.common.settings.values import BOOLEANS, Raw, close_to, is_repeatable, is_switch
+from tandem.common.yaml_fields import Fields
+
+COMMON_FLAGS = ("--help", "--config", "--print-config")
+CONFIG_VARIABLE = "TANDEM_CONFIG"
+_NULL = "tag:yaml.org,2002:null"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """A flag that users bring along from another server: it becomes one of ours, asks for what is so anyway, or is
+    answered."""
+
+    becomes: str = ""
+    """Our setting, which takes its value."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Values that have another name here."""
+    fine: frozenset[str] = frozenset()
+    """Values, in small letters, with which things are as asked for. A switch has `true` or `false`."""
+    switch: bool = False
+    """Whether it takes no value."""
+    remedy: str = ""
+    """What to do about other values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    raw: Raw
+    where: str
+    """For errors, such as `--port`, `TANDEM_PORT` or `serve.yaml, line 3: port`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What may be said."""
+
+    settings: Mapping[str, Setting]
+    foreign: Mapping[str, Foreign]
+    short: Mapping[str, str]
+    """Flags with one dash, such as `tp`, and the name that each stands for."""
+
+    def translate(self, name: str, value: str, where: str) -> tuple[str, str] | None:
+        """Our setting and its value for a foreign flag; None: there is nothing to do."""
+        foreign = self.foreign[name]
+        if foreign.becomes:
+            return foreign.becomes, foreign.values.get(value, value)
+        if value.lower() not in foreign.fine:
+            raise ConfigError(f"{where}: {foreign.remedy}")
+        return None
+
+    def nearest(self, name: str) -> str:
+        """`; did you mean X?`, in the way `name` is written."""
+        flags = [*COMMON_FLAGS, *("--" + each.replace("_", "-") for each in (*self.settings, *self.foreign))]
+        if name.startswith("-"):
+            return close_to(name.replace("_", "-"), flags)
+        return close_to(name, [*self.settings, *self.foreign])
+
+
+@dataclass(slots=True)
+class CommandLine:
+    given: dict[str, Given] = field(default_factory=dict)
+    config_file: str = ""
+    print_config: bool = False
+    help: str | None = None
+    """What help is asked for; empty: the first page."""
+
+
+def read_command_line(argv: Sequence[str], known: Known) -> CommandLine:
+    line = CommandLine()
+    words = list(argv)
+    before = "the command"
+    while words and line.help is None:
+        word = words.pop(0)
+        flag, equals, inline = word.partition("=")
+        value = inline if equals else None
+        if not word.startswith("-"):
+            _take_model(line, known, word, before)
+        elif flag in ("-h", "--help"):
+            line.help = value or (words[0] if words and not words[0].startswith("-") else "")
+        elif flag == "--config":
+            line.config_file = _value(flag, value, words)
+        elif flag.replace("_", "-") == "--print-config":
+            line.print_config = True
+        else:
+            _take_flag(line.given, known, flag, value, words)
+        before = flag
+    return line
+
+
+def read_variables(known: Known) -> dict[str, Given]:
+    given = {}
+    for setting in known.settings.values():
+        raw = os.environ.get(setting.variable)
+        # Kubernetes sets TANDEM_PORT=tcp://... where there is a Service that is called tandem.
+        if raw is not None and not (setting.name == "port" and raw.startswith("tcp://")):
+            given[setting.name] = Given(raw, setting.variable)
+    return given
+
+
+def read_file(path: str, known: Known) -> dict[str, Given]:
+    given = {}
+    for key, node in Fields.load(Path(path).expanduser(), "--config").items():
+        name = key.replace("-", "_")
+        where = f"{path}, line {node.start_mark.line + 1}: {key}"
+        raw = _raw(node, where)
+        if name in known.settings:
+            given[name] = Given(raw, where)
+        elif name in known.foreign:
+            ours = known.translate(name, raw if isinstance(raw, str) else "", where)
+            if ours is not None:
+                given[ours[0]] = Given(ours[1], where)
+        else:
+            raise ConfigError(f"{where} is not a setting{known.nearest(name)}")
+    return given
+
+
+def _take_model(line: CommandLine, known: Known, word: str, before: str) -> None:
+    flag_before = known.settings.get(before.removeprefix("--").replace("-", "_"))
+    if "model" not in known.settings or "model" in line.given or (flag_before is not None and flag_before.secret):
+        # Without the word, which may be a second secret.
+        raise ConfigError(f"there is a word too many behind {before}; a flag takes one value, and may be repeated")
+    line.given["model"] = Given(word, "MODEL")
+
+
+def _take_flag(given: dict[str, Given], known: Known, flag: str, value: str | None, words: list[str]) -> None:
+    name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else known.short.get(flag[1:], "")
+    positive = name.removeprefix("no_")
+    setting = known.settings.get(name)
+    if setting is not None and is_switch(setting):
+        given[name] = Given(_switch_value(value, words), flag)
+    elif setting is not None:
+        raw: Raw = _value(flag, value, words)
+        if name == "model" and "model" in given:
+            raise ConfigError("--model: the model is named twice")
+        before = given.get(name)
+        if is_repeatable(setting) and before is not None:
+            raw = [*(before.raw if isinstance(before.raw, list) else [str(before.raw)]), str(raw)]
+        given[name] = Given(raw, flag)
+    elif positive in known.settings and is_switch(known.settings[positive]):
+        given[positive] = Given("false", flag)
+    elif (outer := name.partition(".")[0]) in known.foreign:
+        foreign = known.foreign[outer]
+        text = _switch_value(value, words) if foreign.switch else _value(flag, value, words)
+        _take_foreign(given, known, outer, text, flag)
+    elif positive in known.foreign and known.foreign[positive].switch:
+        _take_foreign(given, known, positive, "false", flag)
+    else:
+        raise ConfigError(f"there is no flag {flag}{known.nearest(flag)}")
+
+
+def _take_foreign(given: dict[str, Given], known: Known, name: str, value: str, flag: str) -> None:
+    ours = known.translate(name, value, flag)
+    if ours is not None:
+        given[ours[0]] = Given(ours[1], flag)
+
+
+def _value(flag: str, value: str | None, words: list[str]) -> str:
+    if value is not None:
+        return value
+    if not words or words[0].startswith("--"):
+        raise ConfigError(f"{flag} needs a value")
+    return words.pop(0)
+
+
+def _switch_value(value: str | None, words: list[str]) -> str:
+    if value is not None:
+        return value
+    return words.pop(0) if words and words[0].lower() in BOOLEANS else "true"
+
+
+def _raw(node: yaml.Node, where: str) -> Raw:
+    match node:
+        case yaml.ScalarNode():
+            return None if node.tag == _NULL else str(node.value)
+        case yaml.SequenceNode():
+            return [_raw_text(item, where) for item in node.value]
+        case yaml.MappingNode():
+            return {_raw_text(key, where): _raw_text(value, where) for key, value in node.value}
+    raise ConfigError(f"{where} cannot be read")
+
+
+def _raw_text(node: yaml.Node, where: str) -> str:
+    raw = _raw(node, where)
+    if not isinstance(raw, str):
+        raise ConfigError(f"{where} is nested too deeply")
+    return raw
