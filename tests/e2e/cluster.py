@@ -349,7 +349,8 @@ class Cluster:
     # Nodes
 
     def _channel(self, host: str) -> grpc.Channel:
-        return grpc_auth.channel(str(self[f"node-{host}"].settings["listen"]), _SECRET.encode())
+        settings = self[f"node-{host}"].settings
+        return grpc_auth.channel(str(settings["listen"]), read_secret(str(settings["kv_secret_file"])))
 
     def stats(self, host: str) -> kvnode_pb2.StatsResponse:
         with self._channel(host) as channel:
