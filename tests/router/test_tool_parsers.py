@@ -178,5 +178,5 @@ def test_a_setting_overrules_the_template(model_folder: Path) -> None:
     template = ServedModel.load(config).template
     assert template is not None
     assert template.tool_format is FORMATS["mistral"]
-    with pytest.raises(ConfigError, match="tool_format 'xml': there are hermes"):
+    with pytest.raises(ConfigError, match="--tool-format 'xml': there are hermes"):
         ServedModel.load(replace(config, tool_format="xml"))
