@@ -104,6 +104,7 @@ class InferenceService:
                 status = "INTERNAL"
                 await exchange.abort(TandemError("internal", "an internal error; the router's log has more"))
             finally:
+                exchange.memory.release()
                 metrics.requests.inc(exchange.method, status)
                 if status == "CANCELLED":
                     metrics.disconnects.inc()
@@ -114,6 +115,7 @@ class InferenceService:
         """None of a stream, which has been sent. Raises TandemError."""
         if self._tenants is not None:
             exchange.caller = self._tenants.authenticate(exchange.authorization)
+        exchange.memory.hold(len(raw))
         if method.generates:
             self._accounts.limits.check(exchange.caller)
             self._service.check_load()

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from tandem.common.errors import TandemError
 from tandem.router.accounts import Accounts
+from tandem.router.body_memory import BodyMemory
 from tandem.router.caller import ANYBODY
 from tandem.router.grpc_errors import Metadata, status_of
 from tandem.router.http_exchange import IGNORED_HEADER, header_list
@@ -29,6 +30,7 @@ class GrpcExchange:
         self.arrived = time.monotonic()
         self.caller = ANYBODY
         """Set once the API key is checked."""
+        self.memory = BodyMemory()
         self._context = context
         self._accounts = accounts
         self._metadata = dict(context.invocation_metadata() or ())

@@ -12,6 +12,7 @@ import msgspec
 
 from tandem.common.errors import TandemError
 from tandem.router.accounts import Accounts
+from tandem.router.body_memory import BodyMemory
 from tandem.router.caller import ANYBODY
 from tandem.router.cors import Cors
 from tandem.router.http_errors import (
@@ -27,18 +28,12 @@ from tandem.router.request_ids import request_id_of, traceparent_of
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
 
-LARGE_BODY_BYTES = 256 * 1024
-MAX_HELD_BYTES = 128 << 20
-"""Of bodies larger than that, from arrival to the end of the answer; what is made of them can be 20 times as large."""
-
 IGNORED_HEADER = b"x-tandem-ignored"
 MAX_LISTED_BYTES = 1024
 """Of a header that lists names."""
 
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
-
-_held_bytes = 0
 
 
 class ClientGone(Exception):
@@ -67,7 +62,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
-        self._held = 0
+        self._memory = BodyMemory()
         self.request_id = request_id_of(self.header(b"x-request-id"))
 
     def header(self, name: bytes) -> str:
@@ -102,15 +97,14 @@ class Exchange:
             size += len(part)
             if size > self._max_body_bytes:
                 raise self._too_large()
-            if size > LARGE_BODY_BYTES:
-                self._hold(size)
+            self._memory.hold(size)
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
 
     def release(self) -> None:
         """The request is over, and what was made of its body is gone."""
-        self._hold(0)
+        self._memory.release()
 
     def query(self) -> dict[str, str]:
         """Parameters of the URL; the last one of a name counts."""
@@ -221,15 +215,6 @@ class Exchange:
         if self.cors is not None:
             headers += self.cors.answer(self._headers.get(b"origin"), headers)
         await self._send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
-
-    def _hold(self, size: int) -> None:
-        global _held_bytes
-        more = size - self._held
-        if more > 0 and _held_bytes + more > MAX_HELD_BYTES:
-            problem = "large requests fill the memory that this router has for them; try again shortly"
-            raise TandemError("overloaded", problem, retry_after_s=1.0)
-        self._held = size
-        _held_bytes += more
 
     def _too_large(self) -> TandemError:
         return TandemError("request_too_large", f"the body is larger than {self._max_body_bytes} bytes")

@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from tandem.proto import inference_pb2 as pb
-from tandem.router import generate, grpc_generate
+from tandem.router import body_memory, generate, grpc_generate
 from tandem.router.grpc_explain import account_message
 from tests.kvstore.store_node import StoreNode
 from tests.router.both_doors import BothDoors, Refusal, details_of, joined_stream, refusal, refusal_of, streamed
@@ -345,6 +345,35 @@ async def test_what_breaks_inside_is_internal_and_logged_once(
     assert (error.code().name, refusal_of(error).code) == ("INTERNAL", "internal")
     assert "ZeroDivision" not in (error.details() or "")
     assert [record.name for record in caplog.records if record.levelno >= logging.ERROR] == ["tandem.router.grpc_api"]
+
+
+async def test_large_messages_share_a_bound_with_bodies(doors: BothDoors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_memory, "LARGE_BODY_BYTES", 1000)
+    monkeypatch.setattr(body_memory, "MAX_HELD_BYTES", 5000)
+    doors.worker.script = Script(hold_after=1)
+    large = pb.GenerateRequest(prompt="a", max_tokens=2, stop=["x" * 900, "y" * 900])
+    held = [doors.stub.Complete(large), asyncio.create_task(drained(doors.stub.Generate(large)))]
+    await until(lambda: len(doors.worker.submits) == 2)
+    assert await refusal(doors.stub.Complete(large)) == Refusal("overloaded", None)
+    doors.worker.resume.set()
+    await asyncio.gather(*held)
+    assert body_memory.held_bytes() == 0
+    assert (await doors.stub.Complete(large)).choices
+
+
+async def test_what_is_no_grpc_harms_nobody(doors: BothDoors) -> None:
+    host, _, port = doors.grpc_target.partition(":")
+    for rubbish in (
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        bytes(range(256)) * 40,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff" * 3,
+    ):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(rubbish)
+        while await reader.read(1 << 16):  # until the server hangs up
+            pass
+        writer.close()
+        assert (await doors.stub.Complete(HELLO)).choices
 
 
 async def test_many_calls_on_one_channel(doors: BothDoors) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -63,8 +64,13 @@ class Thread:
         async def both() -> grpc.StatusCode:
             beside = asyncio.create_task(self.innocent())
             path = f"/tandem.v1.Inference/{method}"
-            streams = method == "Generate"
-            call = (self.doors.channel.unary_stream if streams else self.doors.channel.unary_unary)(path)(message)
+            if method == "Generate":
+                call = self.doors.channel.unary_stream(path)(message)
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+            else:
+                call = self.doors.channel.unary_unary(path)(message)
             code: grpc.StatusCode = await call.code()
             assert await beside == self.expected
             return code

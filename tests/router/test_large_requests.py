@@ -7,7 +7,7 @@ import asyncio
 import httpx
 import pytest
 
-from tandem.router import http_exchange
+from tandem.router import body_memory
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import House, until
 from tests.router.fake_worker import Script
@@ -55,8 +55,8 @@ async def test_a_long_text_of_long_tokens_is_taken(house: House) -> None:
 
 
 async def test_large_bodies_share_a_bound(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_exchange, "LARGE_BODY_BYTES", 1000)
-    monkeypatch.setattr(http_exchange, "MAX_HELD_BYTES", 5000)
+    monkeypatch.setattr(body_memory, "LARGE_BODY_BYTES", 1000)
+    monkeypatch.setattr(body_memory, "MAX_HELD_BYTES", 5000)
     worker, client = await house.pair(Script(hold_after=1))
     large = {"prompt": "a", "max_tokens": 2, "user": "x" * 2000}
     held = [asyncio.create_task(client.post("/v1/completions", json=large)) for _ in range(2)]
@@ -68,5 +68,5 @@ async def test_large_bodies_share_a_bound(house: House, monkeypatch: pytest.Monk
     await until(lambda: len(worker.submits) == 3)
     worker.resume.set()
     assert [(await task).status_code for task in (*held, small)] == [200] * 3
-    assert http_exchange._held_bytes == 0
+    assert body_memory.held_bytes() == 0
     assert (await client.post("/v1/completions", json=large)).status_code == 200
