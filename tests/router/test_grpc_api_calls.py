@@ -298,7 +298,7 @@ async def test_cancelling_frees_the_worker(
     call.cancel()
     await until(lambda: doors.worker.cancelled_ids)
     await until(lambda: doors.router.accounts.usage.report("default")[0].requests == 1)
-    metrics = (await doors.http.get("/metrics")).text
+    metrics = doors.router.metrics.text().decode()
     assert f'tandem_router_requests_total{{endpoint="/tandem.v1.Inference/{method}",status="CANCELLED"}} 1.0' in metrics
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert "Traceback" not in capfd.readouterr().err
