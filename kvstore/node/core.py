@@ -517,7 +517,7 @@ class NodeCore:
                 self._queue_write(item, self._write_backs.index(queue) + 1)
             queue.done()
             self._host.release(item)
-        if written and not kept:
+        if written and not kept and not item.moved:
             lower.drop(item.key)  # quarantined or cleared in the meantime
         self._announcer.publish()
 

@@ -35,6 +35,8 @@ class HostObject(Resident):
     """Link it was loaded from; empty: put here."""
     dirty: bool = False
     """Put here, and in no lower tier so far."""
+    moved: bool = False
+    """Left for a lower tier, which keeps it."""
     place: Located = field(init=False)
     """Made once: every look-up hands it out."""
 

@@ -281,14 +281,15 @@ class KvNode(NodeCore):
             with self.fetch(self.locate([key])) as fetch:
                 if len(fetch.sources) != 1 or not _arrives(fetch) or not self._write_down(fetch.items[0], lower):
                     return False
-        self._drop(key, above)
+        self._drop(key, above, moved=True)
         return True
 
-    def _drop(self, key: ObjectKey, lower_tiers: Sequence[TierName]) -> None:
-        """From host memory and from these tiers."""
+    def _drop(self, key: ObjectKey, lower_tiers: Sequence[TierName], *, moved: bool = False) -> None:
+        """From host memory and from these tiers. `moved`: a write-back that is under way is not undone."""
         with self._lock:
             item = self._host.stale(key)
             if item is not None:
+                item.moved = moved
                 self._host.detach(item)
                 self._announcer.note(key, TierName.HOST, 0)
         for name in lower_tiers:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -143,6 +145,25 @@ def test_a_reader_finishes_with_an_object_that_was_cleared(node: KvNode) -> None
     fill(node, 10)
     assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1))
     fetch.close()
+
+
+def test_a_move_beside_the_end_of_a_write_back_loses_nothing(node: KvNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = node._lower[TierName.DISK]
+    write, written, moved = lower.write, threading.Event(), threading.Event()
+
+    def slow_to_return(*arguments: Any) -> bool:
+        done = write(*arguments)
+        written.set()
+        assert moved.wait(60)
+        return done
+
+    monkeypatch.setattr(lower, "write", slow_to_return)
+    assert put(node, spec_of(1))
+    assert written.wait(60)
+    assert node.move(key_of(1), TierName.DISK)
+    moved.set()
+    node.flush(60)
+    assert node.contains(key_of(1)) == [TierName.DISK]
 
 
 def test_move_down_and_up(node: KvNode, disk: DictTier) -> None:
