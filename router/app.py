@@ -20,7 +20,8 @@ from tandem.router.grpc_api import GrpcServer
 from tandem.router.http_app import ROUTES, HttpApp
 from tandem.router.http_protocol import BoundedHttp
 from tandem.router.metrics import RouterMetrics
-from tandem.router.replicas import ALONE, Replica, listen
+from tandem.router.replicas import ALONE, Replica, listen, process_name
+from tandem.router.request_log import RequestLog
 from tandem.router.served_model import ServedModel
 from tandem.router.service import Service
 from tandem.router.session import SILENCE_S
@@ -28,6 +29,7 @@ from tandem.router.settings import RouterConfig
 from tandem.router.shared_service import SharedService
 from tandem.router.siblings import Siblings
 from tandem.router.tenants import Tenants
+from tandem.router.throughput import tell_regularly
 from tandem.router.workers import Fleet
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class Router:
                 caller_of=self._caller_of,
                 room=lambda tokens: self.service.admission.idle,
             )
+        if config.log_requests and config.log_level in ("debug", "info"):
+            self.service.log = RequestLog(process_name(replica))
         self.app = HttpApp(self.service, self.tenants, self.accounts)
         self.port = config.port
         self.grpc: GrpcServer | None = None
@@ -118,6 +122,8 @@ class Router:
             await self.grpc.start()
         self._tasks.append(asyncio.create_task(self._announce(), name="announce"))
         self._tasks.append(asyncio.create_task(self.service.pump_regularly(), name="admission"))
+        if self.service.log is not None:
+            self._tasks.append(asyncio.create_task(tell_regularly(self.service, self.service.log), name="throughput"))
         if self.tenants is not None:
             self._tasks.append(asyncio.create_task(self.tenants.watch(), name="tenants"))
         await self._server.listening.wait()
@@ -144,6 +150,8 @@ class Router:
         await self.siblings.close()
         await self.fleet.stop()
         self.service.close()
+        if self.service.log is not None:
+            self.service.log.close()
         self.model.text.close()
 
     async def serve_until(self, stopped: asyncio.Event) -> None:

@@ -139,10 +139,14 @@ class Call:
             self._wake()
 
     def prompt_computed(self, choice: Choice) -> None:
+        metrics = self.context.metrics
+        metrics.prompt_tokens_seen += len(choice.spec.sequence.prompt.token_ids)
+        metrics.cached_tokens_seen += sum(choice.cached_by_tier.values())
         self._uncached_tokens += len(choice.spec.sequence.prompt.token_ids) - sum(choice.cached_by_tier.values())
         self.context.admission.computed(self._ticket, self._uncached_tokens)
 
     def produced(self, tokens: int) -> None:
+        self.context.metrics.output_tokens_seen += tokens
         self.context.admission.produced(self._ticket, tokens)
 
     def retry(self, choice: Choice, reason: str, *, fault: bool) -> None:

@@ -108,6 +108,14 @@ class InferenceService:
                 metrics.requests.inc(exchange.method, status)
                 if status == "CANCELLED":
                     metrics.disconnects.inc()
+                self._service.note_request(
+                    request_id=exchange.request_id,
+                    tenant=exchange.caller.tenant,
+                    arrived=exchange.arrived,
+                    call=exchange.method,
+                    status=status,
+                    generates=method.generates,
+                )
 
         return answer
 

@@ -52,6 +52,8 @@ OPEN_PATHS = frozenset({"/healthz", "/health", "/readyz"})
 """Need no API key: probes have none."""
 ADMIN_PATHS = frozenset({"/metrics"})
 """Tell of all tenants: where some tenant is `admin`, only those may read them."""
+QUIET_PATHS = OPEN_PATHS | ADMIN_PATHS
+"""Asked every few seconds by machines: they leave no lines in the log."""
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
 
 
@@ -81,6 +83,15 @@ class HttpApp:
             exchange.release()
             endpoint = exchange.path if exchange.path in ROUTES else "other"
             metrics.requests.inc(endpoint, str(exchange.status))
+            if exchange.path not in QUIET_PATHS:
+                self._service.note_request(
+                    request_id=exchange.request_id,
+                    tenant=exchange.caller.tenant if exchange.accounts is not None else "",
+                    arrived=exchange.arrived,
+                    call=f"{exchange.method} {exchange.path}",
+                    status=str(exchange.status),
+                    generates=exchange.path in GENERATING,
+                )
 
     async def _answer(self, exchange: Exchange) -> None:
         headers: Headers = []

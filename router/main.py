@@ -9,7 +9,7 @@ import signal
 from collections.abc import Sequence
 
 from tandem.common.settings import parse_settings
-from tandem.router.replicas import ALONE, Replica, on_parent_death, run_replicas
+from tandem.router.replicas import ALONE, Replica, on_parent_death, process_name, run_replicas
 from tandem.router.settings import RouterConfig
 
 EXAMPLES = (
@@ -72,8 +72,7 @@ async def _serve(config: RouterConfig, replica: Replica) -> None:
     from tandem.router.http_protocol import allow_many_connections
 
     allow_many_connections()
-    name = "router" if replica.count == 1 else f"router/{replica.index}"
-    telemetry.set_up_logging(name, config.log_level)
+    telemetry.set_up_logging(process_name(replica), config.log_level)
     telemetry.set_up_tracing("router", f"router-{os.getpid()}")
     router = Router(config, replica)
     spare_collector()

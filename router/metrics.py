@@ -69,6 +69,9 @@ class RouterMetrics:
             "tandem_router_client_disconnects", "Clients that went away before the end", registry=registry
         )
 
+        self.prompt_tokens_seen = self.cached_tokens_seen = self.output_tokens_seen = 0
+        """So far, as they come: the counters above move when a request ends."""
+
     def watch(self, fleet: Fleet) -> None:
         self.registry.register(_FleetCollector(fleet))
 

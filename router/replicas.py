@@ -43,6 +43,11 @@ class Replica:
 ALONE = Replica()
 
 
+def process_name(replica: Replica) -> str:
+    """In logs and metrics."""
+    return "router" if replica.count == 1 else f"router-{replica.index}"
+
+
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A bound TCP socket; `shared`: others of this user may bind the same port. Raises ConfigError."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)

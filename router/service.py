@@ -26,6 +26,7 @@ from tandem.router.dispatch import Dispatcher
 from tandem.router.explain import Explain
 from tandem.router.generate import Call
 from tandem.router.metrics import RouterMetrics
+from tandem.router.request_log import RequestLog, request_values
 from tandem.router.served_model import ServedModel
 from tandem.router.settings import RouterConfig
 from tandem.router.siblings import Siblings
@@ -68,6 +69,8 @@ class Service:
         directory = config.kv_directory or config.kv_store
         self.store = StoreView.open(directory, secret) if directory else None
         """None: where the KV store holds what is not known here."""
+        self.log: RequestLog | None = None
+        """None: requests leave no lines in the log."""
         self.draining = False
         self._router_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
@@ -97,6 +100,27 @@ class Service:
             admission=self.admission,
         )
 
+    def note_request(
+        self, *, request_id: str, tenant: str, arrived: float, call: str, status: str, generates: bool
+    ) -> None:
+        """Its line in the log, once it is over. `arrived`: time.monotonic()."""
+        if self.log is None:
+            return
+        record = self.explain.find(request_id, tenant) if generates else None
+        if record is not None and record.arrived != arrived:  # of an earlier request with this id
+            record = None
+        total_s = time.monotonic() - arrived
+        values = request_values(
+            record,
+            request_id=request_id,
+            tenant=tenant,
+            call=call,
+            status=status,
+            model=self.model.name,
+            total_s=total_s,
+        )
+        self.log.note("request", values)
+
     def close(self) -> None:
         if self.store is not None:
             self.store.close()
@@ -109,6 +133,11 @@ class Service:
     def max_model_len(self) -> int:
         """Tokens of prompt and output together: what every connected decode worker can hold."""
         return min([self.model.max_position_embeddings, *self.fleet.max_model_lens])
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences, those that wait included."""
+        return self._in_flight
 
     def check_load(self, sequences: int = 1) -> None:
         """Raises TandemError `overloaded` where `sequences` more would be too many."""
@@ -165,6 +194,7 @@ class Service:
         finally:
             call.close()
             usage = call.usage()
+            record.cached_tokens, record.output_tokens = usage.cached_tokens, usage.completion_tokens
             if record.finished_s is None:
                 record.finished(call.error.code if call.error is not None else "ok" if call.finished else "cancelled")
             if charge is not None:

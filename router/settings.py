@@ -77,6 +77,8 @@ class FrontDoorSettings:
     """Process: how it ends, and what it tells."""
     drain_grace_s: float = 30.0
     """On Ctrl-C or SIGTERM: how long running requests may take before they are aborted."""
+    log_requests: bool = True
+    """One line in the log per request (no prompts, no keys) and one every 10 s of work. False: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Of this project's own loggers."""
 
