@@ -24,6 +24,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
 
+from tandem.common.constraint_limits import MAX_LEXER_STATES, MAX_ROW_ITEMS
 from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint
 from tandem.engine.store.threads import Workers
@@ -36,9 +37,8 @@ MAX_COMPILED = 64
 """Compiled constraints that are kept: those last used."""
 MAX_QUEUED = 1024
 COMPILE_STOP_S = 2.0
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-"""States take 1 to 2 kB each and belong to one request. The limits on the work of one step, 20 ms at most, are the
-library's own."""
+_LIMITS = LLParserLimits(max_items_in_row=MAX_ROW_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+"""The limits on the work of one step, 20 ms at most, are the library's own."""
 _THREADS = min((os.cpu_count() or 1) // 4, 8)
 
 Bits = npt.NDArray[np.int32]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.common.sampling import Constraint
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
-from tandem.router.constraints import constraint_of
+from tandem.router.constraints import CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import ChatBody, template_variables
 from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
@@ -29,7 +28,7 @@ class ChatPlan:
 
 async def chat_prompt(
     body: ChatBody, service: Service, caller: Caller, *, any_length: bool = False
-) -> tuple[Prompt, ToolUse | None, Constraint | None]:
+) -> tuple[Prompt, ToolUse | None, CheckedConstraint | None]:
     """What the model reads, the tools that it may call, and what its output must match. `any_length`: also what is too
     long for the model.
 
@@ -38,13 +37,13 @@ async def chat_prompt(
     model = service.model
     model.check_name(body.model)
     body.check()
-    answer = await constraint_of(body)
+    answer = await constraint_of(body, model.text)
     tools = await tool_use(
         body.tools,
         body.tool_choice,
         parallel=body.parallel_tool_calls is not False,
         format=model.template.tool_format if model.template else None,
-        token_id=model.text.token_id,
+        text=model.text,
         answer=answer,
     )
     text = model.render_chat(
@@ -61,7 +60,7 @@ async def chat_prompt(
 async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPlan:
     """Raises TandemError naming the field."""
     model = service.model
-    prompt, tools, constraint = await chat_prompt(body, service, caller)
+    prompt, tools, checked = await chat_prompt(body, service, caller)
     completion_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_tokens(
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
@@ -77,7 +76,7 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         vocab_size=model.vocab_size,
         max_tokens=max_tokens,
         logprobs=_logprobs(body),
-        constraint=constraint,
+        constraint=checked.constraint if checked else None,
     )
     marked = tools is not None and any(map(model.text.is_special, tools.format.marks))
     spec = ChoiceSpec(
@@ -86,6 +85,7 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False and not marked,
         keep_tokens=bool(body.return_token_ids) or sampling.logprobs is not None,
+        ignored=checked.ignored if checked else (),
     )
     return ChatPlan(spec, tools)
 

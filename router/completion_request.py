@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tandem.common.sampling import Constraint
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec, with_seeds
-from tandem.router.constraints import constraint_of
+from tandem.router.constraints import CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import MAX_CHOICES, CompletionBody
 from tandem.router.named_contexts import recipe
@@ -26,10 +25,10 @@ async def plan_completion(body: CompletionBody, service: Service, caller: Caller
     prompts = await _prompts_after_context(body, service, caller)
     if len(prompts) * n > MAX_CHOICES:
         raise invalid("prompt", f"x n may make at most {MAX_CHOICES} choices, got {len(prompts) * n}")
-    constraint = await constraint_of(body)
+    checked = await constraint_of(body, service.model.text)
     choices: list[ChoiceSpec] = []
     for prompt in prompts:
-        choices += with_seeds(_spec(body, prompt, service, caller, constraint), n)
+        choices += with_seeds(_spec(body, prompt, service, caller, checked), n)
     return choices
 
 
@@ -68,7 +67,7 @@ async def _prompts(
 
 
 def _spec(
-    body: CompletionBody, prompt: Prompt, service: Service, caller: Caller, constraint: Constraint | None
+    body: CompletionBody, prompt: Prompt, service: Service, caller: Caller, checked: CheckedConstraint | None
 ) -> ChoiceSpec:
     score_only = bool(body.echo) and body.max_tokens == 0
     max_tokens = output_tokens(
@@ -86,7 +85,7 @@ def _spec(
         max_tokens=max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
-        constraint=constraint,
+        constraint=checked.constraint if checked else None,
     )
     return ChoiceSpec(
         SequenceSpec(prompt, sampling, caller, body.cache_salt or "", caller.priority(body.priority)),
@@ -95,4 +94,5 @@ def _spec(
         skip_special_tokens=body.skip_special_tokens is not False,
         keep_tokens=bool(body.return_token_ids) or sampling.logprobs is not None,
         no_output=score_only,
+        ignored=checked.ignored if checked else (),
     )

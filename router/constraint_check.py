@@ -1,4 +1,4 @@
-"""Asks another process whether a constraint can be used, and survives the answer.
+"""Asks another process to prepare a constraint and to say whether it can be used, and survives the answer.
 
 A hostile grammar costs the process of `constraint_process.py`, which is started again, and never the router or its
 event loop. Answers are kept, bad ones too, so that sending the same bomb again costs nothing.
@@ -7,7 +7,6 @@ event loop. Answers are kept, bad ones too, so that sending the same bomb again 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import select
 import signal
@@ -16,9 +15,13 @@ import sys
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.common.sampling import Constraint
+from tandem.router.structured.prepare import SchemaOptions
 
 PROCESSES = 2
 """Checks at once: one that runs long does not hold up the others. They are started when they are needed."""
@@ -28,6 +31,34 @@ MAX_KEPT = 128
 """Answers."""
 PATIENCE_S = 30.0
 """For an answer on a busy machine; what a check may cost is bounded in processor time."""
+_TRIES = 2
+_NESTED = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT})
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    tokenizer: str = ""
+    """Path of the model's tokenizer.json, with which output is tried. Empty: it is not."""
+    options: SchemaOptions = field(default_factory=SchemaOptions)
+    """Of a schema."""
+    prefix: str = "s"
+    """Of the names of rules that a schema becomes; lower case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    problem: str = ""
+    """Empty: it can be used."""
+    expression: str = ""
+    """Of a schema, in Lark: `%json` and the prepared schema, or one of `rules`."""
+    rules: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    """Places in a schema that the output is not held to."""
+
+
+_DECODER = msgspec.json.Decoder(Answer)
 
 
 class ConstraintCheck:
@@ -36,31 +67,48 @@ class ConstraintCheck:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(PROCESSES, "constraint-check")
         self._mine = threading.local()
-        self._known: OrderedDict[Constraint, str] = OrderedDict()
+        self._known: OrderedDict[Question, Answer] = OrderedDict()
         self._waiting = 0
 
-    async def problem(self, constraint: Constraint) -> str:
-        """Empty if it can be used. Raises TandemError `overloaded`, `unavailable` where that cannot be said now."""
-        known = self._known.get(constraint)
+    async def answer(self, question: Question) -> Answer:
+        """Raises TandemError `overloaded`, `unavailable` where none can be had now."""
+        known = self._known.get(question)
         if known is not None:
-            self._known.move_to_end(constraint)
+            self._known.move_to_end(question)
             return known
         if self._waiting >= MAX_WAITING:
             raise TandemError("overloaded", "too many schemas and grammars wait to be checked", retry_after_s=1.0)
         self._waiting += 1
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, constraint)
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, question)
         except OSError as error:
             raise TandemError("unavailable", f"constraints cannot be checked ({error})", retry_after_s=1.0) from error
         finally:
             self._waiting -= 1
-        self._known[constraint] = found
+        self._known[question] = found
         if len(self._known) > MAX_KEPT:
             self._known.popitem(last=False)
         return found
 
-    def _ask(self, constraint: Constraint) -> str:
-        """On a thread of ours, each of which has a process. Raises OSError where none can be had."""
+    def _ask(self, question: Question) -> Answer:
+        """On a thread of ours, each of which has a process. Raises OSError where none can be started."""
+        for _ in range(_TRIES):
+            process = self._process()
+            line = _exchanged(process, msgspec.json.encode(question) + b"\n")
+            if line is None:
+                process.kill()
+                process.wait()
+                return Answer(f"it cannot be checked within {PATIENCE_S:.0f} s; make it smaller")
+            if line:
+                return _DECODER.decode(line)
+            status = -process.wait()
+            if status == signal.SIGPROF:
+                return Answer("it takes too long to compile; make it smaller")
+            if status in _NESTED:
+                return Answer("it is nested too deeply or needs too much memory; make it smaller")
+        return Answer(f"it ended the process that checks it, {_TRIES} times (status {-status}); make it smaller")
+
+    def _process(self) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] | None = getattr(self._mine, "process", None)
         if process is None or process.poll() is not None:
             process = self._mine.process = subprocess.Popen(
@@ -69,27 +117,19 @@ class ConstraintCheck:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps([constraint.kind, constraint.text]).encode() + b"\n")
-            process.stdin.flush()
-            line = _line(process.stdout.fileno())
-        except BrokenPipeError:
-            line = b""
-        if line is None:
-            process.kill()
-            process.wait()
-            raise TimeoutError(f"no answer within {PATIENCE_S:.0f} s")
-        if line:
-            found: str = json.loads(line)
-            return found
-        status = process.wait()
-        if status >= 0:
-            raise OSError(f"their process ended with status {status}")
-        if status == -signal.SIGPROF:
-            return "it takes too long to compile; make it smaller"
-        return "it is nested too deeply or needs too much memory; make it smaller"
+        return process
+
+
+def _exchanged(process: subprocess.Popen[bytes], line: bytes) -> bytes | None:
+    """The line that answers; empty where the process has ended, None where nothing comes."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return b""
+    return _line(process.stdout.fileno())
 
 
 def _line(descriptor: int) -> bytes | None:

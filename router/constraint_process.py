@@ -1,4 +1,4 @@
-"""The process that checks constraints: the same library that the workers use, where it can harm nobody.
+"""The process that prepares and checks constraints: the same library that the workers use, where it can harm nobody.
 
 Its compiler can be made to run long, to fill memory or to overflow its stack, which ends the process that it runs in.
 So the router keeps it out of its own (`constraint_check.py` starts this one and reads its answers). Imports little, so
@@ -8,13 +8,21 @@ that it starts quickly.
 from __future__ import annotations
 
 import json
+import random
+import re
 import resource
 import signal
 import sys
 import threading
-from typing import BinaryIO
+import time
+from functools import lru_cache
+from typing import Any, BinaryIO
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from tandem.common.constraint_limits import MAX_LEXER_STATES, MAX_ROW_ITEMS
+from tandem.router.structured.lark import endless
+from tandem.router.structured.prepare import SchemaOptions, prepare
 
 CPU_S = 2.0
 """Of one check; then the process is ended by SIGPROF. The largest schemas of good will take a tenth."""
@@ -22,32 +30,120 @@ MEMORY_BYTES = 2 << 30
 """Of address space; the process itself has about a quarter of it."""
 STACK_BYTES = 2 << 20
 """A quarter of what threads have elsewhere, so that what passes here is safe in a worker."""
+WALKS = 2
+WALK_TOKENS = 48
+WALK_S = 0.1
+"""Processor time of all walks."""
+_PLACE = re.compile(r"^at \d+\(\d+\): (?=failed to compile JSON schema)|\n +\d+ \| start: %json.*", re.DOTALL)
+_LIMITS = LLParserLimits(max_items_in_row=MAX_ROW_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
 
-def problem(kind: str, text: str) -> str:
-    """Empty if it can be used. Tokens named by id are left to the worker, which knows the vocabulary."""
+def answered(question: dict[str, Any]) -> dict[str, Any]:
+    """`problem`: empty if it can be used. Of a schema that can: `expression`, `rules` and `ignored` too."""
     try:
-        match kind:
-            case "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(text)
-            case "regex":
-                grammar = LLMatcher.grammar_from_regex(text)
-            case _:
-                grammar = LLMatcher.grammar_from_lark(text)
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+        return _used(question)
+    except RecursionError:
+        return {"problem": "it is nested too deeply"}
     except ValueError as error:
-        return str(error)[:200]
+        return {"problem": _in_one_line(str(error))}
     except BaseException as error:  # a panic of the library is no Exception
-        return f"the compiler fails on it ({type(error).__name__})"
-    return " ".join(messages[0].split())[:200] or "it is malformed" if wrong else ""
+        return {"problem": f"the compiler fails on it ({type(error).__name__})"}
+
+
+def _used(question: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError, RecursionError, and what the library does not catch."""
+    kind, text, tokenizer = question["kind"], question["text"], question["tokenizer"]
+    if kind != "json_schema":
+        _warnings(text if kind == "lark" else _regex_as_lark(text), tokenizer)
+        return {"problem": ""}
+    prepared = prepare(text, SchemaOptions(**question["options"]), question["prefix"], _pattern_problem)
+    warnings = _warnings("\n".join([f"start: {prepared.expression}", *prepared.rules]), tokenizer)
+    coerced = ["oneOf (taken as anyOf)"] if any("oneOf" in warning for warning in warnings) else []
+    ignored = [*prepared.ignored, *coerced]
+    return {"problem": "", "expression": prepared.expression, "rules": prepared.rules, "ignored": ignored}
+
+
+def _regex_as_lark(regex: str) -> str:
+    lark: str = json.loads(LLMatcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"]
+    return lark
+
+
+def _warnings(lark: str, tokenizer: str) -> list[str]:
+    """What the library says of a grammar that can be used. Raises ValueError where it cannot."""
+    if endless(lark):
+        raise ValueError("no text that ends can match it: its rules need themselves")
+    vocabulary = _vocabulary(tokenizer)
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark), vocabulary)
+    if wrong:
+        raise ValueError(messages[0] or "it is malformed")
+    if vocabulary is not None:
+        _walk(lark, vocabulary)
+    return messages
+
+
+def _walk(lark: str, vocabulary: LLTokenizer) -> None:
+    """Writes output as a model without sense would. Raises ValueError where it cannot go on."""
+    matcher = LLMatcher(
+        vocabulary,
+        LLMatcher.grammar_from_lark(f'{lark}\n%llguidance {{"no_forcing": true}}'),
+        log_level=0,
+        limits=_LIMITS,
+    )
+    ends = frozenset(vocabulary.eos_tokens)
+    until = time.thread_time() + WALK_S
+    for seed in range(WALKS):
+        draw, one = random.Random(seed), matcher.deep_copy()
+        for _ in range(WALK_TOKENS):
+            token = -1 if one.is_error() or one.is_stopped() else _any_of(one.compute_bitmask(), draw, ends)
+            if one.is_error():
+                reason = one.get_error().splitlines()[0]
+                raise ValueError(
+                    "no text can match it" if reason == "NoExtensionBias" else f"it takes too much: {reason}"
+                )
+            if token < 0 or time.thread_time() > until:
+                break
+            one.consume_token(token)
+
+
+def _any_of(mask: bytes, draw: random.Random, ends: frozenset[int]) -> int:
+    """A token that the mask allows; -1 where there is none but an end."""
+    start = draw.randrange(len(mask))
+    for place in [*range(start, len(mask)), *range(start)]:
+        bits = mask[place]
+        allowed = [8 * place + bit for bit in range(8) if bits >> bit & 1] if bits else []
+        if allowed := [token for token in allowed if token not in ends]:
+            chosen: int = draw.choice(allowed)
+            return chosen
+    return -1
+
+
+def _pattern_problem(pattern: str) -> str:
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "pattern": pattern}))
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return _in_one_line(messages[0]) if wrong else ""
+
+
+@lru_cache(maxsize=2)
+def _vocabulary(path: str) -> LLTokenizer | None:
+    """None where it cannot be read: then the worker is the first to know what its tokens make of a grammar."""
+    try:
+        return LLTokenizer(path) if path else None
+    except ValueError:
+        return None
+
+
+def _in_one_line(text: str) -> str:
+    """Without the place in a grammar that the client has not written."""
+    return " ".join(_PLACE.sub("", text).split())[:200] or "it is malformed"
 
 
 def answer(questions: BinaryIO, answers: BinaryIO) -> None:
     """One line of JSON for each, until there are no more."""
     for line in questions:
-        kind, text = json.loads(line)
+        question = json.loads(line)
+        _vocabulary(question["tokenizer"])  # takes a second where it is large, which is not the question's fault
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
-        found = problem(kind, text)
+        found = answered(question)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(found).encode() + b"\n")
         answers.flush()

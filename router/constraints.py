@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 from tandem.common.sampling import Constraint
-from tandem.router.constraint_check import CHECK
+from tandem.router.constraint_check import CHECK, Answer, Question
 from tandem.router.sampling_fields import SamplingFields, invalid
+from tandem.router.structured.prepare import WHITESPACE, SchemaOptions
+from tandem.router.tokenizer import ModelText
 from tandem.router.tools.grammar import literal
 
 MAX_CONSTRAINT_CHARACTERS = 128 * 1024
 """Of a schema, expression or grammar. OpenAI's limit on schemas is about the same."""
 MAX_CHOICES_LISTED = 1024
-
-_WHITESPACE = r"[ \n\r\t]{0,16}"
-"""Between two tokens of JSON. Bounded: a weak model left alone likes to write blanks for ever."""
 
 
 class JsonSchemaFormat(msgspec.Struct):
@@ -38,14 +38,16 @@ class ResponseFormat(msgspec.Struct):
 
 
 class StructuredOutputs(msgspec.Struct):
-    """vLLM's. At most one of them."""
+    """vLLM's. At most one of those that say what the output must be; the others are options of a JSON schema."""
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    whitespace_pattern: Any = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
     structural_tag: Any = None
 
 
@@ -57,10 +59,21 @@ class ConstraintFields(SamplingFields, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     structured_outputs: StructuredOutputs | None = None
 
 
-async def constraint_of(fields: ConstraintFields) -> Constraint | None:
+@dataclass(frozen=True, slots=True)
+class CheckedConstraint:
+    constraint: Constraint
+    ignored: tuple[str, ...] = ()
+    """Fields that the output is not held to, by their names."""
+    expression: str = ""
+    """Of a schema: itself as part of a grammar in Lark, together with `rules`."""
+    rules: tuple[str, ...] = ()
+
+
+async def constraint_of(fields: ConstraintFields, text: ModelText) -> CheckedConstraint | None:
     """Raises TandemError `invalid_request` where it cannot be used, or where more than one is asked for."""
     found = _found(fields)
     if not found:
@@ -68,28 +81,59 @@ async def constraint_of(fields: ConstraintFields) -> Constraint | None:
     if len(found) > 1:
         raise invalid(found[1][0], f"cannot be combined with {found[0][0]}; one of them says what the output must be")
     param, constraint = found[0]
-    await check(constraint, param)
-    return constraint
+    if constraint.kind == "json_schema":
+        return await checked_schema(constraint.text, _options(fields), param, text, place=_PLACES.get(param, param))
+    await check(constraint, param, text)
+    return CheckedConstraint(constraint)
 
 
-async def check(constraint: Constraint, param: str) -> None:
-    """Raises TandemError `invalid_request` naming `param`."""
-    size = len(constraint.text)
+async def check(constraint: Constraint, param: str, text: ModelText) -> None:
+    """Of an expression or a grammar. Raises TandemError `invalid_request` naming `param`."""
+    await _answer(Question(constraint.kind, constraint.text, str(text.path)), param)
+
+
+async def checked_schema(
+    schema: str, options: SchemaOptions, param: str, text: ModelText, *, prefix: str = "s", place: str = ""
+) -> CheckedConstraint:
+    """`prefix`: of the names of its rules, in a grammar that holds several. `place`: where in the request the schema
+    is; empty: `param`.
+
+    Raises TandemError `invalid_request` naming `param`.
+    """
+    answer = await _answer(Question("json_schema", schema, str(text.path), options, prefix), param)
+    if answer.rules:
+        constraint = Constraint("lark", "\n".join([f"start: {answer.expression}", *answer.rules]))
+    else:
+        constraint = Constraint("json_schema", answer.expression.removeprefix("%json "))
+    ignored = tuple(f"{place or param}.{at}" for at in answer.ignored)
+    return CheckedConstraint(constraint, ignored, answer.expression, answer.rules)
+
+
+async def _answer(question: Question, param: str) -> Answer:
+    size = len(question.text)
     if size > MAX_CONSTRAINT_CHARACTERS:
         raise invalid(param, f"may have at most {MAX_CONSTRAINT_CHARACTERS} characters, got {size}")
-    problem = await CHECK.problem(constraint)
-    if problem:
-        raise invalid(param, f"cannot be used: {problem}")
+    answer = await CHECK.answer(question)
+    if answer.problem:
+        raise invalid(param, f"cannot be used: {answer.problem}")
+    return answer
 
 
-def json_constraint(schema: dict[str, Any], *, lenient: bool = False) -> Constraint:
-    return Constraint("json_schema", json_schema_text(schema, lenient=lenient))
+_PLACES = {"response_format": "response_format.json_schema.schema"}
+"""Of schemas, where errors name a field around them."""
 
 
-def json_schema_text(schema: dict[str, Any], *, lenient: bool) -> str:
-    """`lenient`: keywords that masks cannot enforce are ignored instead of refused."""
-    options = {"whitespace_pattern": _WHITESPACE, "coerce_one_of": True, "lenient": lenient}
-    return json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+def _options(fields: ConstraintFields) -> SchemaOptions:
+    wanted = fields.response_format and fields.response_format.json_schema
+    given = fields.structured_outputs or StructuredOutputs()
+    whitespace = fields.guided_whitespace_pattern or given.whitespace_pattern
+    if whitespace is None and given.disable_any_whitespace is not None:
+        whitespace = "" if given.disable_any_whitespace else WHITESPACE
+    return SchemaOptions(
+        lenient=not (wanted and wanted.strict),
+        closed=given.disable_additional_properties is not False,
+        whitespace=whitespace,
+    )
 
 
 def _found(fields: ConstraintFields) -> list[tuple[str, Constraint]]:
@@ -102,15 +146,14 @@ def _found(fields: ConstraintFields) -> list[tuple[str, Constraint]]:
     ]
     given = fields.structured_outputs
     if given is not None:
-        for name in ("whitespace_pattern", "structural_tag"):
-            if getattr(given, name) is not None:
-                raise invalid(f"structured_outputs.{name}", "is not supported")
+        if given.structural_tag is not None:
+            raise invalid("structured_outputs.structural_tag", "is not supported")
         found += [
             ("structured_outputs.json", _json("structured_outputs.json", given.json)),
             ("structured_outputs.regex", _regex(given.regex)),
             ("structured_outputs.choice", _choice("structured_outputs.choice", given.choice)),
             ("structured_outputs.grammar", _grammar(given.grammar)),
-            ("structured_outputs.json_object", json_constraint({"type": "object"}) if given.json_object else None),
+            ("structured_outputs.json_object", _schema({"type": "object"}) if given.json_object else None),
         ]
     return [(param, constraint) for param, constraint in found if constraint is not None]
 
@@ -119,21 +162,30 @@ def _response_format(given: ResponseFormat | None) -> Constraint | None:
     if given is None or given.type == "text":
         return None
     if given.type == "json_object":
-        return json_constraint({"type": "object"})
+        return _schema({"type": "object"})
     if given.json_schema is None or given.json_schema.schema is None:
         raise invalid("response_format.json_schema.schema", "is required with type json_schema")
-    return json_constraint(given.json_schema.schema, lenient=given.json_schema.strict is False)
+    return _schema(given.json_schema.schema)
 
 
 def _json(param: str, given: dict[str, Any] | str | None) -> Constraint | None:
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise invalid(param, f"is not valid JSON: {str(error)[:120]}") from error
-        if not isinstance(given, dict):
-            raise invalid(param, "must be a JSON schema, which is an object")
-    return None if given is None else json_constraint(given)
+    if not isinstance(given, str):
+        return None if given is None else _schema(given)
+    try:
+        schema = json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise invalid(param, f"is not valid JSON: {str(error)[:120]}") from error
+    if not isinstance(schema, dict):
+        raise invalid(param, "must be a JSON schema, which is an object")
+    return Constraint("json_schema", given)  # as it came: the numbers are exact in it
+
+
+def _schema(schema: dict[str, Any]) -> Constraint:
+    return Constraint("json_schema", schema_text(schema))
+
+
+def schema_text(schema: dict[str, Any]) -> str:
+    return json.dumps(schema, ensure_ascii=False)
 
 
 def _regex(given: str | None) -> Constraint | None:
@@ -149,4 +201,4 @@ def _choice(param: str, given: Sequence[str] | None) -> Constraint | None:
         return None
     if not given or not all(given) or len(given) > MAX_CHOICES_LISTED:
         raise invalid(param, f"must hold 1 to {MAX_CHOICES_LISTED} strings, none of them empty")
-    return Constraint("lark", "start: " + " | ".join(map(literal, given)))
+    return Constraint("lark", "start: " + " | ".join(map(literal, dict.fromkeys(given))))

@@ -25,16 +25,16 @@ class ModelText:
     """Tokenizer of one model. Safe to use from several threads, but for `encode`."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        self.path = folder / "tokenizer.json"
+        if not self.path.is_file():
             raise ConfigError(
-                f"{path}: is missing; where there is only tokenizer.model or vocab.json, make it with transformers: "
+                f"{self.path}: is missing; where there is only tokenizer.model or vocab.json, make it with transformers: "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{path}: cannot be used as a tokenizer ({str(error)[:200]})") from error
+            raise ConfigError(f"{self.path}: cannot be used as a tokenizer ({str(error)[:200]})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")

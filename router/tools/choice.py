@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 from tandem.common.sampling import Constraint
-from tandem.router.constraints import check, json_schema_text
+from tandem.router.constraints import CheckedConstraint, check, checked_schema, schema_text
 from tandem.router.sampling_fields import invalid, shown
+from tandem.router.structured.prepare import SchemaOptions
+from tandem.router.tokenizer import ModelText
 from tandem.router.tools.events import ToolParser
 from tandem.router.tools.formats import ToolFormat
 from tandem.router.tools.grammar import literal
@@ -58,7 +59,7 @@ class ToolUse:
 
     format: ToolFormat
     tools: tuple[Tool, ...]
-    constraint: Constraint | None
+    constraint: CheckedConstraint | None
 
     @property
     def for_template(self) -> list[dict[str, Any]]:
@@ -74,8 +75,8 @@ async def tool_use(
     *,
     parallel: bool,
     format: ToolFormat | None,
-    token_id: Callable[[str], int | None],
-    answer: Constraint | None = None,
+    text: ModelText,
+    answer: CheckedConstraint | None = None,
 ) -> ToolUse | None:
     """None where no call can come out. `answer`: what the output must be where it is no call.
 
@@ -98,7 +99,7 @@ async def tool_use(
     must_call = choice not in (None, "auto")
     constraint = None
     if must_call or answer is not None:
-        constraint = await _constraint(forced, parallel, format, token_id, None if must_call else answer)
+        constraint = await _constraint(forced, parallel, format, text, None if must_call else answer)
     return ToolUse(format, tuple(tools), constraint)
 
 
@@ -125,34 +126,36 @@ def _check_tools(tools: list[Tool]) -> None:
 
 
 async def _constraint(
-    tools: list[Tool],
-    parallel: bool,
-    format: ToolFormat,
-    token_id: Callable[[str], int | None],
-    answer: Constraint | None,
-) -> Constraint:
+    tools: list[Tool], parallel: bool, format: ToolFormat, text: ModelText, answer: CheckedConstraint | None
+) -> CheckedConstraint:
     def mark(token: str) -> str:
-        found = token_id(token)
+        found = text.token_id(token)
         return literal(token) if found is None else f"<[{found}]>"
 
     lines: list[str] = []
+    ignored: list[str] = []
+    calls: list[tuple[str, str]] = []
     for index, tool in enumerate(tools):
-        schema = _arguments_schema(tool)
-        await check(Constraint("json_schema", schema), f"tools[{index}].function.parameters")
-        lines.append(f"arguments_{index}: %json {schema}")
-    calls = [(tool.function.name, f"arguments_{index}") for index, tool in enumerate(tools)]
+        name, param = f"arguments_{index}", f"tools[{index}].function.parameters"
+        options = SchemaOptions(lenient=not tool.function.strict)
+        arguments = await checked_schema(_arguments_schema(tool), options, param, text, prefix=f"{name}_")
+        lines += [f"{name}: {arguments.expression}", *arguments.rules]
+        ignored += arguments.ignored
+        calls.append((tool.function.name, name))
     start = "start: calls"
     if answer is not None:
-        if answer.kind != "json_schema":
+        if not answer.expression:
             raise invalid("tools", "with tool_choice auto can be combined with a JSON schema for the answer only")
-        start += f" | %json {answer.text}"
+        start += f" | {answer.expression}"
+        lines += answer.rules
+        ignored += answer.ignored
     constraint = Constraint("lark", "\n".join([start, *format.rules(calls, parallel, mark), *lines]))
-    await check(constraint, "tools")
-    return constraint
+    await check(constraint, "tools", text)
+    return CheckedConstraint(constraint, tuple(ignored))
 
 
 def _arguments_schema(tool: Tool) -> str:
     schema = tool.function.parameters
     if schema is None:
-        schema = {"properties": {}, "additionalProperties": False}
-    return json_schema_text({"type": "object", **schema}, lenient=not tool.function.strict)
+        schema = {"properties": {}}
+    return schema_text({"type": "object", **schema})

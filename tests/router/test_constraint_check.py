@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
 
 from tandem.common.errors import TandemError
-from tandem.common.sampling import Constraint
 from tandem.router import constraint_check
-from tandem.router.constraint_check import ConstraintCheck
+from tandem.router.constraint_check import Answer, ConstraintCheck, Question
 from tests.router.tool_models import bare_router, write_tool_model
 
 
@@ -27,34 +27,38 @@ def rules_in_a_row(count: int) -> str:
     return f'start: r0\n{rules}r{count}: "x"'
 
 
+async def problem(check: ConstraintCheck, kind: Literal["json_schema", "regex", "lark"], text: str) -> str:
+    return (await check.answer(Question(kind, text))).problem
+
+
 async def test_what_overflows_the_stack_is_refused_and_the_next_check_goes_on() -> None:
     check = ConstraintCheck()
-    assert await check.problem(Constraint("lark", rules_in_a_row(50))) == ""
-    assert "nested too deeply" in await check.problem(Constraint("lark", rules_in_a_row(4000)))
-    assert await check.problem(Constraint("regex", "a+")) == ""
-    assert "unclosed group" in await check.problem(Constraint("regex", "("))
+    assert await problem(check, "lark", rules_in_a_row(50)) == ""
+    assert "nested too deeply" in await problem(check, "lark", rules_in_a_row(4000))
+    assert await problem(check, "regex", "a+") == ""
+    assert "unclosed group" in await problem(check, "regex", "(")
 
 
 async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     doubled = "".join(f"A{index}: A{index + 1} A{index + 1}\n" for index in range(40))
-    bomb = Constraint("lark", f'start: A0\n{doubled}A40: "x"')
+    bomb = f'start: A0\n{doubled}A40: "x"'
     check = ConstraintCheck()
-    bombs, harmless = await asyncio.gather(check.problem(bomb), check.problem(Constraint("regex", "b+")))
+    bombs, harmless = await asyncio.gather(problem(check, "lark", bomb), problem(check, "regex", "b+"))
     assert ("too long" in bombs or "too big" in bombs, harmless) == (True, "")
 
     class Silent(ConstraintCheck):
-        def _ask(self, constraint: Constraint) -> str:
+        def _ask(self, question: Question) -> Answer:
             raise AssertionError("the answer is known")
 
     check.__class__ = Silent
-    assert await check.problem(bomb) == bombs
+    assert await problem(check, "lark", bomb) == bombs
 
 
 async def test_no_more_wait_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraint_check, "MAX_WAITING", 2)
     check = ConstraintCheck()
     found = await asyncio.gather(
-        *(check.problem(Constraint("regex", "a" * (1 + index))) for index in range(5)), return_exceptions=True
+        *(problem(check, "regex", "a" * (1 + index)) for index in range(5)), return_exceptions=True
     )
     assert [answer for answer in found if isinstance(answer, str)] == ["", ""]
     refused = [answer for answer in found if not isinstance(answer, str)]

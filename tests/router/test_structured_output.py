@@ -22,7 +22,11 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-ANN = '{"name": "Ann", "age": 3}'
+ANN = '{"name":"Ann","age":3}'
+SPACED = '{"name": "Ann", "age": 3}'
+WIDE = SPACED.replace(" ", " " * 30)
+MORE = '{"name":"Ann","age":3,"more":[]}'
+OPEN = {key: value for key, value in SCHEMA.items() if key != "additionalProperties"}
 INDENTED = json.dumps(json.loads(ANN), indent=4)
 MISSING = "response_format.json_schema.schema"
 
@@ -34,18 +38,28 @@ def named(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "good", "bad"),
     [
-        ({"response_format": {"type": "json_object"}}, '{"any": [1, null]}', "[1]"),
+        ({"response_format": {"type": "json_object"}}, '{"any":[1,null,{"b":{}}]}', "[1]"),
         ({"response_format": named(SCHEMA)}, ANN, '{"name": "Ann"}'),
-        ({"response_format": named(SCHEMA)}, INDENTED, ANN.replace(" ", " " * 30)),
+        ({"response_format": named(SCHEMA)}, ANN, SPACED),
+        ({"response_format": named(OPEN)}, ANN, MORE),
+        ({"response_format": named(OPEN | {"additionalProperties": True})}, MORE, "[]"),
+        ({"response_format": named(SCHEMA | {"x-guidance": {"whitespace_flexible": True}})}, INDENTED, WIDE),
+        ({"guided_json": SCHEMA | {"x-guidance": {"item_separator": ", ?"}}}, ANN.replace(",", ", "), SPACED),
         ({"response_format": named({"oneOf": [{"const": 1}, {"const": "a"}]})}, '"a"', '"b"'),
         ({"response_format": named({"type": "array", "uniqueItems": True}, strict=False)}, "[1]", "{}"),
         ({"guided_json": SCHEMA}, ANN, "Ann"),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": " ?"}, SPACED, INDENTED),
         ({"guided_json": json.dumps(SCHEMA)}, ANN, "Ann"),
         ({"guided_regex": r"\d{3}-\d{2}"}, "123-45", "123-456"),
         ({"guided_choice": ["yes", 'no "really"\n', "é/\\"]}, 'no "really"\n', "maybe"),
         ({"guided_choice": ["yes", 'no "really"\n', "é/\\"]}, "é/\\", "yes "),
         ({"guided_grammar": 'start: "a" b\nb: "b"+'}, "abbb", "a"),
         ({"structured_outputs": {"json": SCHEMA}}, ANN, "{}"),
+        ({"structured_outputs": {"json": OPEN, "disable_additional_properties": True}}, ANN, MORE),
+        ({"structured_outputs": {"json": OPEN, "disable_additional_properties": False}}, MORE, SPACED),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, ANN, SPACED),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": False}}, INDENTED, WIDE),
+        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": "\n?"}}, '{"name":\n"Ann","age":3}', SPACED),
         ({"structured_outputs": {"json_object": True}}, "{}", "1"),
         ({"structured_outputs": {"regex": "a|b"}}, "a", "ab"),
         ({"structured_outputs": {"choice": ["a", "b"]}}, "b", "c"),
@@ -62,6 +76,34 @@ async def test_workers_are_told_what_to_enforce(house: House, fields: dict[str, 
     assert chat is not None
     assert accepts(house.model, chat, good)
     assert not accepts(house.model, chat, bad)
+
+
+async def test_what_the_output_is_not_held_to_is_named_in_a_header(house: House) -> None:
+    """zod's pattern of an address looks ahead; nothing can be ignored where strict is true."""
+    email = {"type": "string", "format": "email", "pattern": r"^(?!\.)(?!.*\.\.)([a-z]+)@([a-z]+\.)+[a-z]{2,}$"}
+    schema = {"type": "object", "properties": {"to": {"type": "array", "items": email, "uniqueItems": True}}}
+    worker, client = await house.pair()
+    names = ["properties.to.uniqueItems", "properties.to.items.pattern"]
+    for fields, place in (
+        ({"response_format": named(schema)}, "response_format.json_schema.schema"),
+        ({"response_format": named(schema, strict=False)}, "response_format.json_schema.schema"),
+        ({"guided_json": schema}, "guided_json"),
+        ({"structured_outputs": {"json": json.dumps(schema)}}, "structured_outputs.json"),
+    ):
+        for stream in (False, True):
+            body = {"messages": HELLO, "max_tokens": 2, "stream": stream, **fields}
+            answer = await client.post("/v1/chat/completions", json=body)
+            assert answer.headers["x-tandem-ignored"].split(", ") == [f"{place}.{name}" for name in names]
+        answer = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, **fields})
+        assert answer.headers["x-tandem-ignored"].split(", ") == [f"{place}.{name}" for name in names]
+    constraint = Constraint.from_proto(worker.submits[0].sampling.constraint)
+    assert constraint is not None
+    assert accepts(house.model, constraint, '{"to":["a@b.cd","a@b.cd"]}')
+    assert not accepts(house.model, constraint, '{"to":["a"]}')
+    body = {"messages": HELLO, "response_format": named(schema, strict=True)}
+    refused = await client.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
+    assert "properties.to.uniqueItems" in refused.json()["error"]["message"]
 
 
 async def test_text_and_nothing_are_no_constraint(house: House) -> None:
@@ -105,7 +147,10 @@ async def test_a_large_schema_is_checked_off_the_event_loop(house: House) -> Non
         ({"response_format": {"type": "json_schema"}}, MISSING),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, MISSING),
         ({"response_format": named({"type": "person"})}, "response_format"),
-        ({"response_format": named({"type": "array", "uniqueItems": True})}, "response_format"),
+        ({"response_format": named({"type": "array", "uniqueItems": True}, strict=True)}, "response_format"),
+        ({"response_format": named({"type": "string", "pattern": "(?!a)b"}, strict=True)}, "response_format"),
+        ({"response_format": named({"x-guidance": {"no_such": 1}})}, "response_format"),
+        ({"response_format": named({"properties": {"a": {"x-guidance": {}}}})}, "response_format"),
         ({"response_format": named({"$ref": "http://example.com/schema"})}, "response_format"),
         ({"response_format": named({"minimum": 5, "maximum": 2, "type": "integer"})}, "response_format"),
         ({"response_format": "json_object"}, "response_format"),
