@@ -28,8 +28,8 @@ class ModelText:
         self.path = folder / "tokenizer.json"
         if not self.path.is_file():
             raise ConfigError(
-                f"{self.path}: is missing; where there is only tokenizer.model or vocab.json, make it with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                f"{self.path}: is missing; where there is only tokenizer.model or vocab.json, make it with "
+                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(self.path))

@@ -18,7 +18,7 @@ from tests.router.tool_models import CLOCK, WEATHER, calls_text, saying, write_t
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="Hello")])
 SCHEMA = {"type": "object", "properties": {"id": {"type": "integer", "maximum": 2**60 + 1}}}
-PARIS = '{"city": "Paris"}'
+PARIS = '{"city":"Paris"}'
 TOOLS = [
     pb.Tool(
         name="get_weather",

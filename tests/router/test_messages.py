@@ -17,7 +17,7 @@ from tests.router.fake_worker import FakeWorker, Script
 from tests.router.tool_models import WEATHER, accepts, bare_router, calls_text, prompt_of, saying, write_tool_model
 
 URL = "/v1/messages"
-PARIS = '{"city": "Paris"}'
+PARIS = '{"city":"Paris"}'
 FUNCTION: dict[str, Any] = WEATHER["function"]  # type: ignore[assignment]
 TOOL = {"name": "get_weather", "description": FUNCTION["description"], "input_schema": FUNCTION["parameters"]}
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100}
@@ -112,7 +112,7 @@ async def test_tool_use_and_results_make_a_conversation(house: House, tmp_path_f
     ]
     await ask(client, tools=[TOOL], messages=turns)
     prompt = prompt_of(house.model, worker.submits[-1])
-    assert calls_text("hermes", ("get_weather", PARIS)) in prompt.replace('{"city":"Paris"}', PARIS)
+    assert calls_text("hermes", ("get_weather", PARIS)) in prompt.replace('{"city": "Paris"}', PARIS)
     assert "<|im_start|>tool\n22 degrees<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>" in prompt
 
 
@@ -212,12 +212,12 @@ async def test_tokens_are_counted_as_they_will_be_read(house: House, tmp_path_fa
 
 
 async def test_output_config_is_a_schema(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
-    worker, client = await pair(house, tmp_path_factory, '{"ok": true}')
+    worker, client = await pair(house, tmp_path_factory, '{"ok":true}')
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     await ask(client, output_config={"effort": "low", "format": {"type": "json_schema", "schema": schema}})
     constraint = Constraint.from_proto(worker.submits[0].sampling.constraint)
     assert constraint is not None
-    assert accepts(house.model, constraint, '{"ok": true}')
+    assert accepts(house.model, constraint, '{"ok":true}')
     assert not accepts(house.model, constraint, "yes")
 
 
