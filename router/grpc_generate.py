@@ -16,7 +16,7 @@ from tandem.router.completion_request import plan_completion
 from tandem.router.generate import Call, Usage, account_of
 from tandem.router.grpc_exchange import GrpcExchange
 from tandem.router.grpc_explain import account_message
-from tandem.router.grpc_requests import generation_body, naming
+from tandem.router.grpc_requests import generation_body, naming, our_names
 from tandem.router.http_answers import STALLED_S
 from tandem.router.http_logprobs import LOWEST
 from tandem.router.http_types import CompletionBody
@@ -71,7 +71,7 @@ async def _plan(exchange: GrpcExchange, request: pb.GenerateRequest, service: Se
         else:
             chat = await plan_chat(body, service, exchange.caller)
             plan = _Plan(with_seeds(chat.spec, body.n or 1), chat.tools)
-    exchange.ignore(name for choice in plan.choices for name in choice.ignored)
+    exchange.ignore(our_names(name for choice in plan.choices for name in choice.ignored))
     return plan
 
 

@@ -5,7 +5,7 @@ A field that has its HTTP field's name and type is copied. docs/grpc.md lists th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from tandem.proto import inference_pb2 as pb
 from tandem.router.embedding_request import EmbeddingsBody
-from tandem.router.http_errors import from_decode_error, renaming
+from tandem.router.http_errors import from_decode_error, renamed, renaming
 from tandem.router.http_types import ChatBody, CompletionBody, ContextBody, DetokenizeBody, TokenizeBody
 from tandem.router.sampling_fields import invalid
 
@@ -36,6 +36,7 @@ _NAMES = (
     (r"tools(\[\d+\])\.function", r"tools\1"),
     (r"tool_choice\.function\.name", "tool_function"),
     ("top_logprobs", "logprobs"),
+    (r"response_format(\.json_schema\.schema)?", "structured_outputs.json"),
 )
 """Of fields, in errors: HTTP's and ours."""
 
@@ -43,6 +44,16 @@ _NAMES = (
 @contextmanager
 def naming(message: Message) -> Iterator[None]:
     """Errors of what is done in it name the fields of `message`, which was made a body."""
+    with renaming(_names(message)):
+        yield
+
+
+def our_names(fields: Iterable[str]) -> list[str]:
+    """HTTP's names of fields as ours."""
+    return [renamed(field, _NAMES) for field in fields]
+
+
+def _names(message: Message) -> list[tuple[str, str]]:
     names = list(_NAMES)
     match message:
         case pb.GenerateRequest():
@@ -54,19 +65,19 @@ def naming(message: Message) -> Iterator[None]:
             names.append(("prompt", message.WhichOneof("input") or "input"))
         case _:
             pass
-    with renaming(names):
-        yield
+    return names
 
 
 def generation_body(request: pb.GenerateRequest) -> CompletionBody | ChatBody:
     """Raises TandemError naming the field."""
+    given: Fields = {"return_token_ids": True, **_strict_schema(request.structured_outputs)}
     match request.WhichOneof("input"):
         case "prompt":
-            return _body(CompletionBody, request, prompt=request.prompt, return_token_ids=True)
+            return _body(CompletionBody, request, **given, prompt=request.prompt)
         case "prompt_token_ids":
-            return _body(CompletionBody, request, prompt=list(request.prompt_token_ids.ids), return_token_ids=True)
+            return _body(CompletionBody, request, **given, prompt=list(request.prompt_token_ids.ids))
         case "chat":
-            given = {"messages": _messages(request.chat), "return_token_ids": True}
+            given["messages"] = _messages(request.chat)
             if request.HasField("logprobs"):
                 given |= {"logprobs": True, "top_logprobs": request.logprobs}
             return _body(ChatBody, request, **given)
@@ -176,10 +187,20 @@ def _function(tool: pb.Tool, path: str) -> Fields:
 def _structured_outputs(given: pb.StructuredOutputs) -> Fields:
     if given.WhichOneof("constraint") is None:
         raise invalid("structured_outputs", "must hold json, regex, choice, grammar or json_object")
-    fields: Fields = {}
-    for field, value in given.ListFields():
-        fields[field.name] = list(value.texts) if isinstance(value, pb.Texts) else value
+    fields = {
+        field.name: list(value.texts) if isinstance(value, pb.Texts) else value for field, value in given.ListFields()
+    }
+    if fields.pop("strict", False):
+        fields.pop("json", None)  # it is in response_format
     return fields
+
+
+def _strict_schema(given: pb.StructuredOutputs) -> Fields:
+    """The HTTP field in which a schema can be strict."""
+    if not given.strict or given.WhichOneof("constraint") != "json":
+        return {}
+    schema = {"schema": json_object(given.json, "structured_outputs.json"), "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 def json_object(text: str, param: str) -> Fields:

@@ -64,12 +64,18 @@ def _renamed(error: TandemError, names: Sequence[tuple[str, str]]) -> TandemErro
     old = error.param
     if old is None:
         return error
+    new = renamed(old, names)
+    message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
+    return TandemError(error.code, message, param=new, retry_after_s=error.retry_after_s)
+
+
+def renamed(field: str, names: Sequence[tuple[str, str]]) -> str:
+    """`field` as another API calls it, see `renaming`."""
     for pattern, replacement in names:
-        new, found = re.subn(rf"^{pattern}(?![a-z_])", replacement, old)
+        new, found = re.subn(rf"^{pattern}(?![a-z_])", replacement, field)
         if found:
-            message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
-            return TandemError(error.code, message, param=new, retry_after_s=error.retry_after_s)
-    return error
+            return new
+    return field
 
 
 def error_headers(error: TandemError) -> list[tuple[bytes, bytes]]:

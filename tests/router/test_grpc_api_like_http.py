@@ -67,6 +67,18 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"structured_outputs": {"regex": "a+"}}, {"structured_outputs": pb.StructuredOutputs(regex="a+")}),
     (
+        {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?", "disable_additional_properties": False}},
+        {
+            "structured_outputs": pb.StructuredOutputs(
+                json=json.dumps(SCHEMA), whitespace_pattern=" ?", disable_additional_properties=False
+            )
+        },
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}}},
+        {"structured_outputs": pb.StructuredOutputs(json=json.dumps(SCHEMA), strict=True)},
+    ),
+    (
         {"structured_outputs": {"choice": ["yes", "no"]}},
         {"structured_outputs": pb.StructuredOutputs(choice=pb.Texts(texts=["yes", "no"]))},
     ),
@@ -305,6 +317,24 @@ async def test_errors(tool_doors: BothDoors, body: dict[str, Any], request_: pb.
         assert found == Refusal(error["code"], param)
         assert found.message.removeprefix(param) == error["message"].removeprefix(error["param"])
     assert tool_doors.submitted() == []
+
+
+async def test_what_a_schema_says_in_vain_is_told_or_refused(tool_doors: BothDoors) -> None:
+    schema = json.dumps({"type": "array", "items": {"type": "integer"}, "uniqueItems": True})
+    arguments = json.dumps({"type": "object", "properties": {"a": json.loads(schema)}})
+    lenient = pb.GenerateRequest(prompt="a", max_tokens=1, structured_outputs=pb.StructuredOutputs(json=schema))
+    tools = pb.GenerateRequest(
+        chat=CHAT, max_tokens=1, tools=[pb.Tool(name="f", parameters=arguments)], tool_mode=pb.TOOL_MODE_REQUIRED
+    )
+    for request, ignored in (
+        (lenient, "structured_outputs.json.uniqueItems"),
+        (tools, "tools[0].parameters.properties.a.uniqueItems"),
+    ):
+        call = tool_doors.stub.Complete(request)
+        assert dict(await call.initial_metadata())["x-tandem-ignored"] == ignored
+        await call
+    lenient.structured_outputs.strict = True
+    assert await refusal(tool_doors.stub.Complete(lenient)) == Refusal("invalid_request", "structured_outputs.json")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
