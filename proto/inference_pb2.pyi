@@ -1292,6 +1292,8 @@ class RequestAccount(_message.Message):
     QUEUED_S_FIELD_NUMBER: _builtins.int
     FINISHED_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     tenant: _builtins.str
     arrived_at: _builtins.float
@@ -1302,6 +1304,9 @@ class RequestAccount(_message.Message):
     choices: _builtins.int
     queued_s: _builtins.float
     finished_s: _builtins.float
+    cached_tokens: _builtins.int
+    """of the prompt"""
+    output_tokens: _builtins.int
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]: ...
     def __init__(
@@ -1316,10 +1321,12 @@ class RequestAccount(_message.Message):
         queued_s: _builtins.float | None = ...,
         finished_s: _builtins.float | None = ...,
         attempts: _abc.Iterable[Global___Attempt] | None = ...,
+        cached_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finished_s", b"_finished_s", "_queued_s", b"_queued_s", "finished_s", b"finished_s", "queued_s", b"queued_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finished_s", b"_finished_s", "_queued_s", b"_queued_s", "arrived_at", b"arrived_at", "attempts", b"attempts", "choices", b"choices", "finished_s", b"finished_s", "id", b"id", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "queued_s", b"queued_s", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finished_s", b"_finished_s", "_queued_s", b"_queued_s", "arrived_at", b"arrived_at", "attempts", b"attempts", "cached_tokens", b"cached_tokens", "choices", b"choices", "finished_s", b"finished_s", "id", b"id", "outcome", b"outcome", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "queued_s", b"queued_s", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finished_s: _TypeAlias = _typing.Literal["finished_s"]  # noqa: Y015
     _WhichOneofArgType__finished_s: _TypeAlias = _typing.Literal["_finished_s", b"_finished_s"]  # noqa: Y015
