@@ -18,6 +18,10 @@ from tandem.engine.batch import ForwardBatch, KvPool
 class AttentionBackend(Protocol):
     """Made with the sliding window of each layer; used by the decoder once per layer and step."""
 
+    row_invariant_by_construction: bool
+    """Whether the kernels themselves see to it, on any processor, that a row's result has the same bits whatever the
+    other rows, the chunks of the prompt and the place of its blocks, and decoded as in a prompt."""
+
     def attend(self, layer: int, q: Tensor, batch: ForwardBatch, pool: KvPool) -> Tensor:
         """Attention of the rows q [N, num_heads, head_dim] to the KV of their requests in `pool`, where the rows' own
         K and V are already written. The softmax scale is head_dim ** -0.5. Returns [N, num_heads * head_dim].
@@ -60,6 +64,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 class ReferenceAttention:
     """`AttentionBackend` by `partial_attention`, one request at a time, on any device."""
+
+    row_invariant_by_construction = False
 
     def __init__(self, sliding_windows: tuple[int | None, ...]) -> None:
         self._windows = sliding_windows

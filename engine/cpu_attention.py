@@ -1,4 +1,4 @@
-"""The attention backend of the CPU: paged KV gathered into scratch, then torch's flash kernel.
+"""The attention backend of the CPU without native kernels: paged KV gathered into scratch, then torch's flash kernel.
 
 Decode rows are computed in groups of similar context length, prefill slices in pieces of rows. The group of query
 heads that share a KV head is folded into the rows, so that its keys are packed once. Masks, block lists and the split
@@ -9,8 +9,7 @@ it is computed in; a decode row has those of the same row in a prefill. Three me
 and their number is rounded up to a granularity at which the kernel adds them as exact zeros; with a sliding window the
 first key is aligned to the kernel's own key tile; and no tile of query rows has so few that the kernel's matrix product
 takes another path. Measured with torch 2.13 under AVX-512 and AMX, with one and two threads. `row_invariant` says for
-which models it holds. With native kernels (`native.py`) the same is true, except that a decode row and the same row in
-a prefill may differ by rounding.
+which models it holds there; with native kernels (`native_attention.py`) it holds everywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from tandem.engine.attention import visible_keys
 from tandem.engine.batch import ForwardBatch, KvPool, PrefillSlice
-from tandem.engine.native import NativeKernels
 
 _flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -104,10 +102,10 @@ class _StepPlan:
 class CpuAttention:
     """`AttentionBackend` of one model, for one thread. Scratch memory grows to what the largest gather needed."""
 
-    def __init__(self, sliding_windows: tuple[int | None, ...], native: NativeKernels | None = None) -> None:
-        """With `native` kernels, decode rows read their pages in place instead."""
+    row_invariant_by_construction = False
+
+    def __init__(self, sliding_windows: tuple[int | None, ...]) -> None:
         self._windows = sliding_windows
-        self._native = native
         self._batch: ForwardBatch | None = None
         self._plans: dict[int | None, _StepPlan] = {}
         self._bands: dict[tuple[int | None, int], _Band] = {}
@@ -133,8 +131,6 @@ class CpuAttention:
         if not plan.prefill and len(plan.decode) == 1:
             return self._decode(heads, plan.decode[0], storage).reshape(q.shape[0], -1)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
-        if self._native is not None and batch.num_decode:
-            self._native.paged_decode(q, layer, window, batch, pool, out)
         for group in plan.decode:
             rows = group.rows
             if rows is None:
@@ -184,7 +180,7 @@ class CpuAttention:
 
     def _plan(self, window: int | None, q: Tensor, batch: ForwardBatch, pool: KvPool) -> _StepPlan:
         step = math.lcm(pool.block_size, _GRANULARITY.get(q.dtype, pool.block_size)) // pool.block_size
-        decode = [] if self._native is not None else self._plan_decode(window, step, q, batch, pool)
+        decode = self._plan_decode(window, step, q, batch, pool)
         return _StepPlan(decode, [self._plan_slice(piece, window, step, q, pool) for piece in batch.prefills])
 
     def _plan_decode(

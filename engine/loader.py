@@ -15,7 +15,8 @@ from tandem.engine.attention import AttentionBackend, ReferenceAttention
 from tandem.engine.config import ModelConfig
 from tandem.engine.cpu_attention import CpuAttention, row_invariant
 from tandem.engine.model import Decoder
-from tandem.engine.native import NativeKernels, load_kernels, supports
+from tandem.engine.native import NativeKernels, load_kernels, supports_attention, supports_rows
+from tandem.engine.native_attention import NativeAttention
 from tandem.engine.weights import Checkpoint
 from tandem.kvstore.identity import KvIdentity, Namespace, namespace
 
@@ -62,10 +63,11 @@ def load_model(
     if quantization is not None and target.type != "cpu":
         raise ConfigError(f"quantization: {quantization} is supported on the CPU only, not on {target}")
     native = None
-    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    if attention == "auto" and supports(kind, target, *sizes):
-        native = load_kernels()
+    if attention == "auto" and supports_attention(kind, target, config.head_dim):
+        native = load_kernels(kind)
     backend = _attention(attention, config, target, native)
+    if not supports_rows(config.hidden_size, config.intermediate_size, config.head_dim):
+        native = None
     with Checkpoint(folder) as checkpoint:
         decoder = Decoder(
             config, checkpoint, backend, dtype=kind, device=target, quantization=quantization, native=native
@@ -93,8 +95,11 @@ def load_model(
         )
     )
     compatibility = blake3(identity, key=_COMPATIBILITY_KEY).digest()
-    invariant = decoder.row_invariant_layers and isinstance(backend, CpuAttention)
-    invariant = invariant and row_invariant(kind, config.head_dim, config.num_heads // config.num_kv_heads)
+    attends = backend.row_invariant_by_construction or (
+        isinstance(backend, CpuAttention)
+        and row_invariant(kind, config.head_dim, config.num_heads // config.num_kv_heads)
+    )
+    invariant = decoder.row_invariant_layers and attends
     return LoadedModel(decoder, config, kind, target, identity, compatibility, invariant)
 
 
@@ -141,7 +146,9 @@ def _attention(name: str, config: ModelConfig, device: torch.device, native: Nat
         except ImportError as error:
             raise ConfigError("attention: triton is not installed; install tandem-llm[gpu]") from error
         return TritonAttention(config.sliding_windows)
-    return ReferenceAttention(config.sliding_windows) if on_gpu else CpuAttention(config.sliding_windows, native)
+    if on_gpu:
+        return ReferenceAttention(config.sliding_windows)
+    return CpuAttention(config.sliding_windows) if native is None else NativeAttention(config.sliding_windows, native)
 
 
 def _file_digest(path: Path) -> bytes:

@@ -1,12 +1,12 @@
-"""Optional C kernels for the CPU: norms, rotation, gating and decode attention in bfloat16.
+"""Optional C kernels for the CPU: norms, rotation, gating and attention, in float32 and bfloat16.
 
 Why: while a layer's weights stream through the second-level cache they push everything else out, so each of the ten or
-more small torch operations of a layer finds its own code cold and takes 20-40 us instead of 5, and gathering pages for
-torch's attention kernel reads the KV twice. Five calls of a few kilobytes of code halve the time of a decode step.
+more small torch operations of a layer finds its own code cold and takes 20-40 us instead of 5; and torch's attention
+wants the pages gathered first, and adds in another order for another number of rows. Five calls of a few kilobytes of
+code halve the time of a decode step.
 
-The kernels (`native.c`) are compiled once per machine, in about two seconds, by the C compiler that is there, and kept
-in the user's cache folder. Without a compiler, or without AVX512-BF16, torch does the same work: nothing depends on
-them. A row's result never depends on the other rows.
+The kernels (`native.c`) are compiled for this machine (`native_build.py`). Without a compiler torch does the same work:
+nothing depends on them. A row's result has the same bits whatever the other rows.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.engine.batch import ForwardBatch, KvPool
-from tandem.engine.native_build import compiled, instruction_flags
+from tandem.engine.batch import KvPool
+from tandem.engine.native_build import compiled
 
-HEAD_DIMS = (32, 64, 96, 128)
 _SOURCE = Path(__file__).with_name("native.c")
-_GROUP = 4
-"""GROUP in native.c."""
+_MACROS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("BFLOAT16",)}
+_MOST_DIM = 256
+"""MOST_DIM in native.c."""
 _MOST_THREADS = 4
-"""The kernels run on one thread. With more than this many, torch's parallel ones are faster."""
+"""The row kernels run on one thread. With more than this many, torch's parallel ones are faster."""
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_PAGES = (_POINTER, _INT, *(_POINTER,) * 3, _INT, *(_POINTER,) * 3)
-"""The first arguments of paged_decode."""
 
 
 class NativeKernels:
-    """All tensors are bfloat16 on the CPU, and dense except where noted; sizes must satisfy `supports`."""
+    """All tensors are on the CPU, of the dtype that the kernels were compiled for where nothing else is said, and dense
+    except where noted; sizes must satisfy `supports_rows` or `supports_attention`."""
 
     def __init__(self, path: Path) -> None:
         # The row kernels take microseconds: giving up the interpreter lock around them would cost more.
@@ -44,11 +43,10 @@ class NativeKernels:
         self._silu_mul.argtypes = [*[_POINTER] * 2, *[_INT] * 2]
         self._rotate_and_write = quick.rotate_and_write
         self._rotate_and_write.argtypes = [*[_POINTER] * 3, _FLOAT, *[_POINTER] * 5, *[_INT] * 4]
-        self._paged_decode = long.paged_decode
-        self._paged_decode.argtypes = [*_PAGES, *[_INT] * 6, _FLOAT]
-        for function in (self._rms_norm, self._silu_mul, self._rotate_and_write, self._paged_decode):
+        self._attend = long.attend
+        self._attend.argtypes = [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 5, _FLOAT, *[_INT] * 2]
+        for function in (self._rms_norm, self._silu_mul, self._rotate_and_write, self._attend):
             function.restype = None
-        self._scores = torch.empty(0)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [N, n] -> [N, n]; weight float32 [n]."""
@@ -94,45 +92,55 @@ class NativeKernels:
             head_dim,
         )
 
-    def paged_decode(
-        self, q: Tensor, layer: int, window: int | None, batch: ForwardBatch, pool: KvPool, out: Tensor
+    def attend(
+        self,
+        slices: Tensor,
+        q: Tensor,
+        layer: int,
+        window: int | None,
+        pool: KvPool,
+        out: Tensor,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
-        """Attention of the decode rows, the first of q [N, heads, head_dim] (rows may be strided), into the first rows
-        of `out` [N, heads * head_dim]."""
-        if not (batch.block_tables.is_contiguous() and q.stride()[1:] == (q.shape[2], 1)):
-            raise ValueError("block tables and heads must be dense")
-        room = _GROUP * (batch.max_context_len + 16)
-        if self._scores.numel() < room:
-            self._scores = torch.empty(2 * room)
-        self._paged_decode(
+        """Attention of q [N, heads, head_dim] (rows may be strided) into `out` [N, heads * head_dim]. `slices` int64
+        [S, 4] are first row, rows, position of the first, and address of the request's int64 block ids. The work is
+        split into pieces; every `parts`th from `part` is done."""
+        if not (slices.is_contiguous() and out.is_contiguous() and q.stride()[1:] == (q.shape[2], 1)):
+            raise ValueError("slices, heads and out must be dense")
+        self._attend(
+            slices.data_ptr(),
+            slices.shape[0],
             q.data_ptr(),
             q.stride(0),
             pool.k[layer].data_ptr(),
             pool.v[layer].data_ptr(),
-            batch.block_tables.data_ptr(),
-            batch.block_tables.shape[1],
-            batch.context_lens.data_ptr(),
             out.data_ptr(),
-            self._scores.data_ptr(),
-            batch.num_decode,
             q.shape[1],
             pool.num_kv_heads,
             q.shape[2],
             pool.block_size,
             window or 0,
             q.shape[2] ** -0.5,
+            part,
+            parts,
         )
 
 
-def supports(dtype: torch.dtype, device: torch.device, hidden_size: int, intermediate_size: int, head_dim: int) -> bool:
-    """Whether a model of these sizes can use the kernels, with the threads torch has now."""
-    sizes = hidden_size % 16 == 0 and intermediate_size % 16 == 0 and head_dim in HEAD_DIMS
-    here = dtype == torch.bfloat16 and device.type == "cpu" and torch.get_num_threads() <= _MOST_THREADS
-    return sizes and here and "-mavx512bf16" in instruction_flags()
+def supports_rows(hidden_size: int, intermediate_size: int, head_dim: int) -> bool:
+    """Whether a model of these sizes, supported by the attention kernel, can use the other kernels, and gains from them
+    with the threads torch has now."""
+    sizes = hidden_size % 16 == 0 and intermediate_size % 16 == 0 and head_dim % 16 == 0
+    return sizes and torch.get_num_threads() <= _MOST_THREADS
+
+
+def supports_attention(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether the attention kernel can be used."""
+    return dtype in _MACROS and device.type == "cpu" and head_dim % 16 == 0 and head_dim <= _MOST_DIM
 
 
 @functools.cache
-def load_kernels() -> NativeKernels | None:
-    """None where they cannot be compiled."""
-    path = compiled(_SOURCE)
+def load_kernels(dtype: torch.dtype) -> NativeKernels | None:
+    """The kernels of float32 or bfloat16. None where they cannot be compiled."""
+    path = compiled(_SOURCE, *_MACROS[dtype])
     return None if path is None else NativeKernels(path)

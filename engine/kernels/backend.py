@@ -30,6 +30,8 @@ class TritonAttention:
     A step's arguments are made at its first layer and kept until the next step: a batch must not change while in use.
     """
 
+    row_invariant_by_construction = False
+
     def __init__(self, sliding_windows: tuple[int | None, ...]) -> None:
         self.sliding_windows = sliding_windows
         self._batch: ForwardBatch | None = None

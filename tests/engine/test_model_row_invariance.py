@@ -4,11 +4,9 @@ It holds where `LoadedModel.row_invariant` says so. It was measured on processor
 AVX512-BF16 or AMX; elsewhere it is not promised (with AVX2 it does not hold), so these tests run there only. It is what
 makes greedy output the same whether a request ran alone, batched with others, handed over, preempted or recomputed.
 
-Not row-invariant: bfloat16 models with a large layer of more than 448 inputs (`linear.py`), with a head size above 32
-that is not a multiple of 32, or with as many KV heads as query heads (`cpu_attention.py`); float32 models with a layer
-of more than 1,024 inputs; int8 models; any model on a GPU. With native kernels (`native.py`) a decode row may differ by
-rounding from the same row in a prefill, so a request that is preempted and recomputed can continue differently where
-two tokens are almost equally likely; all else holds.
+Not row-invariant: bfloat16 models with a large layer of more than 448 inputs (`linear.py`); float32 models with a layer
+of more than 1,024 inputs; int8 models; any model on a GPU; and without native kernels (`native_attention.py`) some head
+sizes in bfloat16 (`cpu_attention.py`).
 """
 
 from __future__ import annotations
@@ -71,8 +69,6 @@ def test_these_models_promise_it(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("dtype", "quantization", "overrides"),
     [
-        ("bfloat16", None, {"num_key_value_heads": 4}),
-        ("bfloat16", None, {"head_dim": 80}),
         ("bfloat16", None, {"hidden_size": 512, "intermediate_size": 2048}),
         ("float32", None, {"intermediate_size": 1040}),
         ("float32", "int8", {}),
@@ -115,10 +111,7 @@ def test_a_row_is_the_same_decoded_or_recomputed_as_a_prompt(loaded: LoadedModel
     paged = PagedModel(loaded, 1, 1024, seed=5)
     paged.prefill(0, tokens[:500])
     decoded = torch.stack([paged.step([(0, token)])[0][0] for token in tokens[500:]])
-    if loaded.decoder.native:
-        assert (decoded - whole[500:]).norm() < 0.02 * whole[500:].norm()
-    else:
-        assert torch.equal(decoded, whole[500:])
+    assert torch.equal(decoded, whole[500:])
 
 
 def test_the_hand_over_of_a_prefix_does_not_change_what_follows(loaded: LoadedModel) -> None:
