@@ -1,7 +1,8 @@
 """The model calls a function, we run it, the model gets the result.
 
-Needs a model whose chat template knows tools, such as Qwen, Llama 3 or Mistral; the bundled one does not:
-    .venv/bin/tandem serve --model DIR
+Needs a model whose chat template knows tools: the bundled one, which makes a call because it has to, or Qwen, Llama 3,
+Mistral, which make sense of it:
+    make serve
     .venv/bin/pip install openai
     .venv/bin/python examples/03-tools.py
 """

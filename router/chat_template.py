@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ import jinja2.sandbox
 from tandem.common.checkpoint import read_json, special_tokens
 from tandem.common.errors import ConfigError, TandemError
 from tandem.router.content_form import content_form
+from tandem.router.tools.arguments import CutArguments
 from tandem.router.tools.formats import ToolFormat, detect
 
 DEFAULT_NAME = "default"
@@ -125,7 +127,21 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    cut: dict[str, str] = {}
+
+    def name_of(value: Any) -> str:
+        if not isinstance(value, CutArguments):
+            raise TypeError(f"{type(value).__name__} is not JSON")
+        name = secrets.token_hex(16)
+        cut[f'"{name}"'] = value.text
+        return name
+
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=name_of
+    )
+    for name, content in cut.items():
+        text = text.replace(name, content)
+    return text
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -35,7 +35,8 @@ class Block(msgspec.Struct):
     text: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: dict[str, Any] | str | None = None
+    """Text: as much of the JSON as was written before the answer was cut off."""
     tool_use_id: str | None = None
     content: str | list[Block] | None = None
 
@@ -166,7 +167,8 @@ def _turn(turn: Turn, param: str) -> list[Message]:
             case "tool_use", "assistant":
                 if block.name is None or block.id is None:
                     raise invalid(place, "needs a name and an id")
-                arguments = msgspec.json.encode(block.input or {}).decode()
+                given = block.input or {}
+                arguments = given if isinstance(given, str) else msgspec.json.encode(given).decode()
                 calls.append(ToolCall(CalledFunction(block.name, arguments), block.id))
             case "tool_result", "user":
                 results.append(Message("tool", _text(block.content or "", place), tool_call_id=block.tool_use_id))

@@ -11,6 +11,7 @@ import msgspec
 
 from tandem.router.constraints import ConstraintFields
 from tandem.router.sampling_fields import in_range, invalid
+from tandem.router.tools.arguments import arguments_of
 from tandem.router.tools.choice import Tool, ToolChoice
 
 MAX_CHOICES = 64
@@ -165,21 +166,13 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
         if message.tool_call_id is not None:
             entry["tool_call_id"] = message.tool_call_id
         if message.tool_calls:
-            entry["tool_calls"] = [
-                _template_call(call, f"messages[{index}].tool_calls[{position}]")
-                for position, call in enumerate(message.tool_calls)
-            ]
+            entry["tool_calls"] = [_template_call(call) for call in message.tool_calls]
         result.append(entry)
     return result
 
 
-def _template_call(call: ToolCall, param: str) -> dict[str, Any]:
-    try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}")
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise invalid(f"{param}.function.arguments", "must be a JSON object, as text")
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    arguments = arguments_of(call.function.arguments)
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 

@@ -75,10 +75,8 @@ def test_structured_output(run: Run, platform: Serve) -> None:
     assert dark in ("dark: yes", "dark: no")
 
 
-@pytest.mark.slow  # needs a platform of its own: the bundled model knows no tools
-def test_tools(run: Run, serves: ServeFactory, tool_model: Callable[[str], Path]) -> None:
-    serve = serves(tool_model("hermes"), "--disaggregate", "always", "--dtype", "float32")
-    call, result, answer = run("03-tools.py", serve).split("\n", maxsplit=2)
+def test_tools(run: Run, platform: Serve) -> None:
+    call, result, answer = run("03-tools.py", platform, "--api-key", API_KEY).split("\n", maxsplit=2)
     asked = re.fullmatch(r"call: get_weather \{'city': '(Paris|Rome)', 'days': ([1-9])\}", call)
     assert asked is not None, call
     assert result == f"result: {asked.group(1)}: sun for {asked.group(2)} days"

@@ -260,15 +260,6 @@ ERRORS: list[tuple[dict[str, Any], pb.GenerateRequest, str]] = [
         "chat.messages[0].tool_calls",
     ),
     (
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "3"}}]}]},
-        pb.GenerateRequest(
-            chat=pb.ChatMessages(
-                messages=[pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(name="f", arguments="3")])]
-            )
-        ),
-        "chat.messages[0].tool_calls[0].arguments",
-    ),
-    (
         {"messages": HELLO, "logprobs": True, "top_logprobs": 21},
         pb.GenerateRequest(chat=CHAT, logprobs=21),
         "logprobs",

@@ -121,6 +121,37 @@ async def test_earlier_calls_and_their_results_reach_the_template(
     assert json.loads(told) == [WEATHER, clock]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("written", ['{"city": "Par', '{"city"', "{", '"Paris"', '{"a": 1e999}'])
+async def test_a_call_that_was_cut_off_can_be_sent_back_as_it_came(
+    house: House, tmp_path_factory: pytest.TempPathFactory, form: str, written: str
+) -> None:
+    worker, client = await pair(house, tmp_path_factory, form, "Sunny.")
+    call = {"id": "call12345", "type": "function", "function": {"name": "get_weather", "arguments": written}}
+    said = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call, call]}
+    await ask(client, messages=[*HELLO, said, {"role": "user", "content": "Go on"}])
+    item = {
+        "type": "function_call",
+        "call_id": "1",
+        "name": "get_weather",
+        "arguments": written,
+        "status": "incomplete",
+    }
+    tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
+    body = {"input": [{"role": "user", "content": "Hello"}, item, item, {"role": "user", "content": "Go on"}]}
+    answer = await client.post("/v1/responses", json={**body, "tools": [tool]})
+    assert answer.is_success, answer.text
+    used = {"type": "tool_use", "id": "1", "name": "get_weather", "input": written}
+    anthropic = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}  # type: ignore[index]
+    turns = [*HELLO, {"role": "assistant", "content": [used, used]}, {"role": "user", "content": "Go on"}]
+    body = {"max_tokens": 20, "messages": turns, "tools": [anthropic]}
+    assert (await client.post("/v1/messages", json=body)).is_success
+    for submit in worker.submits:
+        prompt = prompt_of(house.model, submit)
+        assert prompt.count(calls_text(form, ("get_weather", written)).removesuffix("\n</tool_call>")) in (1, 2)
+    assert len(worker.submits) == 3
+
+
 async def test_with_choice_none_the_model_is_not_told_of_tools(
     house: House, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -238,8 +269,6 @@ def changed(**fields: Any) -> dict[str, Any]:
         ({"functions": [{"name": "x"}]}, "functions"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [
             {"function": {"name": "clock", "arguments": "{}"}}]}]}, "messages[0].tool_calls"),
-        ({"messages": [{"role": "assistant", "tool_calls": [
-            {"function": {"name": "clock", "arguments": "[1]"}}]}]}, "messages[0].tool_calls[0].function.arguments"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     ],
 )  # fmt: skip
