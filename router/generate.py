@@ -38,8 +38,10 @@ class Usage:
 
 def account_of(call: Call) -> dict[str, Any]:
     """What the answer tells of a call that has gone well, where the client asked: see explain.py."""
-    call.spec.record.finished("ok")
-    return call.spec.record.describe()
+    record, usage = call.spec.record, call.usage()
+    record.cached_tokens, record.output_tokens = usage.cached_tokens, usage.completion_tokens
+    record.finished("ok")
+    return record.describe()
 
 
 class Call:

@@ -141,6 +141,7 @@ async def test_explain_comes_with_the_answer(doors: BothDoors) -> None:
     for answer in (whole, in_pieces, embedded):
         assert (answer.explain.id, answer.explain.outcome) == (answer.request_id, "ok")
         assert answer.explain.attempts[0].decode == "decode-0"
+        assert answer.explain.output_tokens == answer.usage.completion_tokens
     assert not (await doors.stub.Complete(HELLO)).HasField("explain")
 
 
