@@ -37,10 +37,7 @@ def main() -> None:
         stream(stub, key)
         embed(stub, key)
         explain(stub, key)
-        try:
-            call_a_function(stub, key)
-        except grpc.RpcError as error:  # a model that knows no tools
-            print(f"call: {error.code().name}: {error.details()}")
+        call_a_function(stub, key)
 
 
 def stream(stub: InferenceStub, key: tuple[tuple[str, str], ...]) -> None:

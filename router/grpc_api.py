@@ -26,7 +26,8 @@ from tandem.router.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
+SERVICE_NAME = _SERVICE.full_name
 MAX_METADATA_BYTES = 64 << 10
 """As of HTTP's headers."""
 MAX_STREAMS = 1024
@@ -65,7 +66,6 @@ METHODS = {
     "GetRequest": Method(pb.GetRequestRequest, get_request),
     "GetUsage": Method(pb.GetUsageRequest, grpc_info.get_usage),
 }
-STREAMING = frozenset({"Generate"})
 
 
 class InferenceService:
@@ -81,7 +81,8 @@ class InferenceService:
         """Requests and responses as bytes."""
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
         for name, method in METHODS.items():
-            make = grpc.unary_stream_rpc_method_handler if name in STREAMING else grpc.unary_unary_rpc_method_handler
+            streams = _SERVICE.methods_by_name[name].server_streaming
+            make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
             methods[name] = make(self._behaviour(name, method), None, None)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
