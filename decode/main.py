@@ -17,6 +17,9 @@ EXAMPLES = (
 )
 
 
+SETTINGS = DecodeConfig
+
+
 def main(argv: Sequence[str]) -> None:
     """Raises ConfigError, or SystemExit after `--help`."""
     config = parse_settings(

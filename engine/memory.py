@@ -7,13 +7,13 @@ import logging
 import torch
 
 from tandem.common.errors import ConfigError
+from tandem.common.memory import readable_size, usable_memory
 from tandem.engine.batch import KvPool
 from tandem.engine.loader import LoadedModel
-from tandem.engine.settings import EngineConfig
+from tandem.engine.settings import CPU_POOL_BYTES, EngineConfig
 
 logger = logging.getLogger(__name__)
 
-CPU_POOL_BYTES = 256 << 20
 GPU_POOL_SHARE = 0.8
 """Of the memory that is free once the weights are loaded."""
 
@@ -26,6 +26,10 @@ def make_pool(config: EngineConfig, loaded: LoadedModel) -> tuple[KvPool, int]:
         budget = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
     elif budget is None:
         budget = CPU_POOL_BYTES
+    if device.type == "cpu" and budget > (usable := usable_memory()):
+        raise ConfigError(
+            f"kv_cache_bytes {budget}: more than the memory there is ({readable_size(usable)}); give less"
+        )
     row_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * loaded.dtype.itemsize
     num_blocks, max_model_len = pool_size(
         budget, config.block_size * row_bytes, config.block_size, config.max_model_len, model.max_position_embeddings
@@ -37,9 +41,12 @@ def make_pool(config: EngineConfig, loaded: LoadedModel) -> tuple[KvPool, int]:
             max_model_len,
             model.max_position_embeddings,
         )
-    pool = KvPool(
-        model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, loaded.dtype, device
-    )
+    try:
+        pool = KvPool(
+            model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, loaded.dtype, device
+        )
+    except (RuntimeError, MemoryError) as error:  # torch has one exception for all that an allocator says
+        raise ConfigError(f"kv_cache_bytes {budget}: the memory cannot be had; give less") from error
     return pool, max_model_len
 
 

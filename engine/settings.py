@@ -10,6 +10,8 @@ from tandem.common.settings import Group
 
 MAX_WAITING = 1024
 """Requests in an engine's queue, which routers keep short; more are refused with `overloaded`."""
+CPU_POOL_BYTES = 256 << 20
+"""The KV pool on a CPU, unless settings say otherwise."""
 EXPORT_LEASE_S = 30.0
 """How long a prefilled request may hold its blocks for a hand-over that is never confirmed."""
 

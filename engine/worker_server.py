@@ -330,7 +330,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                             self._handover.peer_lost(key, message.handover_lost.reason or "the router said so")
                     case "hello":
                         session.router_id = message.hello.router_id
-                        log.info("router %s (version %s) is here", message.hello.router_id, message.hello.version)
+                        log.debug("router %s (version %s) is here", message.hello.router_id, message.hello.version)
                     case _:
                         log.warning("router %s sent a message of a kind this version does not know", session.router_id)
         except grpc.RpcError as error:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -23,10 +24,13 @@ _LOOKUP_BATCH = 1024
 EXAMPLES = """\
 examples:
   # what is where, and who hits what
-  tandem kv stats --node 127.0.0.1:9300
+  tandem kv stats
 
   # where an object lies, on this node and elsewhere
   tandem kv lookup 3f...64 hex digits... --json
+
+  # a node elsewhere
+  tandem kv stats --node 10.0.0.5:9300
 
   # keep an object for an hour, whatever comes
   tandem kv pin 3f... --owner docs-team --ttl-s 3600 --hard
@@ -64,13 +68,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ConfigError(f"{message}. See `{self.prog} --help`.")
 
 
 def _parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
-    common.add_argument("--node", default=DEFAULT_NODE, help=f"gRPC address of the node (default {DEFAULT_NODE})")
+    common.add_argument(
+        "--node",
+        default=DEFAULT_NODE,
+        help=f"gRPC address of the node (default: that of the `tandem serve` that runs here, or {DEFAULT_NODE})",
+    )
     common.add_argument("--secret-file", default="", help="the store's kv_secret_file, if it has one")
     common.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     common.add_argument("--timeout-s", type=float, default=30.0, help="give up after this long (default 30)")
@@ -115,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "balance the books, and verify the checksums of some objects")
     check.add_argument("--max-objects", type=int, default=100, help="how many to verify (default 100)")
     return parser
+
+
+def command_names() -> tuple[str, ...]:
+    """What may stand behind `tandem kv`."""
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return tuple(commands.choices)
 
 
 def _key(text: str) -> bytes:

@@ -21,6 +21,9 @@ EXAMPLES = (
 )
 
 
+SETTINGS = KvStoreConfig
+
+
 def main(argv: Sequence[str]) -> None:
     """Raises ConfigError, or SystemExit after `--help`."""
     serve(

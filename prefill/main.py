@@ -14,6 +14,9 @@ EXAMPLES = (
 )
 
 
+SETTINGS = PrefillConfig
+
+
 def main(argv: Sequence[str]) -> None:
     """Raises ConfigError, or SystemExit after `--help`."""
     config = parse_settings(

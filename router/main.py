@@ -39,6 +39,9 @@ EXAMPLES = (
 YOUNG_OBJECTS = 2_000
 
 
+SETTINGS = RouterConfig
+
+
 def main(argv: Sequence[str]) -> None:
     """Raises ConfigError, or SystemExit after `--help`."""
     run(

@@ -21,6 +21,8 @@ from tandem.router.session import SILENCE_S, WorkerSession
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+PATIENCE_S = 30.0
+"""A worker that was never there may be loading for so long before it is said to be out of reach."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
 REFUSED_RETRY_S = 5.0
@@ -96,9 +98,12 @@ class WorkerClient:
             self._stub = stub = worker_pb2_grpc.WorkerStub(channel)
             pause = RETRY_MIN_S
             said = ""
+            patient_until = time.monotonic() + PATIENCE_S
+            log.info("waiting for worker %s", self.target)
             while True:
                 try:
                     info = await stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=CONNECT_TIMEOUT_S)
+                    patient_until = 0.0
                     await self._serve(stub, info)
                     pause, said = RETRY_MIN_S, ""
                 except WorkerRefused as error:
@@ -107,7 +112,9 @@ class WorkerClient:
                     said, pause = str(error), REFUSED_RETRY_S
                 except grpc.aio.AioRpcError as error:
                     problem = f"{error.code().name}: {(error.details() or '')[:200]}"
-                    if said != problem:
+                    if time.monotonic() < patient_until:
+                        problem = ""
+                    elif said != problem:
                         log.info("worker %s cannot be reached (%s); trying on", self.target, problem)
                     said = problem
                 except TimeoutError:

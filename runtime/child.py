@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-READY_PREFIX = "ready "
-"""A worker prints a line that starts so on stdout once it can be reached."""
+READY_PREFIXES = ("ready ", "tandem router ready: ")
+"""A worker, and a router, print a line that starts so on stdout once they can be reached."""
+ERROR_PREFIX = "error "
+"""A child that cannot use its settings prints a line that starts so on stdout, and ends with status 2."""
 CONFIG_ERROR_STATUS = 2
 _LINE_LIMIT = 1 << 20
 
@@ -36,7 +38,12 @@ class BackOff:
 
 
 class ChildFailed(Exception):
-    """The child cannot be started: it ended again and again without ever becoming ready."""
+    """The child cannot be started: it refused its settings, or ended again and again without ever becoming ready."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        """`status`: of the process that gives up because of it."""
+        super().__init__(message)
+        self.status = status
 
 
 class Child:
@@ -65,6 +72,7 @@ class Child:
         self._back_off = back_off or BackOff()
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
+        self._refusal = ""
         self._recent: deque[str] = deque(maxlen=5)
 
     @property
@@ -87,6 +95,8 @@ class Child:
                 return
             if not self._was_ready:
                 failed_starts += 1
+                if self._refusal:
+                    raise ChildFailed(self._refusal, CONFIG_ERROR_STATUS)
                 if status == CONFIG_ERROR_STATUS or failed_starts >= self._max_failed_starts:
                     last_words = " | ".join(self._recent) or "it printed nothing"
                     raise ChildFailed(f"{self.name} {_describe(status)} before it was ready: {last_words}")
@@ -138,8 +148,11 @@ class Child:
             if not line:
                 return
             text = line.decode(errors="replace").rstrip()
-            if watch and text.startswith(READY_PREFIX):
+            if watch and text.startswith(READY_PREFIXES):
                 self.mark_ready()
+                continue
+            if watch and text.startswith(ERROR_PREFIX):
+                self._refusal = text.removeprefix(ERROR_PREFIX)
                 continue
             self._recent.append(text)
             print(f"[{self.name}] {text}", file=sys.stderr, flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,11 +17,15 @@ Serves language models with separate prefill and decode workers.
 
 Commands:
   serve     the whole platform on this machine: router, prefill and decode workers
+  chat      talk to a running server
+  status    what a running server does
   prefill   one prefill worker
   decode    one decode worker (also computes prompts when there is no prefill worker)
   router    the HTTP and gRPC front door
   kvstore   one node of the KV store, shared by the workers of its host
   kv        look into a store node: stats, lookup, pin, unpin, clear, move, check
+  completion
+            completion of this command line, for bash, zsh or fish
   version   print the version
 
 Examples:
@@ -27,19 +33,22 @@ Examples:
   tandem serve
 
   # another model, two decode workers, reachable from other machines
-  tandem serve --model ~/models/Llama-3.2-1B-Instruct --decode 2 --host 0.0.0.0
+  tandem serve ~/models/Llama-3.2-1B-Instruct --decode 2 --host 0.0.0.0
 
   # all settings of a command
   tandem serve --help
 """
 
-_COMMANDS = {
+COMMANDS = {
     "serve": "tandem.runtime.serve",
     "prefill": "tandem.prefill.main",
     "decode": "tandem.decode.main",
     "router": "tandem.router.main",
     "kvstore": "tandem.kvstore.command",
-    "kv": "tandem.kvstore.admin",
+    "kv": "tandem.runtime.kv",
+    "chat": "tandem.runtime.chat",
+    "status": "tandem.runtime.status",
+    "completion": "tandem.runtime.completion",
 }
 
 
@@ -53,19 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("version", "--version"):
         print(__version__)
         return 0
-    if command not in _COMMANDS:
-        print(f"tandem: there is no command {command!r}; see `tandem --help`", file=sys.stderr)
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"tandem: there is no command {command[:40]!r}{hint} See `tandem --help`.", file=sys.stderr)
         return 2
-    from tandem.runtime.parent import exit_with_parent
+    from tandem.runtime.child import ERROR_PREFIX
+    from tandem.runtime.parent import exit_with_parent, is_child
 
     exit_with_parent()
     from tandem.common.errors import ConfigError
 
+    module = importlib.import_module(COMMANDS[command])
     try:
-        return int(importlib.import_module(_COMMANDS[command]).main(arguments[1:]) or 0)
+        return int(module.main(arguments[1:]) or 0)
     except ConfigError as error:
-        print(f"tandem {command}: {error}", file=sys.stderr)
+        from tandem.common.settings import settings_of, with_dashes
+
+        message = with_dashes(str(error), settings_of(module.SETTINGS)) if hasattr(module, "SETTINGS") else str(error)
+        if is_child():  # who started it says so once, whoever else meets the same error
+            print(f"{ERROR_PREFIX}{message}", flush=True)
+        else:
+            print(f"tandem {command}: {message}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -14,6 +14,11 @@ RUN_DIRECTORY_VARIABLE = "TANDEM_SUPERVISOR_RUN_DIRECTORY"
 """Set by the supervisor for its children: the private folder to remove when nobody else is left to do it."""
 
 
+def is_child() -> bool:
+    """Whether this process is a supervisor's child."""
+    return RUN_DIRECTORY_VARIABLE in os.environ
+
+
 def exit_with_parent() -> None:
     """Watches stdin from a daemon thread if this process is a supervisor's child; else does nothing."""
     run_directory = os.environ.get(RUN_DIRECTORY_VARIABLE)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tandem.common.errors import ConfigError
 from tandem.common.settings import parse_settings
+from tandem.runtime.preflight import checked
 from tandem.runtime.settings import ServeConfig
 from tandem.runtime.vllm_flags import SHORT_FLAGS, VLLM_FLAGS
 
@@ -29,6 +30,9 @@ EXAMPLES = (
 )
 
 
+SETTINGS = ServeConfig
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status. Raises ConfigError, or SystemExit after `--help`."""
     config = parse_settings(
@@ -42,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         short=SHORT_FLAGS,
     )
     port = free_port(config.host, config.port)
+    config = checked(config)
     from tandem.runtime.supervisor import Supervisor
 
     async def run() -> int:

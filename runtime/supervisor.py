@@ -21,11 +21,14 @@ import yaml
 from tandem.common.settings import CONFIG_VARIABLE, plain, settings_of
 from tandem.runtime.child import Child, ChildFailed
 from tandem.runtime.parent import RUN_DIRECTORY_VARIABLE
-from tandem.runtime.plan import ChildPlan, plan_children, ready_text
+from tandem.runtime.plan import ChildPlan, plan_children, ready_text, served_name
+from tandem.runtime.running import RUN_PREFIX, announce, run_folders
 from tandem.runtime.settings import ServeConfig
 
 READY_POLL_S = 0.05
 READY_TIMEOUT_S = 2.0
+HURRIED_STATUS = 130
+"""Exit status after a second signal, as shells have it for Ctrl-C."""
 STOP_MARGIN_S = 5.0
 """Beyond the drain grace, until a process that does not end is killed."""
 _LONGEST_DIRECTORY = 70
@@ -57,6 +60,8 @@ class Supervisor:
 
     async def _supervise(self, run_directory: Path, stdin: int) -> int:
         plans = plan_children(self._config, run_directory, self._port)
+        node = next((str(plan.settings["listen"]) for plan in plans if plan.command == "kvstore"), "")
+        announce(run_directory, self._url, served_name(self._config), node, self._config.kv_secret_file)
         self._children = [self._child(plan, run_directory, stdin) for plan in plans]
         runs = [asyncio.create_task(child.run(), name=child.name) for child in self._children]
         announcer = asyncio.create_task(self._announce())
@@ -67,11 +72,17 @@ class Supervisor:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for run in runs:
                 if run.done() and isinstance(error := run.exception(), ChildFailed):
-                    _say(f"giving up: {error}")
-                    status = 1
+                    _say(f"cannot start: {error}")
+                    status = error.status
+                    break
                 elif run.done() and (error := run.exception()) is not None:
                     raise error
             await self._stop_in_order(runs, in_a_hurry=status != 0)
+            if self._signals > 1:
+                _say("stopped at once; requests that were running are lost")
+                status = HURRIED_STATUS
+            elif status == 0:
+                _say("stopped")
         finally:
             announcer.cancel()
             stop_asked.cancel()
@@ -101,10 +112,8 @@ class Supervisor:
         print(ready_text(self._config, self._url, time.monotonic() - started), flush=True)
 
     async def _router_ready(self, router: Child) -> None:
-        while True:
-            if await _all_connected(_reachable(self._config.host), self._port):
-                router.mark_ready()
-                return
+        await router.ready.wait()
+        while not await _all_connected(_reachable(self._config.host), self._port):  # noqa: ASYNC110  # over HTTP
             await asyncio.sleep(READY_POLL_S)
 
     async def _stop_in_order(self, runs: Sequence[asyncio.Task[None]], *, in_a_hurry: bool) -> None:
@@ -163,8 +172,8 @@ def _environment(config: ServeConfig, plan: ChildPlan, run_directory: Path) -> d
 
 def _private_directory() -> Path:
     """Mode 0700, with a path short enough for unix sockets."""
-    base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="tandem-", dir=base if len(base) <= _LONGEST_DIRECTORY else "/tmp"))
+    folder = next((each for each in run_folders() if len(str(each)) <= _LONGEST_DIRECTORY), None)
+    return Path(tempfile.mkdtemp(prefix=RUN_PREFIX, dir=folder))
 
 
 def _reachable(host: str) -> str:

@@ -49,9 +49,11 @@ VLLM_FLAGS: Mapping[str, Foreign] = {
     "hf_overrides": Foreign(remedy="edit config.json in a copy of the model's folder"),
     "rope_scaling": Foreign(remedy="edit config.json in a copy of the model's folder"),
     "enable_lora": Foreign(switch=True, fine=_NEVER, remedy=_NO_LORA),
+    "chat_template": Foreign(remedy="put it into a copy of the model's folder, as chat_template.jinja"),
     "lora_modules": Foreign(remedy=_NO_LORA),
     "limit_mm_per_prompt": Foreign(remedy="images and audio are not served"),
     "speculative_config": Foreign(remedy="speculative decoding is not there yet; leave it out"),
+    "dtype": Foreign(becomes="dtype", values={"half": "float16", "float": "float32"}),
     # Memory
     "gpu_memory_utilization": Foreign(
         remedy="say it in bytes with --kv-cache-bytes, such as 40GiB; without it the KV pool takes 80 % of the GPU "

@@ -30,7 +30,7 @@ from tandem.common.settings.sources import (
 )
 from tandem.common.settings.values import parse_value, plain
 
-__all__ = ["CONFIG_VARIABLE", "Foreign", "Group", "parse_settings", "plain", "settings_of"]
+__all__ = ["CONFIG_VARIABLE", "Foreign", "Group", "parse_settings", "plain", "settings_of", "with_dashes"]
 
 T = TypeVar("T")
 
@@ -44,19 +44,20 @@ def parse_settings(
     examples: Sequence[tuple[str, str]],
     foreign: Mapping[str, Foreign] = MappingProxyType({}),
     short: Mapping[str, str] = MappingProxyType({}),
+    word: str = "model",
 ) -> T:
     """Fills the dataclass `config_class` from `argv`, the environment and YAML.
 
     `examples` are pairs (what it does, command line), shown below the help. Flags may be written with dashes or
-    underscores, never abbreviated; a word without a flag is `model`. `foreign` and `short`: see `Known`. Prints and
-    raises SystemExit(0) on `--help` and `--print-config`; raises ConfigError naming flag and remedy.
+    underscores, never abbreviated; a word without a flag is the setting `word`. `foreign` and `short`: see `Known`.
+    Prints and raises SystemExit(0) on `--help` and `--print-config`; raises ConfigError naming flag and remedy.
     """
     settings = settings_of(config_class)
-    known = Known(settings, foreign, short)
+    known = Known(settings, foreign, short, word)
     try:
         line = read_command_line(argv, known)
         if line.help is not None:
-            print(_help(config_class, command, description, examples, line.help), end="")
+            print(_help(config_class, command, description, examples, line.help, word), end="")
             raise SystemExit(0)
         given = read_variables(known) | line.given
         config_file = line.config_file or os.environ.get(CONFIG_VARIABLE, "")
@@ -96,9 +97,13 @@ def _fill(config_class: type[T], values: Mapping[str, object], given: Mapping[st
         raise ConfigError(message + (f" (as {', '.join(elsewhere)} says)" if elsewhere else "")) from error
 
 
-def _help(config_class: type, command: str, description: str, examples: Sequence[tuple[str, str]], topic: str) -> str:
+def _help(
+    config_class: type, command: str, description: str, examples: Sequence[tuple[str, str]], topic: str, word: str
+) -> str:
     try:
-        return help_text(config_class, command=command, description=description, examples=examples, topic=topic)
+        return help_text(
+            config_class, command=command, description=description, examples=examples, topic=topic, word=word
+        )
     except KeyError:
         raise ConfigError(f"--help={topic}: there is no such group or setting") from None
 

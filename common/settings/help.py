@@ -25,7 +25,7 @@ Everywhere:
 
 
 def help_text(
-    config_class: type, *, command: str, description: str, examples: Sequence[tuple[str, str]], topic: str
+    config_class: type, *, command: str, description: str, examples: Sequence[tuple[str, str]], topic: str, word: str
 ) -> str:
     """`topic`: empty for the first page, a group, `all`, or a setting's name. Raises KeyError if it is none of them."""
     settings, groups = settings_of(config_class), group_texts(config_class)
@@ -36,10 +36,10 @@ def help_text(
     if wanted not in ("", ALL, *groups):
         raise KeyError(topic)
     shown = list(groups) if wanted == ALL else [wanted or BASICS]
-    model = " [MODEL]" if "model" in settings else ""
+    word = f" [{word.upper()}]" if word in settings else ""
     parts = []
     if not wanted or wanted == ALL:
-        parts += [f"usage: {command}{model} [--SETTING VALUE ...]\n", textwrap.fill(description, width) + "\n"]
+        parts += [f"usage: {command}{word} [--SETTING VALUE ...]\n", textwrap.fill(description, width) + "\n"]
     for group in shown:
         title = groups[group] or group.capitalize()
         parts.append(textwrap.fill(title, width) + "\n")

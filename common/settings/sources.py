@@ -25,7 +25,7 @@ class Foreign:
     answered."""
 
     becomes: str = ""
-    """Our setting, which takes its value."""
+    """Our setting, which takes its value; may have the same name, for the sake of `values`."""
     values: Mapping[str, str] = field(default_factory=dict)
     """Values that have another name here."""
     fine: frozenset[str] = frozenset()
@@ -51,6 +51,8 @@ class Known:
     foreign: Mapping[str, Foreign]
     short: Mapping[str, str]
     """Flags with one dash, such as `tp`, and the name that each stands for."""
+    word: str
+    """The setting that a word without a flag gives."""
 
     def translate(self, name: str, value: str, where: str) -> tuple[str, str] | None:
         """Our setting and its value for a foreign flag; None: there is nothing to do."""
@@ -60,6 +62,11 @@ class Known:
         if value.lower() not in foreign.fine:
             raise ConfigError(f"{where}: {foreign.remedy}")
         return None
+
+    def renamed(self, name: str, raw: Raw) -> Raw:
+        """A value of our own setting, where another server has a name of its own for it."""
+        values = self.foreign[name].values if name in self.foreign else {}
+        return values.get(raw, raw) if isinstance(raw, str) else raw
 
     def nearest(self, name: str) -> str:
         """`; did you mean X?`, in the way `name` is written."""
@@ -87,7 +94,7 @@ def read_command_line(argv: Sequence[str], known: Known) -> CommandLine:
         flag, equals, inline = word.partition("=")
         value = inline if equals else None
         if not word.startswith("-"):
-            _take_model(line, known, word, before)
+            _take_word(line, known, word, before)
         elif flag in ("-h", "--help"):
             line.help = value or (words[0] if words and not words[0].startswith("-") else "")
         elif flag == "--config":
@@ -117,7 +124,7 @@ def read_file(path: str, known: Known) -> dict[str, Given]:
         where = f"{path}, line {node.start_mark.line + 1}: {key}"
         raw = _raw(node, where)
         if name in known.settings:
-            given[name] = Given(raw, where)
+            given[name] = Given(known.renamed(name, raw), where)
         elif name in known.foreign:
             ours = known.translate(name, raw if isinstance(raw, str) else "", where)
             if ours is not None:
@@ -127,12 +134,12 @@ def read_file(path: str, known: Known) -> dict[str, Given]:
     return given
 
 
-def _take_model(line: CommandLine, known: Known, word: str, before: str) -> None:
+def _take_word(line: CommandLine, known: Known, word: str, before: str) -> None:
     flag_before = known.settings.get(before.removeprefix("--").replace("-", "_"))
-    if "model" not in known.settings or "model" in line.given or (flag_before is not None and flag_before.secret):
+    if known.word not in known.settings or known.word in line.given or (flag_before is not None and flag_before.secret):
         # Without the word, which may be a second secret.
         raise ConfigError(f"there is a word too many behind {before}; a flag takes one value, and may be repeated")
-    line.given["model"] = Given(word, "MODEL")
+    line.given[known.word] = Given(word, known.word.upper())
 
 
 def _take_flag(given: dict[str, Given], known: Known, flag: str, value: str | None, words: list[str]) -> None:
@@ -143,12 +150,12 @@ def _take_flag(given: dict[str, Given], known: Known, flag: str, value: str | No
         given[name] = Given(_switch_value(value, words), flag)
     elif setting is not None:
         raw: Raw = _value(flag, value, words)
-        if name == "model" and "model" in given:
-            raise ConfigError("--model: the model is named twice")
+        if name == known.word and name in given and given[name].where != flag:
+            raise ConfigError(f"{flag} is given twice")
         before = given.get(name)
         if is_repeatable(setting) and before is not None:
             raw = [*(before.raw if isinstance(before.raw, list) else [str(before.raw)]), str(raw)]
-        given[name] = Given(raw, flag)
+        given[name] = Given(known.renamed(name, raw), flag)
     elif positive in known.settings and is_switch(known.settings[positive]):
         given[positive] = Given("false", flag)
     elif (outer := name.partition(".")[0]) in known.foreign:

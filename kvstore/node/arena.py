@@ -14,6 +14,7 @@ import os
 from bisect import bisect_left, insort
 
 from tandem.common.errors import ConfigError
+from tandem.common.memory import readable_size, usable_memory
 from tandem.kvstore.interfaces import StoreIntegrityError
 from tandem.kvstore.node.mapping import map_shared
 from tandem.kvstore.node.pages import PageWarmer
@@ -34,6 +35,10 @@ class HostArena:
         self.capacity_bytes = capacity_bytes // ALIGNMENT * ALIGNMENT
         if self.capacity_bytes <= 0:
             raise ConfigError(f"kv_host_bytes is {capacity_bytes}: give at least {ALIGNMENT}")
+        if capacity_bytes > (usable := usable_memory()):
+            raise ConfigError(
+                f"kv_host_bytes is {capacity_bytes}, more than the memory there is ({readable_size(usable)}): give less"
+            )
         self.fd = -1
         """Of the memfd, sealed against a change of size; -1 where there is none and the memory is this process's."""
         try:

@@ -232,12 +232,15 @@ class Serve:
                 total += float(value)
         return total
 
+    def node(self) -> str:
+        """Address of the store node."""
+        (config,) = (part for part in self.children()["kvstore"].cmdline() if part.endswith("kvstore.yaml"))
+        return str(yaml.safe_load(Path(config).read_text())["listen"])
+
     def store_stats(self) -> dict[str, Any]:
         """What `tandem kv stats` says of the store node."""
-        (config,) = (part for part in self.children()["kvstore"].cmdline() if part.endswith("kvstore.yaml"))
-        node = yaml.safe_load(Path(config).read_text())["listen"]
         done = subprocess.run(
-            tandem_command("kv", "stats", "--json", "--node", node), capture_output=True, text=True, timeout=60
+            tandem_command("kv", "stats", "--json", "--node", self.node()), capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
         stats: dict[str, Any] = json.loads(done.stdout)

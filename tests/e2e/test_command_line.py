@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 import tandem
 from tandem.common.settings import settings_of
 from tandem.runtime.settings import ServeConfig
-from tests.e2e.serving import environment, tandem_command
+from tests.e2e.serving import Serve, environment, eventually, tandem_command
 
 COMMANDS = ("serve", "prefill", "decode", "router", "kvstore")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("router", "tenants", "batches", "kvstore")))
-ELSEWHERE = {"--help", "--config", "--node", "--owner", "--no-deps"}
-"""Flags of every command, of `tandem kv` and of pip."""
+ELSEWHERE = {"--help", "--config", "--node", "--owner", "--no-deps", "--metrics-port"}
+"""Flags of every command, of `tandem kv`, of pip, and of processes that run by themselves."""
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -67,14 +69,47 @@ def test_a_port_in_use_is_noticed_before_anything_is_loaded(tiny: Path) -> None:
         assert f"--port {port}: in use" in refusal("serve", "--model", tiny, "--port", port)
 
 
-def test_a_worker_that_cannot_load_its_model_ends_serve_with_the_reason(tiny: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_served_is_one_line_before_anything_starts(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((tiny / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    done = run("serve", "--model", tmp_path / "model", "--port", 0)
-    assert done.returncode == 1
-    assert "giving up" in done.stderr
-    assert "LlamaForCausalLM" in done.stderr
+    said = refusal("serve", "--model", tmp_path / "model", "--port", 0)
+    assert "LlamaForCausalLM" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_what_only_a_worker_can_find_is_said_once(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"rubbish")
+    said = refusal("serve", "--model", tmp_path / "model", "--port", 0)
+    assert len([line for line in said.splitlines() if "safetensors" in line]) == said.count("cannot start: ") == 1
+    assert "starting it again" not in said
+
+
+def test_a_healthy_start_ends_with_the_banner_and_a_stop_says_that_it_stopped(tiny: Path) -> None:
+    command = tandem_command("serve", tiny, "--port", 0)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}  # one pipe keeps the order of lines
+    with subprocess.Popen(command, **streams, text=True, env=environment()) as serve:  # type: ignore[call-overload]
+        lines = list(iter(serve.stdout.readline, "  Ctrl-C stops it.\n"))
+        assert not [line for line in lines if re.search(r"WARN|ERROR|cannot|fail|refuse|Traceback", line)]
+        assert "/v1/chat/completions" in "".join(lines)
+        serve.send_signal(signal.SIGINT)
+        after = [line for line in serve.stdout if line.strip()]
+        assert after[0] == "[tandem] stopping: waiting for running requests; once more to stop at once\n"
+        assert after[-1] == "[tandem] stopped\n"
+        assert serve.wait(60) == 0
+
+
+def test_a_key_opens_the_server_and_no_process_shows_it(tiny: Path) -> None:
+    with Serve(tiny, api_key="sk-2", TANDEM_API_KEY="sk-2") as serve:
+        assert httpx.get(serve.url + "/v1/models", trust_env=False).status_code == 401
+        key = {"TANDEM_API_KEY": "sk-2"}
+        assert run("status", "--url", serve.url, "--over-s", "0", **key).returncode == 0
+        assert run("chat", "Who?", "--url", serve.url, "--max-tokens", "3", **key).returncode == 0
+        shown = [child.cmdline() + list(child.environ().values()) for child in serve.children().values()]
+        assert len(shown) == 4
+        assert "sk-2" not in {word for words in shown for word in words}
+        assert run("kv", "stats", "--node", serve.node()).returncode == 0
 
 
 def test_a_worker_refuses_an_address_in_use(tiny: Path) -> None:

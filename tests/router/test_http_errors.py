@@ -178,7 +178,7 @@ async def test_tenants_do_not_meet_each_others_cache_unless_they_share_a_group(h
 def test_key_files_that_cannot_be_used(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="api_keys_file"):
+    with pytest.raises(ConfigError, match="--api-keys-file"):
         Tenants.open(None, path)
 
 

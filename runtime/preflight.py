@@ -1,0 +1,85 @@
+"""What `tandem serve` finds out before it starts processes, so that a mistake is one line, not one per process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tandem.common.checkpoint import resolve_model
+from tandem.common.errors import ConfigError
+from tandem.common.memory import readable_size, usable_memory
+from tandem.engine.settings import CPU_POOL_BYTES
+from tandem.runtime.plan import served_name
+from tandem.runtime.settings import ServeConfig
+
+
+def checked(config: ServeConfig) -> ServeConfig:
+    """With the model's folder in place of a hub id, which is fetched once for all processes. Raises ConfigError."""
+    _check_memory(config)
+    if not Path(config.model_folder).exists():
+        from tandem.common.telemetry import set_up_logging
+
+        set_up_logging("serve", config.log_level)  # a download says how far it is
+    folder = resolve_model(config.model_folder)
+    resolved = replace(config, model=str(folder), served_model_name=served_name(config))
+    in_a_fork(lambda: _check_model(resolved, folder))
+    return resolved
+
+
+def in_a_fork(check: Callable[[], None]) -> None:
+    """Runs `check` in a process that ends with it: what it loads would stay in this one for good. Raises the
+    ConfigError that it raises. Call it before there are threads."""
+    read_end, write_end = os.pipe()
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            os.close(read_end)
+            check()
+            status = 0
+        except ConfigError as error:
+            os.write(write_end, str(error).encode())
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        message = pipe.read().decode()
+    _, status = os.waitpid(process, 0)
+    if message:
+        raise ConfigError(message)
+    if status:
+        raise ConfigError("the model's folder could not be checked; the reason is above")
+
+
+def _check_model(config: ServeConfig, folder: Path) -> None:
+    from tandem.engine.config import ModelConfig
+    from tandem.router.served_model import ServedModel
+    from tandem.router.settings import FrontDoorSettings, RouterConfig
+    from tandem.router.tenants import Tenants
+
+    ModelConfig.from_folder(folder)
+    front = config.part(FrontDoorSettings)
+    router = RouterConfig(model=config.model, served_model_name=config.served_model_name, **front)  # type: ignore[arg-type]
+    ServedModel.load(router)
+    Tenants.open(config.tenants_file, config.api_keys_file, api_keys=config.api_key)
+
+
+def _check_memory(config: ServeConfig) -> None:
+    """Pools fill up with cached prompts sooner or later, so together they must fit. A GPU's memory is its worker's
+    affair."""
+    if config.device not in ("auto", "cpu") or (config.device == "auto" and Path("/dev/nvidiactl").exists()):
+        return
+    workers = config.prefill + config.decode
+    pools = workers * (config.kv_cache_bytes or CPU_POOL_BYTES)
+    store = 0 if config.kv_node else config.kv_host_bytes
+    usable = usable_memory()
+    if pools + store > usable:
+        raise ConfigError(
+            f"kv_cache_bytes of {workers} workers ({readable_size(pools)} together) and kv_host_bytes "
+            f"({readable_size(store)}) are more than the memory there is ({readable_size(usable)}); give less"
+        )

@@ -1,0 +1,71 @@
+"""Where the `tandem serve` processes of this user are: each keeps a file in its run directory, which others find."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from tandem.common.errors import ConfigError
+
+RUN_PREFIX = "tandem-"
+_FILE = "serve.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    url: str
+    model: str
+    node: str
+    """gRPC address of its store node; empty: it runs none."""
+    secret_file: str
+    """Of the store; empty: it has none."""
+    pid: int
+    started: float
+    """Tells a process from a later one with its number."""
+
+
+def run_folders() -> list[Path]:
+    """Where run directories may be: a unix socket's path is short, so a long TMPDIR is not used."""
+    return [Path(folder) for folder in dict.fromkeys((tempfile.gettempdir(), "/tmp"))]
+
+
+def announce(run_directory: Path, url: str, model: str, node: str, secret_file: str) -> None:
+    """For `find_running`, until the directory goes."""
+    process = psutil.Process()
+    running = Running(url, model, node, secret_file, process.pid, process.create_time())
+    path = run_directory / _FILE
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(asdict(running)))
+
+
+def find_running() -> list[Running]:
+    """Those that are alive, the first that was started first. What other users put there is not looked at."""
+    found = []
+    for path in (path for folder in run_folders() for path in folder.glob(f"{RUN_PREFIX}*/{_FILE}")):
+        try:
+            if path.stat().st_uid != os.getuid() or path.parent.stat().st_uid != os.getuid():
+                continue
+            running = Running(**json.loads(path.read_text()))
+            if psutil.Process(running.pid).create_time() == running.started:
+                found.append(running)
+        except (OSError, ValueError, TypeError, psutil.Error):
+            continue  # it ends just now, or is another version's
+    return sorted(found, key=lambda running: running.started)
+
+
+def only_running(flag: str) -> Running | None:
+    """The one that runs; None without any. Raises ConfigError that lists several, from which `flag` chooses."""
+    found = find_running()
+    if len(found) > 1:
+        listed = "; ".join(f"{each.url} with {each.model}: {flag} {_chosen(each, flag)}" for each in found)
+        raise ConfigError(f"several servers run here, name one: {listed}")
+    return found[0] if found else None
+
+
+def _chosen(running: Running, flag: str) -> str:
+    return running.url if flag == "--url" else running.node or "(it has no store node)"
