@@ -18,7 +18,7 @@ import pytest
 import tandem
 from tandem.common.settings import settings_of
 from tandem.runtime.settings import ServeConfig
-from tests.e2e.serving import Serve, environment, eventually, tandem_command
+from tests.e2e.serving import Serve, environment, tandem_command
 
 COMMANDS = ("serve", "prefill", "decode", "router", "kvstore")
 ROOT = Path(__file__).resolve().parents[2]
