@@ -46,14 +46,14 @@ async def chat_prompt(
         text=model.text,
         answer=answer,
     )
-    text = model.render_chat(
+    chat = model.render_chat(
         body.template_messages(),
         add_generation_prompt=body.add_generation_prompt,
         **template_variables(body.chat_template_kwargs),
         tools=None if tools is None else tools.for_template,
     )
     salt = caller.cache_salt(body.cache_salt or "")
-    prompt = await model.text_prompt(text, param="messages", add_special_tokens=False, salt=salt, any_length=any_length)
+    prompt = await model.chat_prompt(chat, salt=salt, any_length=any_length)
     return prompt, tools, answer if tools is None else tools.constraint
 
 

@@ -82,8 +82,8 @@ async def _prompt(body: ContextBody, service: Service) -> Prompt:
         return await service.model.text_prompt(body.prompt, param="prompt")
     if body.prompt is not None:
         return service.model.token_prompt(body.prompt, param="prompt")
-    text = service.model.render_chat(template_messages(body.messages or []), add_generation_prompt=False)
-    return await service.model.text_prompt(text, param="messages", add_special_tokens=False)
+    chat = service.model.render_chat(template_messages(body.messages or []), add_generation_prompt=False)
+    return await service.model.chat_prompt(chat)
 
 
 async def _saved(contexts: ContextClient, tenant: str, name: str) -> kvnode_pb2.Context:

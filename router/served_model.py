@@ -13,6 +13,7 @@ from tandem.common.checkpoint import read_json, resolve_model
 from tandem.common.errors import ConfigError, TandemError
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.chat_template import ChatTemplate
+from tandem.router.literal_text import Hidden, RenderedChat
 from tandem.router.settings import RouterConfig
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
@@ -109,14 +110,19 @@ class ServedModel:
                 param="model",
             )
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
+    def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> RenderedChat:
         if self.template is None:
             raise TandemError(
                 "invalid_request",
                 f"The model `{self.name}` has no chat template; use /v1/completions.",
                 param="messages",
             )
-        return self.template.render(messages, **variables)
+        hidden = Hidden(self.text.special)
+        try:
+            messages, variables = hidden.hide(list(messages)), hidden.hide(variables)
+        except RecursionError as error:
+            raise TandemError("invalid_request", "the messages are nested too deeply", param="messages") from error
+        return hidden.shown(self.template.render(messages, **variables))
 
     async def text_prompt(
         self,
@@ -125,16 +131,18 @@ class ServedModel:
         param: str,
         add_special_tokens: bool = True,
         salt: bytes | None = None,
-        any_length: bool = False,
     ) -> Prompt:
-        """`salt`: of the tenant's KV cache, where parts of the text are expected to come again. `any_length`: also what
-        the model cannot read."""
-        if not any_length and len(text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
+        """`salt`: of the tenant's KV cache, where parts of the text are expected to come again."""
+        if len(text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
             await self._refuse_too_long(text, param)
         token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens, salt=salt)
-        if not token_ids:
-            raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
-        return Prompt(token_ids, text)
+        return _prompt(token_ids, text, param)
+
+    async def chat_prompt(self, chat: RenderedChat, *, salt: bytes | None = None, any_length: bool = False) -> Prompt:
+        """As `text_prompt`, of messages. `any_length`: also what the model cannot read."""
+        if not any_length and len(chat.text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
+            await self._refuse_too_long(chat.text, "messages")
+        return _prompt(await self.text.encode_chat(chat, salt=salt), chat.text, "messages")
 
     async def _refuse_too_long(self, text: str, param: str) -> None:
         """Counts a piece after the other: a megabyte of text takes the tokenizer a second and 150 MB."""
@@ -162,6 +170,12 @@ class ServedModel:
                 param=param,
             )
         return Prompt(token_ids)
+
+
+def _prompt(token_ids: list[int], text: str, param: str) -> Prompt:
+    if not token_ids:
+        raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
+    return Prompt(token_ids, text)
 
 
 class Prompt:

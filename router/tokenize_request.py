@@ -14,12 +14,12 @@ async def tokenized(body: TokenizeBody, model: ServedModel) -> list[int]:
         raise invalid("prompt", "or messages is required, and not both")
     if body.messages is None:
         return await model.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-    text = model.render_chat(
+    chat = model.render_chat(
         template_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt,
         **template_variables(body.chat_template_kwargs),
     )
-    return await model.text.encode(text, add_special_tokens=bool(body.add_special_tokens))
+    return await model.text.encode_chat(chat, add_special_tokens=bool(body.add_special_tokens))
 
 
 def detokenized(body: DetokenizeBody, model: ServedModel) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tandem.common.errors import ConfigError
+from tandem.router.literal_text import RenderedChat, SpecialTokens
 from tandem.router.text_cuts import cut, cut_pattern, steps
 from tandem.router.token_cache import TokenCache
 
@@ -39,6 +41,7 @@ class ModelText:
         self._tokenizer.no_padding()
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
         self._cuts = cut_pattern(self._tokenizer)
+        self.special = SpecialTokens(self._tokenizer)
         self._around = self._tokenizer.num_special_tokens_to_add(False) > 0
         self._cache = TokenCache()
         self._bytes_of_char = _bytes_of_char() if _is_byte_level(self._tokenizer) else None
@@ -51,11 +54,31 @@ class ModelText:
     async def encode(self, text: str, *, add_special_tokens: bool, salt: bytes | None = None) -> list[int]:
         """`salt`: of the tenant's KV cache. With one, parts between special tokens that the same salt has brought
         before (earlier turns, a system message) are not tokenized again. To be called on one event loop."""
-        if salt is None or self._cuts is None or (add_special_tokens and self._around):
-            return (await self._ids([text], add_special_tokens))[0]
-        parts = cut(text, self._cuts)
+        return await self._encoded(self._tokenizer, self._cuts, text, add_special_tokens, salt)
+
+    async def encode_chat(
+        self, chat: RenderedChat, *, add_special_tokens: bool = False, salt: bytes | None = None
+    ) -> list[int]:
+        """The same of a chat, in which special tokens are those of its template only."""
+        if chat.renamed is None:
+            return await self.encode(chat.text, add_special_tokens=add_special_tokens, salt=salt)
+        tokenizer, cuts = await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._renamed)
+        salt = None if salt is None else b"renamed" + salt  # a part may look the same and have other ids
+        return await self._encoded(tokenizer, cuts, chat.renamed, add_special_tokens, salt)
+
+    async def _encoded(
+        self,
+        tokenizer: Tokenizer,
+        cuts: re.Pattern[str] | None,
+        text: str,
+        add_special_tokens: bool,
+        salt: bytes | None,
+    ) -> list[int]:
+        if salt is None or cuts is None or (add_special_tokens and self._around):
+            return (await self._ids(tokenizer, [text], add_special_tokens))[0]
+        parts = cut(text, cuts)
         if len(parts) == 1:  # no conversation
-            return (await self._ids(parts, False))[0]
+            return (await self._ids(tokenizer, parts, False))[0]
         found: dict[str, bytes] = {}
         missing: list[str] = []
         for part in dict.fromkeys(parts):
@@ -63,10 +86,16 @@ class ModelText:
                 missing.append(part)
             else:
                 found[part] = known
-        for part, ids in zip(missing, await self._ids(missing, False) if missing else [], strict=True):
+        for part, ids in zip(missing, await self._ids(tokenizer, missing, False) if missing else [], strict=True):
             found[part] = array("I", ids).tobytes()
             self._cache.put(salt, part, found[part])
         return array("I", b"".join(map(found.__getitem__, parts))).tolist()
+
+    @cached_property
+    def _renamed(self) -> tuple[Tokenizer, re.Pattern[str] | None]:
+        """Made when it is first needed: it takes as much time and memory as the tokenizer itself."""
+        tokenizer = self.special.renamed_tokenizer()
+        return tokenizer, cut_pattern(tokenizer)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -86,16 +115,12 @@ class ModelText:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    async def _ids(self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
-            return self._encode(texts, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, texts, add_special_tokens)
-
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        # The call without "batch" keeps the interpreter lock, and counts offsets that nobody wants. Several texts in
-        # one call would go to the library's own threads, which costs more than tokenizing a short one.
-        encode = self._tokenizer.encode_batch_fast
-        return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
+            return _encode(tokenizer, texts, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, _encode, tokenizer, texts, add_special_tokens
+        )
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
@@ -109,6 +134,13 @@ class ModelText:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    # The call without "batch" keeps the interpreter lock, and counts offsets that nobody wants. Several texts in
+    # one call would go to the library's own threads, which costs more than tokenizing a short one.
+    encode = tokenizer.encode_batch_fast
+    return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

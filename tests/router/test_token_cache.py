@@ -64,13 +64,13 @@ def chatml(tmp_path: Path) -> Shape:
 def spy(text: ModelText, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is given to the tokenizer from now on."""
     given: list[str] = []
-    encode = text._encode
+    ids = text._ids
 
-    def encoding(texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    async def counted(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         given.extend(texts)
-        return encode(texts, add_special_tokens)
+        return await ids(tokenizer, texts, add_special_tokens)
 
-    monkeypatch.setattr(text, "_encode", encoding)
+    monkeypatch.setattr(text, "_ids", counted)
     return given
 
 
