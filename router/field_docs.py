@@ -21,7 +21,7 @@ BODIES: dict[str, type] = {
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/v1/contexts": ContextBody,
-    "/v1/batches": http_batches.Body,
+    "/v1/batches": http_batches.BatchBody,
 }
 """By path. `/v1/responses/input_tokens` and `/v1/messages/count_tokens` take what the endpoint above them takes."""
 _COLUMNS = {

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from tandem.common.errors import TandemError
-from tandem.router import http_contexts, http_explain, http_info, http_usage
+from tandem.router import http_contexts, http_explain, http_info, http_pages, http_usage
 from tandem.router.accounts import Accounts
 from tandem.router.batch import http_batches, http_files
 from tandem.router.cors import Cors
@@ -47,12 +47,16 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/readyz": {"GET": http_info.readyz},
     "/metrics": {"GET": http_info.metrics},
     "/version": {"GET": http_info.version},
+    "/": {"GET": http_pages.home},
+    "/docs": {"GET": http_pages.docs},
+    "/openapi.json": {"GET": http_pages.openapi_json},
 }
-OPEN_PATHS = frozenset({"/healthz", "/health", "/readyz"})
-"""Need no API key: probes have none."""
+PROBES = frozenset({"/healthz", "/health", "/readyz"})
+OPEN_PATHS = PROBES | {"/", "/docs", "/openapi.json"}
+"""Need no API key: probes and people who look have none."""
 ADMIN_PATHS = frozenset({"/metrics"})
 """Tell of all tenants: where some tenant is `admin`, only those may read them."""
-QUIET_PATHS = OPEN_PATHS | ADMIN_PATHS
+QUIET_PATHS = PROBES | ADMIN_PATHS
 """Asked every few seconds by machines: they leave no lines in the log."""
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
 
@@ -161,5 +165,6 @@ def _route(path: str) -> dict[str, Handler]:
         return http_files.by_id(path)
     if path.startswith("/v1/batches/"):
         return http_batches.by_id(path)
-    near = next((each for each in (f"/v1{path}", path.rstrip("/"), path.removeprefix("/v1")) if each in ROUTES), "")
+    alike = (f"/v1{path}", path.rstrip("/"), path.removeprefix("/v1"))
+    near = next((each for each in alike if each in ROUTES and each != "/"), "")
     raise TandemError("not_found", f"there is no {path[:64]!r} here" + (f"; did you mean {near}?" if near else ""))

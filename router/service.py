@@ -135,6 +135,12 @@ class Service:
         return min([self.model.max_position_embeddings, *self.fleet.max_model_lens])
 
     @property
+    def needs_key(self) -> bool:
+        """Whether clients must say who they are."""
+        config = self.config
+        return bool(config.api_key or config.api_keys_file or config.tenants_file)
+
+    @property
     def in_flight(self) -> int:
         """Sequences, those that wait included."""
         return self._in_flight

@@ -32,7 +32,7 @@ class _ExpiresAfter(msgspec.Struct):
     seconds: int
 
 
-class Body(msgspec.Struct):
+class BatchBody(msgspec.Struct):
     input_file_id: str
     endpoint: str
     completion_window: str
@@ -40,7 +40,7 @@ class Body(msgspec.Struct):
     output_expires_after: _ExpiresAfter | None = None
 
 
-_READER = BodyReader(Body)
+_READER = BodyReader(BatchBody)
 
 
 def by_id(path: str) -> dict[str, Callable[[Exchange, Service], Awaitable[None]]]:
@@ -96,7 +96,7 @@ async def cancel(exchange: Exchange, service: Service) -> None:
     await exchange.reply_json(record.shape())
 
 
-def _check(body: Body, endpoints: list[str]) -> None:
+def _check(body: BatchBody, endpoints: list[str]) -> None:
     if body.endpoint not in endpoints:
         raise invalid("endpoint", f"must be one of {', '.join(endpoints)}, got {shown(body.endpoint)}")
     if body.completion_window != COMPLETION_WINDOW:
