@@ -93,9 +93,8 @@ class Record:
     prompt_tokens: int
     choices: int
     cached_tokens: int = 0
-    """Of the prompt; for the log, once it is over."""
+    """Of the prompts, once it is over; so are the next."""
     output_tokens: int = 0
-    """Of all choices; for the log, once it is over."""
     granted_s: float | None = None
     """When admission let it go on to the workers."""
     attempts: list[AttemptNote] = field(default_factory=list)
@@ -140,6 +139,8 @@ class Record:
             "arrived_at": round(self.arrived_at, 3),
             "outcome": self.outcome,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
             "choices": self.choices,
             "queued_s": _rounded(self.granted_s),
             "finished_s": _rounded(self.finished_s),

@@ -228,6 +228,8 @@ ANSWERS: dict[str, Schema] = {
             "arrived_at": NUMBER,
             "outcome": TEXT,
             "prompt_tokens": COUNT,
+            "cached_tokens": COUNT,
+            "output_tokens": COUNT,
             "choices": COUNT,
             "queued_s": or_null(NUMBER),
             "finished_s": or_null(NUMBER),
