@@ -4,12 +4,11 @@ Decode rows are computed in groups of similar context length, prefill slices in 
 heads that share a KV head is folded into the rows, so that its keys are packed once. Masks, block lists and the split
 into groups are made once per step and sliding window, not per layer.
 
-**Row invariance.** A row's result has the same bits whatever the other rows, the padding, and the chunk of the prompt
-it is computed in; a decode row has those of the same row in a prefill. Three measures see to it: padded keys are masked
-and their number is rounded up to a granularity at which the kernel adds them as exact zeros; with a sliding window the
-first key is aligned to the kernel's own key tile; and no tile of query rows has so few that the kernel's matrix product
-takes another path. Measured with torch 2.13 under AVX-512 and AMX, with one and two threads. `row_invariant` says for
-which models it holds there; with native kernels (`native_attention.py`) it holds everywhere.
+**Row invariance.** Three measures make a row's bits depend less on its batch: padded keys are masked and their number
+is rounded up to a granularity at which the kernel adds them as exact zeros; with a sliding window the first key is
+aligned to the kernel's own key tile; and no tile of query rows has so few that the kernel's matrix product takes
+another path. That was enough with AMX and is not on other processors, so nothing is promised: native kernels
+(`native_attention.py`) do.
 """
 
 from __future__ import annotations
@@ -41,16 +40,6 @@ _ROW_TILE = 32
 _PREFILL_ROWS = 384
 """Rows (tokens x heads of a group) of a prefill slice computed at a time: bounds the mask to this times the context."""
 _LONG_CONTEXT, _LONG_CONTEXT_ROWS = 16_384, 64
-
-
-def row_invariant(dtype: torch.dtype, head_dim: int, group: int) -> bool:
-    """See above. In bfloat16 other head sizes are summed in another order by tiles of 64 rows and more, and a decode
-    row of one query head per KV head keeps its fast path, which rarely differs from a prefill's result by one bit."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    if dtype == torch.bfloat16:
-        return group > 1 and (head_dim % 32 == 0 or head_dim < 32)
-    return dtype == torch.float32
 
 
 def _fewest_rows(dtype: torch.dtype, head_dim: int) -> int:

@@ -82,6 +82,7 @@ class Engine:
             device=config.device,
             quantization=config.quantization,
             attention=config.attention,
+            batch_invariant=config.batch_invariant,
         )
         self.pool, self.max_model_len = make_pool(config, self.loaded)
         self.blocks = BlockManager(self.pool.num_blocks, config.block_size, config.enable_prefix_caching)
@@ -105,7 +106,9 @@ class Engine:
         self._constraints = Constraints(
             folder / "tokenizer.json", model.vocab_size, model.eos_token_ids, self._inbox.put
         )
-        self._sampler = Sampler(config.max_num_seqs, model.vocab_size, self.loaded.device)
+        self._sampler = Sampler(
+            config.max_num_seqs, model.vocab_size, self.loaded.device, batch_invariant=config.batch_invariant
+        )
         self._store: StoreFlow | None = None
         if store is not None:
             self._store = StoreFlow(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,18 @@ from blake3 import blake3
 
 from tandem.common.errors import ConfigError
 from tandem.engine.attention import AttentionBackend, ReferenceAttention
+from tandem.engine.batch_invariance import arithmetic, check_batch_invariant
 from tandem.engine.config import ModelConfig
-from tandem.engine.cpu_attention import CpuAttention, row_invariant
+from tandem.engine.cpu_attention import CpuAttention
+from tandem.engine.fixed_linear import faster_than_library
 from tandem.engine.model import Decoder
 from tandem.engine.native import NativeKernels, load_kernels, supports_attention, supports_rows
 from tandem.engine.native_attention import NativeAttention
+from tandem.engine.row_probe import RowPromise, row_promise
 from tandem.engine.weights import Checkpoint
 from tandem.kvstore.identity import KvIdentity, Namespace, namespace
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("int8",)
@@ -40,20 +46,30 @@ class LoadedModel:
     """Of its KV, without a tenant's salt."""
     compatibility: bytes
     """32 bytes; workers whose values are equal may exchange KV."""
-    row_invariant: bool
-    """Whether a row's logits and KV depend on its own tokens only, bit for bit, however it is batched or chunked: what
-    `linear.py` and `cpu_attention.py` promise, for every part of this model."""
+    rows: RowPromise
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's logits and KV depend on its own tokens only, bit for bit, however it is batched or
+        chunked."""
+        return self.rows.holds
 
 
 def load_model(
-    folder: Path, *, dtype: str, device: str, quantization: str | None, attention: str = "auto"
+    folder: Path,
+    *,
+    dtype: str,
+    device: str,
+    quantization: str | None,
+    attention: str = "auto",
+    batch_invariant: bool = False,
 ) -> LoadedModel:
     """Loads `folder` (Hugging Face format) for inference.
 
     `dtype` is auto, float32, bfloat16 or float16; `device` is auto, cpu, cuda or cuda:N; `quantization` is None or
     int8 (weights only, CPU); `attention` is auto, torch or triton: auto is triton on a GPU, and on the CPU torch with
-    native kernels where they can be had (`native.py`; set torch's thread count before). Raises ConfigError for anything
-    unusable.
+    native kernels where they can be had (`native.py`; set torch's thread count before). `batch_invariant`: a row's bits
+    depend on nothing but its own tokens, by construction. Raises ConfigError for anything unusable.
     """
     target = _device(device)
     config = ModelConfig.from_folder(folder)
@@ -62,15 +78,25 @@ def load_model(
         raise ConfigError(f"quantization: {quantization!r} is not supported; supported: {', '.join(QUANTIZATIONS)}")
     if quantization is not None and target.type != "cpu":
         raise ConfigError(f"quantization: {quantization} is supported on the CPU only, not on {target}")
+    if batch_invariant:
+        check_batch_invariant(config, kind, target, quantization, attention)
     native = None
     if attention == "auto" and supports_attention(kind, target, config.head_dim):
         native = load_kernels(kind)
-    backend = _attention(attention, config, target, native)
-    if not supports_rows(config.hidden_size, config.intermediate_size, config.head_dim):
+    backend = _attention(attention, config, target, native, batch_invariant)
+    if not batch_invariant and not supports_rows(config.hidden_size, config.intermediate_size, config.head_dim):
         native = None
+    fixed_sums = batch_invariant or (native is not None and quantization is None and faster_than_library(kind))
     with Checkpoint(folder) as checkpoint:
         decoder = Decoder(
-            config, checkpoint, backend, dtype=kind, device=target, quantization=quantization, native=native
+            config,
+            checkpoint,
+            backend,
+            dtype=kind,
+            device=target,
+            quantization=quantization,
+            native=native,
+            fixed_sums=fixed_sums,
         )
         weights_digest = checkpoint.digest()
     identity = namespace(
@@ -88,19 +114,19 @@ def load_model(
                     "sliding_windows": config.sliding_windows,
                     "rms_norm_eps": config.rms_norm_eps,
                     "quantization": quantization,
-                },
+                }
+                | ({"batch_invariant": arithmetic(kind, target)} if batch_invariant else {}),
                 sort_keys=True,
             ),
             num_layers=config.num_layers,
         )
     )
     compatibility = blake3(identity, key=_COMPATIBILITY_KEY).digest()
-    attends = backend.row_invariant_by_construction or (
-        isinstance(backend, CpuAttention)
-        and row_invariant(kind, config.head_dim, config.num_heads // config.num_kv_heads)
+    rows = RowPromise(True, "batch_invariant") if batch_invariant else row_promise(decoder, identity)
+    logger.info(
+        "a row's bits %s on its own tokens alone: %s", "depend" if rows.holds else "may not depend", rows.reason
     )
-    invariant = decoder.row_invariant_layers and attends
-    return LoadedModel(decoder, config, kind, target, identity, compatibility, invariant)
+    return LoadedModel(decoder, config, kind, target, identity, compatibility, rows)
 
 
 def _device(name: str) -> torch.device:
@@ -133,7 +159,9 @@ def _cpu_computes_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _attention(name: str, config: ModelConfig, device: torch.device, native: NativeKernels | None) -> AttentionBackend:
+def _attention(
+    name: str, config: ModelConfig, device: torch.device, native: NativeKernels | None, batch_invariant: bool
+) -> AttentionBackend:
     """auto: triton on a GPU. torch on a GPU is the slow reference."""
     if name not in ATTENTIONS:
         raise ConfigError(f"attention: {name!r} is not supported; use {', '.join(ATTENTIONS)}")
@@ -145,7 +173,7 @@ def _attention(name: str, config: ModelConfig, device: torch.device, native: Nat
             from tandem.engine.kernels.backend import TritonAttention
         except ImportError as error:
             raise ConfigError("attention: triton is not installed; install tandem-llm[gpu]") from error
-        return TritonAttention(config.sliding_windows)
+        return TritonAttention(config.sliding_windows, batch_invariant=batch_invariant)
     if on_gpu:
         return ReferenceAttention(config.sliding_windows)
     return CpuAttention(config.sliding_windows) if native is None else NativeAttention(config.sliding_windows, native)

@@ -5,8 +5,9 @@ The families differ only in what `ModelConfig` says: biases, norms on q and k, r
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,23 +73,32 @@ class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (Zhang and Sennrich, 2019).
 
     On the CPU a few plain operations take two thirds of the time of torch's own for a handful of rows; they use
-    sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(n eps)) / sqrt(n).
+    sqrt(mean(x^2) + eps) = sqrt(|x|^2 + n eps) / sqrt(n). Each of them is rounded exactly, in vectors and in their
+    remainder alike, so that the place of a row does not matter.
     """
 
-    def __init__(self, weight: Tensor, eps: float, native: NativeKernels | None = None) -> None:
-        """weight [n] or, with one weight per head and without native kernels, [heads, n]."""
+    def __init__(
+        self, weight: Tensor, eps: float, native: NativeKernels | None = None, fixed_sums: bool = False
+    ) -> None:
+        """weight [n] or, with one weight per head and without native kernels, [heads, n]. `fixed_sums`: see
+        `Decoder`."""
         size = weight.shape[-1]
         self._native = native
+        self._in_triton = fixed_sums and weight.device.type == "cuda"
         self._weight = weight.float()
         self._eps = eps
         self._scaled = weight.float() * size**0.5
-        self._floor = torch.tensor((size * eps) ** 0.5, device=weight.device)
+        self._floor = size * eps
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._native is not None:
             return self._native.rms_norm(x, self._weight, self._eps)
+        if self._in_triton:
+            from tandem.engine.kernels.rms_norm import rms_norm
+
+            return rms_norm(x, self._weight, self._eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return torch.mul(x, self._scaled).div_(torch.hypot(length, self._floor)).to(x.dtype)
+        return torch.mul(x, self._scaled).div_(length.square_().add_(self._floor).sqrt_()).to(x.dtype)
 
 
 @dataclass(slots=True)
@@ -118,14 +128,17 @@ class Decoder:
         device: torch.device,
         quantization: str | None = None,
         native: NativeKernels | None = None,
+        fixed_sums: bool = False,
     ) -> None:
         """Reads the weights. Raises ConfigError where they do not fit `config`. `native` is None or made for a model of
-        these sizes (`native.supports`)."""
+        these sizes (`native.supports_rows`). `fixed_sums`: linear layers and norms whose rows do not depend on each
+        other, by construction; of norms on the CPU that takes `native`."""
         self.config = config
         self.dtype = dtype
         self.device = device
         self._attention = attention
         self.native = native
+        self._pads = device.type == "cpu" and not fixed_sums
         self._rotary = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings, device)
         checkpoint.check(expected_tensors(config), tolerated=("lm_head.weight",) if config.tie_word_embeddings else ())
 
@@ -136,10 +149,10 @@ class Decoder:
         def linear(prefix: str, *names: str, bias: bool) -> Linear:
             weight = read(*(f"{prefix}{name}.weight" for name in names))
             biases = read(*(f"{prefix}{name}.bias" for name in names)) if bias else None
-            return make_linear(weight, biases, quantization=quantization)
+            return make_linear(weight, biases, quantization=quantization, fixed_sums=fixed_sums)
 
         def norm(name: str) -> RmsNorm:
-            return RmsNorm(read(name), config.rms_norm_eps, native)
+            return RmsNorm(read(name), config.rms_norm_eps, native, fixed_sums)
 
         def qk_norms(prefix: str) -> tuple[Tensor, Tensor]:
             return read(f"{prefix}q_norm.weight"), read(f"{prefix}k_norm.weight")
@@ -147,7 +160,7 @@ class Decoder:
         def qk_norm(prefix: str) -> RmsNorm:
             q, k = qk_norms(prefix)
             heads = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
-            return RmsNorm(heads, config.rms_norm_eps)
+            return RmsNorm(heads, config.rms_norm_eps, fixed_sums=fixed_sums)
 
         def native_qk_norm(prefix: str) -> tuple[Tensor, Tensor]:
             q, k = qk_norms(prefix)
@@ -170,15 +183,29 @@ class Decoder:
 
         self._embedding = read("model.embed_tokens.weight")
         self._layers = list(layers())
+        self._used_layers: Sequence[int] = range(config.num_layers)
         self._final_norm = norm("model.norm.weight")
         head = self._embedding if config.tie_word_embeddings else read("lm_head.weight")
-        self._head = make_linear(head, None)
+        self._head = make_linear(head, None, fixed_sums=fixed_sums)
 
     @property
-    def row_invariant_layers(self) -> bool:
-        """Whether every linear layer is row-invariant (see `linear.py`)."""
-        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return all(linear.row_invariant for linear in (*linears, self._head))
+    def kernels(self) -> str:
+        """Which implementations were chosen."""
+        layer = self._layers[0]
+        parts = (self._attention, self.native, layer.qkv, layer.output, layer.gate_up, layer.down, self._head)
+        return " ".join(type(part).__name__ for part in parts)
+
+    @property
+    def depends_on_torch(self) -> bool:
+        """Whether torch's own kernels compute attention, norms or gates, not only linear layers."""
+        return self.native is None or not self._attention.row_invariant_by_construction
+
+    def with_layers(self, indices: Sequence[int]) -> Decoder:
+        """The same decoder with the layers `indices` (ascending) alone, for measurements. They keep their index in the
+        pool."""
+        decoder = copy.copy(self)
+        decoder._used_layers = indices
+        return decoder
 
     @torch.inference_mode()
     def forward(
@@ -198,7 +225,8 @@ class Decoder:
         every_row = num_logits == num_rows and not batch.prefills
         angles = self._rotary.angles(batch.positions) if self.native else self._rotary.at(batch.positions, self.dtype)
         hidden = self._padded(self._embedding.index_select(0, batch.token_ids))
-        for index, layer in enumerate(self._layers):
+        for index in self._used_layers:
+            layer = self._layers[index]
             qkv = layer.qkv(layer.input_norm(hidden))[:num_rows]
             q = self._rotate_and_write(qkv, angles, index, batch.slots, pool)
             if before_attention is not None:
@@ -206,7 +234,7 @@ class Decoder:
             if on_layer is not None:
                 on_layer(index)
             attended = self._attention.attend(index, q, batch, pool)
-            if index == len(self._layers) - 1 and not every_row:
+            if index == self._used_layers[-1] and not every_row:
                 # Nobody attends to what the last layer makes of the other rows.
                 attended = attended.index_select(0, batch.logit_rows)
                 hidden = self._padded(hidden.index_select(0, batch.logit_rows))
@@ -248,7 +276,7 @@ class Decoder:
 
     def _padded(self, x: Tensor) -> Tensor:
         """x [n, size] with zero rows up to the next row count that linear layers are made ready for."""
-        if self.device.type != "cpu":
+        if not self._pads:
             return x
         spare = padded_rows(x.shape[0]) - x.shape[0]
         return F.pad(x, (0, 0, 0, spare)) if spare else x

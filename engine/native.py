@@ -21,8 +21,8 @@ from torch import Tensor
 from tandem.engine.batch import KvPool
 from tandem.engine.native_build import compiled
 
-_SOURCE = Path(__file__).with_name("native.c")
-_MACROS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("BFLOAT16",)}
+SOURCE = Path(__file__).with_name("native.c")
+MACROS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("BFLOAT16",)}
 _MOST_DIM = 256
 """MOST_DIM in native.c."""
 _MOST_THREADS = 4
@@ -136,11 +136,11 @@ def supports_rows(hidden_size: int, intermediate_size: int, head_dim: int) -> bo
 
 def supports_attention(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     """Whether the attention kernel can be used."""
-    return dtype in _MACROS and device.type == "cpu" and head_dim % 16 == 0 and head_dim <= _MOST_DIM
+    return dtype in MACROS and device.type == "cpu" and head_dim % 16 == 0 and head_dim <= _MOST_DIM
 
 
 @functools.cache
 def load_kernels(dtype: torch.dtype) -> NativeKernels | None:
     """The kernels of float32 or bfloat16. None where they cannot be compiled."""
-    path = compiled(_SOURCE, *_MACROS[dtype])
+    path = compiled(SOURCE, *MACROS[dtype])
     return None if path is None else NativeKernels(path)

@@ -78,8 +78,13 @@ def _version(compiler: str) -> bytes:
     return f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}".encode()
 
 
+def user_cache() -> Path:
+    """The folder for what this machine need not make twice. It may be missing or not writable."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+
+
 def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
+    folder = user_cache()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

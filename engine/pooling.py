@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +22,18 @@ class Pooler:
         """`pooling` is MEAN or LAST."""
         self.every_row = pooling is Pooling.MEAN
         """Whether it needs the row of each prompt token, and so none of them from a cache; else of the last one."""
-        self._sum: Tensor | None = None
+        self._sum: np.typing.NDArray[np.float64] | None = None
         self._count = 0
 
     def add(self, rows: Tensor) -> None:
         """rows [n, hidden_size], the next ones: of tokens in order."""
         if not self.every_row:
             self.restart()
-        part = rows.sum(dim=0, dtype=torch.float64)
-        self._sum = part if self._sum is None else self._sum + part
+        numbers = rows.to("cpu", torch.float64).numpy()
+        if self._sum is not None:
+            numbers = np.concatenate((self._sum[None], numbers))
+        # One after the other: how a prompt is cut into chunks does not change the sum.
+        self._sum = np.add.accumulate(numbers, axis=0)[-1]
         self._count += len(rows)
 
     def restart(self) -> None:
@@ -40,8 +44,7 @@ class Pooler:
         """float32, little-endian [hidden_size]. Raises ValueError before any row."""
         if self._sum is None:
             raise ValueError("there is nothing to pool")
-        vector = (self._sum / self._count).cpu().numpy()
-        return vector.astype("<f4").tobytes()
+        return (self._sum / self._count).astype("<f4").tobytes()
 
 
 def pool_rows(chunks: Seq[Chunk], hidden: Tensor) -> None:

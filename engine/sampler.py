@@ -87,7 +87,13 @@ class Sampler:
     The tables are [max_num_seqs, vocab_size] and exist from the first request on that needs them.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: torch.device, *, batch_invariant: bool = False
+    ) -> None:
+        """`batch_invariant`: tokens are drawn on the CPU, row by row, as libraries may add up several rows in another
+        order than one, and a GPU a row in another order each time."""
+        device = torch.device("cpu") if batch_invariant else device
+        self._row_by_row = batch_invariant
         self._shape = (max_num_seqs, vocab_size)
         self._masks = TokenMasks(vocab_size, device)
         self._device = device
@@ -126,10 +132,14 @@ class Sampler:
         """
         if all(sequence.traits.plain_greedy for sequence in sequences):
             return _argmax(logits), None
+        logits = logits.to(self._device)
         scored = [i for i, sequence in enumerate(sequences) if sequence.traits.logprobs is not None]
         raw = logits[torch.tensor(scored, device=self._device)] if scored else None
         self._edit(logits, sequences)
-        tokens = self._choose(logits, sequences)
+        if self._row_by_row:
+            tokens = [self._choose(logits[i : i + 1], sequences[i : i + 1])[0] for i in range(len(sequences))]
+        else:
+            tokens = self._choose(logits, sequences)
         self._count(tokens, sequences)
         if raw is None:
             return tokens, None
@@ -254,7 +264,8 @@ def token_logprobs(raw: Tensor, tokens: Seq[int], wanted: Seq[int]) -> list[Toke
     The rank counts strictly more likely tokens; alternatives of equal probability are listed by id.
     """
     chosen = torch.tensor(tokens, device=raw.device).unsqueeze(1)
-    norm = torch.logsumexp(raw, dim=-1, keepdim=True)
+    # Row by row: together they may be added up in another order.
+    norm = torch.stack([row.logsumexp(dim=-1, keepdim=True) for row in raw])
     value = raw.gather(1, chosen)
     ranks = ((raw > value).sum(dim=-1) + 1).tolist()
     logprobs = (value - norm).squeeze(1).tolist()

@@ -54,8 +54,11 @@ class EngineConfig:
     num_threads: int = 1
     """CPU threads of one forward step."""
     attention: Literal["auto", "torch", "triton"] = "auto"
-    """auto: triton on a GPU, on a CPU torch with C kernels where they can be compiled. torch: plain torch, with which a
-    decoded row has the same bits as the same row of a prompt."""
+    """auto: triton on a GPU, on a CPU C kernels where they can be compiled. torch: plain torch."""
+    batch_invariant: bool = False
+    """A request's output depends on nothing else, to the bit: not on other requests, the chunks of its prompt, or what
+    is computed again. On a CPU in float32 and bfloat16, where there is a C compiler; the start is refused where it
+    cannot be had. Workers that share KV need the same value. docs/architecture.md says what it costs."""
 
     def __post_init__(self) -> None:
         if self.block_size <= 0 or self.block_size % 16:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -24,8 +24,9 @@ class WorkerMetrics:
         status: Callable[[], worker_pb2.WorkerStatus],
         registry: CollectorRegistry,
         store: Callable[[], StoreStats] | None = None,
+        row_invariant: bool = False,
     ) -> None:
-        """`store` is `EngineStore.stats` of a worker with a KV store."""
+        """`row_invariant`: see `LoadedModel`. `store` is `EngineStore.stats` of a worker with a KV store."""
         self._requests = Counter(
             "tandem_worker_requests", "Ended requests", ["finish_reason", "error"], registry=registry
         )
@@ -58,6 +59,11 @@ class WorkerMetrics:
         self._handover = Histogram(
             "tandem_worker_handover_seconds", "First token until KV complete", registry=registry, buckets=_SECONDS
         )
+        Gauge(
+            "tandem_worker_row_invariant",
+            "1 where a request's output does not depend on other requests, to the bit",
+            registry=registry,
+        ).set(row_invariant)
         registry.register(_EngineGauges(status))
         if store is not None:
             registry.register(_StoreCounters(store))

@@ -42,10 +42,12 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    ALWAYS_MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Grid (tiles of the longest slice, kv_heads, slices). The last tile of a slice is the longest and starts first."""
+    """Grid (tiles of the longest slice, kv_heads, slices). The last tile of a slice is the longest and starts first.
+    ALWAYS_MASKED: all keys go through one loop, so that where a tile of rows begins does not choose the code."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
     fields = slices + tl.program_id(2) * 4
@@ -73,13 +75,14 @@ def _prefill_kernel(
         if WINDOW > 0:
             first_visible = context + tokens - (WINDOW - 1)
             start = tl.maximum(context + tile_start - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+        if WINDOW > 0 or ALWAYS_MASKED:
             masked_start = start
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
         k_base = k + kv_head * HEAD_DIM
         v_base = v + kv_head * HEAD_DIM
-        if WINDOW == 0:
+        if WINDOW == 0 and not ALWAYS_MASKED:
             acc, row_max, row_sum = fold_keys(
                 q_tile,
                 acc,
@@ -143,6 +146,7 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
+    always_masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`partial_attention` of slices of requests: (o, lse), lse float32 [N, heads] as a natural logarithm.
 
@@ -151,7 +155,8 @@ def paged_prefill(
     another. slices: int32 [S, 4], per slice: first row in q, number of rows, keys in the pool before them, start of its
     table in `block_tables`. `max_tokens` is a bound on the rows of one slice known to the host. window: the number of
     latest keys each query sees, itself included. out: contiguous, of q's shape, any float dtype; made in q's dtype
-    where it is not given. Rows of q in no slice are left as they are in `out`, and undefined in lse.
+    where it is not given. always_masked: for `batch_invariant`, a few percent slower. Rows of q in no slice are left as
+    they are in `out`, and undefined in lse.
 
     Raises ValueError if the layouts do not fit together.
     """
@@ -186,6 +191,7 @@ def paged_prefill(
         BLOCK_D=padded_dim(head_dim),
         BLOCK_SIZE=k.shape[1],
         WINDOW=window or 0,
+        ALWAYS_MASKED=always_masked,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.keys,
         num_warps=tiles.warps,

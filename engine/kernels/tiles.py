@@ -11,6 +11,7 @@ Offsets into the pool are 64-bit: a pool of 2**31 elements is only 4 GiB in bf16
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,11 @@ def finish_rows(
     safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     lse = (row_max * scale_log2 + tl.log2(safe_sum)) * LOG_2
     return acc / safe_sum[:, None], lse
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def padded_dim(head_dim: int) -> int:

@@ -1,31 +1,23 @@
 """What does not change a row's logits by a single bit: other rows in the batch, padding, and how a prompt is chunked.
 
-It holds where `LoadedModel.row_invariant` says so. It was measured on processors with AVX-512, in bfloat16 with
-AVX512-BF16 or AMX; elsewhere it is not promised (with AVX2 it does not hold), so these tests run there only. It is what
-makes greedy output the same whether a request ran alone, batched with others, handed over, preempted or recomputed.
-
-Not row-invariant: bfloat16 models with a large layer of more than 448 inputs (`linear.py`); float32 models with a layer
-of more than 1,024 inputs; int8 models; any model on a GPU; and without native kernels (`native_attention.py`) some head
-sizes in bfloat16 (`cpu_attention.py`).
+It holds where `LoadedModel.row_invariant` says so: with `batch_invariant` by construction, else because it was measured
+when the model was loaded (`row_probe.py`). Where nothing is promised there is nothing to test. It is what makes greedy
+output the same whether a request ran alone, batched with others, handed over, preempted or recomputed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from tandem.engine.loader import LoadedModel, load_model
 from tests.engine.paged_model import PagedModel
 from tests.models import VOCAB_SIZE, tiny_model
-
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="row invariance was measured with AVX-512 only"
-)
-BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -33,52 +25,51 @@ SIZES: dict[str, dict[str, Any]] = {
     "sliding-window": {"family": "mistral", "sliding_window": 50, "hidden_size": 128},
     "qk-norm": {"family": "qwen3", "num_attention_heads": 8, "head_dim": 32},
     "wide-heads": {"head_dim": 128},
+    "no-groups": {"num_key_value_heads": 4, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1},
+    "odd-sizes": {"head_dim": 24, "intermediate_size": 100, "num_hidden_layers": 1},
 }
 
 
 @dataclass(frozen=True)
 class Variant:
     dtype: str
-    attention: str
-    """auto: with native kernels where they can be had, and the model is bfloat16; torch: without."""
+    batch_invariant: bool = False
+    quantization: str | None = None
 
 
-VARIANTS = (Variant("bfloat16", "auto"), Variant("bfloat16", "torch"), Variant("float32", "auto"))
+VARIANTS = (
+    Variant("bfloat16"),
+    Variant("float32"),
+    Variant("bfloat16", batch_invariant=True),
+    Variant("float32", batch_invariant=True),
+)
+CASES = [(size, variant) for size in SIZES for variant in VARIANTS]
+CASES += [("tiny", Variant("float32", quantization="int8"))]
 
 
-@pytest.fixture(scope="module", params=[(size, variant) for size in SIZES for variant in VARIANTS], ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     size, variant = request.param
-    dtype = variant.dtype
-    if dtype == "bfloat16" and not BFLOAT16:
-        pytest.skip("this processor does not compute in bfloat16")
+    if variant.batch_invariant and size == "odd-sizes":
+        pytest.skip("refused: see test_batch_invariant.py")
     overrides = dict(SIZES[size])
     folder = tmp_path_factory.mktemp("model") / size
     tiny_model(overrides.pop("family", "llama"), folder, **overrides)
-    return load_model(folder, dtype=dtype, device="cpu", quantization=None, attention=variant.attention)
+    model = load_model(
+        folder,
+        dtype=variant.dtype,
+        device="cpu",
+        quantization=variant.quantization,
+        batch_invariant=variant.batch_invariant,
+    )
+    assert model.row_invariant or not variant.batch_invariant
+    if not model.row_invariant:
+        pytest.skip(f"nothing is promised here: {model.rows.reason}")
+    return model
 
 
 def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def test_these_models_promise_it(loaded: LoadedModel) -> None:
-    assert loaded.row_invariant
-
-
-@pytest.mark.parametrize(
-    ("dtype", "quantization", "overrides"),
-    [
-        ("bfloat16", None, {"hidden_size": 512, "intermediate_size": 2048}),
-        ("float32", None, {"intermediate_size": 1040}),
-        ("float32", "int8", {}),
-    ],
-)
-def test_models_for_which_it_does_not_hold_do_not_promise_it(
-    tmp_path: Path, dtype: str, quantization: str | None, overrides: dict[str, Any]
-) -> None:
-    folder = tiny_model("llama", tmp_path / "model", num_hidden_layers=1, **overrides)
-    assert not load_model(folder, dtype=dtype, device="cpu", quantization=quantization).row_invariant
 
 
 @pytest.mark.parametrize("length", [5, 130, 700])
@@ -126,3 +117,46 @@ def test_the_hand_over_of_a_prefix_does_not_change_what_follows(loaded: LoadedMo
         receiver.pool.write_rows(layer, slots[1], payload)
     receiver.lengths[0] = 160
     assert torch.equal(receiver.prefill(0, tokens[160:]), expected[160:])
+
+
+MOST_REQUESTS, MOST_TOKENS = 3, 800
+
+
+@pytest.fixture(scope="module")
+def whole(loaded: LoadedModel) -> torch.Tensor:
+    """Logits of each request's prompt, computed alone and in one go."""
+    return torch.stack(
+        [PagedModel(loaded, 1, MOST_TOKENS).prefill(0, prompt(MOST_TOKENS, seed)) for seed in range(MOST_REQUESTS)]
+    )
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
+    """Steps of some requests: (request, tokens it advances by), a request once per step."""
+    request = st.integers(0, MOST_REQUESTS - 1)
+    size = st.one_of(st.just(1), st.integers(2, 40), st.sampled_from((97, 127, 128, 129, 255, 257, 511, 512, 600)))
+    step = st.lists(st.tuples(request, size), min_size=1, max_size=MOST_REQUESTS, unique_by=lambda part: part[0])
+    return draw(st.lists(step, min_size=1, max_size=8))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@example([[(0, 600)], [(0, 97)], [(0, 1), (1, 33)]])
+@example([[(0, 512), (1, 11)], [(1, 1), (0, 1), (2, 40)], [(0, 33), (1, 1), (2, 1)]])
+@given(plan=steps())
+def test_any_way_to_compute_the_same_prompts_gives_the_same_bits(
+    loaded: LoadedModel, whole: torch.Tensor, plan: list[list[tuple[int, int]]]
+) -> None:
+    texts = [prompt(MOST_TOKENS, seed) for seed in range(MOST_REQUESTS)]
+    paged = PagedModel(loaded, MOST_REQUESTS, MOST_TOKENS, seed=len(plan))
+    for step in plan:
+        parts = [(r, min(size, MOST_TOKENS - paged.lengths[r])) for r, size in step if paged.lengths[r] < MOST_TOKENS]
+        starts = dict(enumerate(paged.lengths))
+        decodes = [(r, texts[r][starts[r]]) for r, size in parts if size == 1]
+        prefills = [(r, texts[r][starts[r] : starts[r] + size]) for r, size in parts if size > 1]
+        if not parts:
+            continue
+        rows, chunks = paged.step(decodes, prefills)
+        for (request, _), row in zip(decodes, rows, strict=True):
+            assert torch.equal(row, whole[request, starts[request]]), (request, starts[request])
+        for (request, new), chunk in zip(prefills, chunks, strict=True):
+            assert torch.equal(chunk, whole[request, starts[request] : starts[request] + len(new)]), (request, starts)

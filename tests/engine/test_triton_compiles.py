@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tandem.engine.kernels import paged_decode, paged_prefill, tiles
+from tandem.engine.kernels import fixed_linear, paged_decode, paged_prefill, rms_norm, tiles
 
 SHARED_MEMORY = 99 * 1024
 """What one block may use on the smallest chips of the Ampere and Ada generations, bytes."""
@@ -30,6 +30,7 @@ FIXED: dict[str, Any] = {
     "BLOCK_SIZE": 16,
     "MIN_SPLIT": paged_decode.MIN_SPLIT_KEYS,
     "SPLITS": paged_decode.MAX_SPLITS,
+    "ALWAYS_MASKED": False,
 }
 POINTERS = {
     "q": "*bf16",
@@ -55,6 +56,23 @@ DECODE_TILES = paged_decode.decode_tiles(HEAD_DIM, GROUP, torch.bfloat16)
 PREFILL_TILES = paged_prefill.prefill_tiles(HEAD_DIM, GROUP, torch.bfloat16)
 
 
+def compile_for(
+    capability: int, kernel: Any, values: dict[str, Any], types: dict[str, str], aligned: set[str], warps: int
+) -> Any:
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(i,): values[name] for i, name in enumerate(names) if name in values},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": tiles.PIPELINE_STAGES}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    assert len(compiled.asm["cubin"]) > 0
+    return compiled
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("kernel", "sizes", "window"),
@@ -77,18 +95,30 @@ def test_kernel_compiles_within_the_limits_of_the_gpu(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     values = {**FIXED, "WINDOW": window, "BLOCK_M": sizes.rows, "BLOCK_N": sizes.keys}
-    types = {**POINTERS, **SCALARS}
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): values[name] for i, name in enumerate(names) if name in values},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
-    )
-    options = {"num_warps": sizes.warps, "num_stages": tiles.PIPELINE_STAGES}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.metadata.shared <= SHARED_MEMORY
-    assert len(compiled.asm["cubin"]) > 0
+    compiled = compile_for(capability, kernel, values, {**POINTERS, **SCALARS}, ALIGNED, sizes.warps)
     if kernel is not paged_decode._merge_kernel:
         assert "cp.async" in compiled.asm["ptx"], "K and V must be loaded ahead of their use"
         assert "mma" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("element", ["bf16", "fp32"])
+def test_layers_of_batch_invariant_compile_within_the_limits_of_the_gpu(
+    element: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = dict.fromkeys(("x", "weight", "bias", "residual", "out"), f"*{element}")
+    dtype = torch.bfloat16 if element == "bf16" else torch.float32
+    fixed = {
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": True,
+        "BLOCK_M": fixed_linear.BLOCK_M,
+        "BLOCK_N": fixed_linear.BLOCK_N,
+        "BLOCK_K": fixed_linear.input_tile(dtype),
+    }
+    types = {**pointers, **dict.fromkeys(("rows", "inputs", "outputs"), "i32")}
+    aligned = {*pointers, "inputs", "outputs"}
+    compiled = compile_for(capability, fixed_linear._linear_kernel, fixed, types, aligned, fixed_linear.WARPS)
+    assert ("mma" in compiled.asm["ptx"]) == (element == "bf16")
+    types = {**pointers, "weight": "*fp32", "eps": "fp32", "size": "i32", "weights": "i32"}
+    compile_for(capability, rms_norm._rms_norm_kernel, {"BLOCK": 4096}, types, {*pointers, "size"}, rms_norm.WARPS)

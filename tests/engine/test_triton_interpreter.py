@@ -15,8 +15,9 @@ def test_kernels_pass_their_tests_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed: install the extra `gpu` or `dev`")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process is the interpreter's")
-    tests = Path(__file__).with_name("test_triton_attention.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", str(tests)]
+    names = ("test_triton_attention.py", "test_triton_batch_invariant.py")
+    tests = [str(Path(__file__).with_name(name)) for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).parents[2]
     child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280, check=False)
