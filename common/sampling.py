@@ -65,6 +65,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Alternatives per output token; 0: only the chosen token's; None: off. At most 20."""
     prompt_logprobs: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the output must not hold: the last of one cannot be chosen after the others."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     constraint: Constraint | None = None
@@ -85,6 +87,7 @@ class SamplingParams:
             seed=self.seed,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            bad_words=[worker_pb2.TokenIds(ids=word) for word in self.bad_words],
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             constraint=None if self.constraint is None else self.constraint.to_proto(),
@@ -107,6 +110,7 @@ class SamplingParams:
             seed=message.seed if message.HasField("seed") else None,
             logprobs=message.logprobs if message.HasField("logprobs") else None,
             prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+            bad_words=tuple(tuple(word.ids) for word in message.bad_words),
             stop_token_ids=tuple(message.stop_token_ids),
             ignore_eos=message.ignore_eos,
             constraint=Constraint.from_proto(message.constraint),

@@ -385,8 +385,9 @@ class Engine:
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """`token` was chosen to follow the last one of `sequence`."""
         params, guide = sequence.request.sampling, sequence.guide
-        if guide is not None and guide.error:
-            self._fail(sequence, "invalid_request", guide.error)
+        problem = sequence.dead_end or (guide.error if guide is not None else None)
+        if problem:
+            self._fail(sequence, "invalid_request", problem)
             return
         output = RequestOutput(sequence.key, start_index=sequence.num_output)
         if sequence.num_output < params.max_tokens:

@@ -71,6 +71,7 @@ class Intake:
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids),
             ("stop_token_ids", params.stop_token_ids),
+            ("bad_words", [token for word in params.bad_words for token in word]),
         ):
             if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
                 raise TandemError("invalid_request", f"{name}: token ids are 0 to {self._vocab_size - 1}", param=name)

@@ -4,8 +4,8 @@ The distribution of one request, in this order:
 
 1. log-probabilities that are reported come from the model's own logits, before anything below (as in vLLM);
 2. repetition, presence and frequency penalties;
-3. `logit_bias`, then `allowed_token_ids`, then tokens masked that the constraint forbids, then stop tokens while
-   `min_tokens` is not reached, unless the constraint allows nothing else;
+3. `logit_bias`, then `allowed_token_ids`, then tokens masked that would end a bad word, then those that the constraint
+   forbids, then stop tokens while `min_tokens` is not reached, unless the constraint allows nothing else;
 4. temperature 0: the largest logit, ties to the lowest id. Otherwise softmax(logits / temperature) in float32;
 5. `top_k`, `top_p` and `min_p` each give a smallest probability to keep; what is below the largest of the three is
    dropped. `top_p` is measured on what `top_k` keeps. Tokens tied with the last one kept are kept;
@@ -41,6 +41,7 @@ class Traits:
     penalised: bool
     biased: bool
     filtered: bool
+    bad_words: bool
     min_tokens: int
     """0 where no stop token would have to be masked."""
     logprobs: int | None
@@ -52,7 +53,7 @@ class Traits:
         greedy = params.temperature == 0.0
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         penalised = penalties != (1.0, 0.0, 0.0)
-        biased = bool(params.logit_bias or params.allowed_token_ids)
+        biased = bool(params.logit_bias or params.allowed_token_ids) or any(len(word) == 1 for word in params.bad_words)
         only_stops = bool(params.allowed_token_ids) and stop_ids.issuperset(params.allowed_token_ids)
         min_tokens = params.min_tokens if stop_ids and not only_stops else 0
         return cls(
@@ -60,10 +61,11 @@ class Traits:
             penalised=penalised,
             biased=biased,
             filtered=params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0,
+            bad_words=bool(params.bad_words),
             min_tokens=min_tokens,
             logprobs=params.logprobs,
             plain_greedy=greedy
-            and not (penalised or biased or min_tokens)
+            and not (penalised or biased or params.bad_words or min_tokens)
             and params.logprobs is None
             and params.constraint is None,
         )
@@ -101,7 +103,7 @@ class Sampler:
         """float32: how often a token is in the output."""
         self._in_prompt: Tensor | None = None
         self._bias: Tensor | None = None
-        """float32: logit_bias, and -inf where allowed_token_ids does not allow."""
+        """float32: logit_bias, and -inf for bad words of one token and where allowed_token_ids does not allow."""
 
     def admit(self, sequence: Sequence) -> None:
         """`sequence` got its row: fills the row's state from the prompt and the output so far."""
@@ -124,6 +126,7 @@ class Sampler:
             if params.logit_bias:
                 ids = torch.tensor(list(params.logit_bias), device=self._device)
                 bias[ids] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+            bias[[word[0] for word in params.bad_words if len(word) == 1]] = -torch.inf
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         """One token per row of `logits` [R, vocab_size] float32, which it may overwrite, for `sequences` [R].
@@ -166,6 +169,8 @@ class Sampler:
         if biased and self._bias is not None:
             index, rows = self._rows(biased, sequences)
             logits[index] += self._bias[rows]
+        wordy = [i for i, sequence in enumerate(sequences) if sequence.traits.bad_words]
+        self._mask(logits, [(i, token) for i in wordy for token in _word_endings(sequences[i])])
         must_stop = self._constrain(logits, sequences)
         masked = [
             (i, token)
@@ -173,8 +178,17 @@ class Sampler:
             if sequence.num_output < sequence.traits.min_tokens and i not in must_stop
             for token in sequence.stop_ids
         ]
-        if masked:
-            pairs = torch.tensor(masked, device=self._device)
+        self._mask(logits, masked)
+        if wordy:
+            for i, highest in zip(wordy, logits[wordy].amax(dim=1).tolist(), strict=True):
+                if highest == -torch.inf:
+                    sequences[i].dead_end = "bad_words and the request's other settings leave no token to choose"
+                    logits[i] = 0.0
+
+    def _mask(self, logits: Tensor, tokens: list[tuple[int, int]]) -> None:
+        """`tokens`: rows and ids."""
+        if tokens:
+            pairs = torch.tensor(tokens, device=self._device)
             logits[pairs[:, 0], pairs[:, 1]] = -torch.inf
 
     def _constrain(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
@@ -256,6 +270,12 @@ class Sampler:
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+
+
+def _word_endings(sequence: Sequence) -> list[int]:
+    """Tokens that would complete a bad word of several tokens in the output of `sequence`."""
+    words = [word for word in sequence.request.sampling.bad_words if 1 < len(word) <= sequence.num_output + 1]
+    return [word[-1] for word in words if tuple(sequence.tokens[1 - len(word) :]) == word[:-1]]
 
 
 def token_logprobs(raw: Tensor, tokens: Seq[int], wanted: Seq[int]) -> list[TokenLogprobs]:

@@ -48,6 +48,7 @@ class Sequence:
         "arrival",
         "chain",
         "chunk_ends",
+        "dead_end",
         "deadline",
         "displaced",
         "first_scheduled",
@@ -116,6 +117,8 @@ class Sequence:
         self.seed = seed
         self.stop_ids = stop_ids
         self.traits = traits
+        self.dead_end = ""
+        """Why no token can follow; the sampler says so."""
         self.guide: Guide | None = None
         """Of a request with a constraint, once that is compiled."""
         self.pooler: Pooler | None = None

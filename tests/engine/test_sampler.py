@@ -34,6 +34,9 @@ def kept_distribution(logits: npt.NDArray[np.float64], sequence: Sequence) -> np
     if params.allowed_token_ids:
         banned = sorted(set(range(VOCAB)) - set(params.allowed_token_ids))
         x[banned] = -np.inf
+    for word in params.bad_words:
+        if output[len(output) + 1 - len(word) :] == list(word[:-1]) and len(output) >= len(word) - 1:
+            x[word[-1]] = -np.inf
     if len(output) < params.min_tokens:
         x[sorted(sequence.stop_ids)] = -np.inf
     if params.temperature == 0:
@@ -95,6 +98,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {5: 4.0, 9: -100.0}},
     "allowed": {"allowed_token_ids": (4, 8, 15, 16)},
     "allowed with bias, greedy": {"allowed_token_ids": (4, 8), "logit_bias": {8: 50.0, 9: 90.0}, "temperature": 0.0},
+    "bad words": {"bad_words": ((7,), (8, 9), (9, 10, 11)), "allowed_token_ids": (7, 8, 9, 10, 11)},
+    "bad words, greedy": {"bad_words": ((30, 31), (31, 30), (30, 30)), "temperature": 0.0, "logit_bias": {30: 9.0}},
     "min_tokens": {"min_tokens": 12, "logit_bias": {3: 60.0, 7: 30.0}, "stop_token_ids": (7,)},
 }
 
@@ -173,6 +178,27 @@ def test_stop_tokens_are_not_masked_when_nothing_else_is_allowed() -> None:
     one = sequence(0, min_tokens=5, allowed_token_ids=(3,))
     admit(sampler, [one])
     assert sampler.sample(logits_of(0, 1), [one])[0] == [3]
+
+
+def test_a_bad_word_counts_in_the_output_only_and_every_time() -> None:
+    one = make_sequence("r", [8], eos=EOS, temperature=0.0, max_tokens=99, bad_words=((8, 9), (9, 9)))
+    sampler = Sampler(1, VOCAB, CPU)
+    admit(sampler, [one])
+    for wanted, expected in ((9, 9), (9, 0), (8, 8), (9, 0), (8, 8), (8, 8), (9, 0)):
+        logits = torch.zeros(1, VOCAB)
+        logits[0, wanted] = 5.0
+        one.append(sampler.sample(logits, [one])[0][0])
+        assert one.last_token == expected
+
+
+def test_no_token_left_beside_bad_words_is_a_dead_end_of_that_request_alone() -> None:
+    stuck = sequence(0, allowed_token_ids=(4, 5), bad_words=((4,), (5,)))
+    free = sequence(1, allowed_token_ids=(4, 5), bad_words=((4,),), temperature=0.0)
+    sampler = Sampler(2, VOCAB, CPU)
+    admit(sampler, [stuck, free])
+    tokens, _ = sampler.sample(torch.zeros(2, VOCAB), [stuck, free])
+    assert "bad_words" in stuck.dead_end
+    assert (tokens[1], free.dead_end) == (5, "")
 
 
 def test_the_noise_is_fixed_for_ever() -> None:
