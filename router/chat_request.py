@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from tandem.router.bad_words import bad_word_tokens
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
 from tandem.router.constraints import CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import ChatBody, template_variables
 from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
-from tandem.router.served_model import Prompt
+from tandem.router.served_model import Prompt, ServedModel
 from tandem.router.service import Service
 from tandem.router.tools.choice import ToolUse, tool_use
 from tandem.router.tools.events import PlainText, ToolParser
+from tandem.router.truncation import truncation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,23 @@ async def chat_prompt(
     )
     chat = model.render_chat(
         body.template_messages(),
-        add_generation_prompt=body.add_generation_prompt,
-        **template_variables(body.chat_template_kwargs),
+        add_generation_prompt=body.generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        **_variables(body, model),
         tools=None if tools is None else tools.for_template,
     )
-    salt = caller.cache_salt(body.cache_salt or "")
-    prompt = await model.chat_prompt(chat, salt=salt, any_length=any_length)
+    prompt = await model.chat_prompt(
+        chat,
+        add_special_tokens=bool(body.add_special_tokens),
+        salt=caller.cache_salt(body.cache_salt or ""),
+        any_length=any_length,
+        truncation=truncation_of(
+            body.truncate_prompt_tokens,
+            body.truncation_side,
+            output_tokens=body.output_limit,
+            max_model_len=service.max_model_len,
+        ),
+    )
     return prompt, tools, answer if tools is None else tools.constraint
 
 
@@ -61,14 +75,14 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
     """Raises TandemError naming the field."""
     model = service.model
     prompt, tools, checked = await chat_prompt(body, service, caller)
-    completion_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = output_tokens(
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        body.output_limit,
         default=None,
         prompt_tokens=len(prompt.token_ids),
         max_model_len=service.max_model_len,
-        param=completion_param,
+        param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         prompt_param="messages",
+        least=body.fewest_tokens,
     )
     sampling = sampling_params(
         body,
@@ -76,6 +90,8 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         vocab_size=model.vocab_size,
         max_tokens=max_tokens,
         logprobs=_logprobs(body),
+        prompt_logprobs=body.prompt_logprobs,
+        bad_words=await bad_word_tokens(body.bad_words, model.text, model.vocab_size),
         constraint=checked.constraint if checked else None,
     )
     marked = tools is not None and any(map(model.text.is_special, tools.format.marks))
@@ -85,9 +101,27 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False and not marked,
         keep_tokens=bool(body.return_token_ids) or sampling.logprobs is not None,
-        ignored=checked.ignored if checked else (),
+        no_output=max_tokens == 0,
+        ignored=_ignored(body, model) + (checked.ignored if checked else ()),
     )
     return ChatPlan(spec, tools)
+
+
+def _variables(body: ChatBody, model: ServedModel) -> dict[str, Any]:
+    """What the template is told beside the messages. Raises TandemError `invalid_request`."""
+    variables = dict(template_variables(body.chat_template_kwargs))
+    if body.documents:
+        if not model.template_reads("documents"):
+            raise invalid("documents", "are not read by this model's chat template; write them into a message")
+        variables["documents"] = body.documents
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    return variables
+
+
+def _ignored(body: ChatBody, model: ServedModel) -> tuple[str, ...]:
+    told = body.reasoning_effort is None or model.template_reads("reasoning_effort")
+    return () if told else ("reasoning_effort",)
 
 
 def _logprobs(body: ChatBody) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -22,6 +23,8 @@ from tandem.router.tools.arguments import CutArguments
 from tandem.router.tools.formats import ToolFormat, detect
 
 DEFAULT_NAME = "default"
+_MARK = "\u2063the final message ends here\u2063 "
+"""Where a message is to be continued. The blank shows whether the template trims messages."""
 TOOLS_NAME = "tool_use"
 """Of the template that some models have for requests with tools."""
 
@@ -40,6 +43,8 @@ class ChatTemplate:
         self._template = _Compiled(environment, source)
         self._tools_template = self._template if tools_source is None else _Compiled(environment, tools_source)
         self._special_tokens = special_tokens
+        self.variables = _variables(environment, source) | _variables(environment, tools_source or "")
+        """That the template reads."""
         self.tool_format: ToolFormat | None = detect(tools_source or source)
         """How the model writes calls of functions; None: it makes none, or in a form that is not known."""
 
@@ -51,10 +56,21 @@ class ChatTemplate:
         return None if source is None else cls(source, special_tokens(folder), tools_source)
 
     def render(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
         """`content` of a message is text or a list of text parts; the template gets the form that it expects, parts
-        joined by line breaks where that is text. Raises TandemError `invalid_request` where it rejects the messages."""
+        joined by line breaks where that is text. `continue_final_message`: the text ends where the last message does.
+
+        Raises TandemError `invalid_request` where the template rejects the messages.
+        """
+        if continue_final_message:
+            marked = [*messages[:-1], _with_mark(messages[-1])]
+            return _up_to_mark(self.render(marked, add_generation_prompt=add_generation_prompt, **variables))
         context = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
             template = self._tools_template if context["tools"] else self._template
@@ -142,6 +158,30 @@ def _tojson(
     for name, content in cut.items():
         text = text.replace(name, content)
     return text
+
+
+def _variables(environment: jinja2.Environment, source: str) -> frozenset[str]:
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+
+
+def _with_mark(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the mark at the end of its text."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + _MARK}
+    return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + _MARK}]}
+
+
+def _up_to_mark(text: str) -> str:
+    """What the template makes of the final message and what is before it. Where it trims messages, so is this one."""
+    end = text.rfind(_MARK.rstrip())
+    if end < 0:
+        raise TandemError(
+            "invalid_request",
+            "continue_final_message: the model's chat template leaves the final message out",
+            param="continue_final_message",
+        )
+    return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
 
 
 def _raise_exception(message: str) -> NoReturn:

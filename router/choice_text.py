@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.detokenizer import Detokenizer
 from tandem.router.stop import StopMatcher
+from tandem.router.tokenizer import ModelText
 
 
 @dataclass(slots=True)
@@ -17,7 +18,22 @@ class Piece:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    token_texts: list[str] = field(default_factory=list)
+    """What each token adds to the text: nothing before the last token of a character. Of one that the text leaves out,
+    its name."""
+    offsets: list[int] = field(default_factory=list)
+    """Characters of the whole text before each token."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Token:
+    token_id: int
+    text: str
+    offset: int
+    end: int
+    """Characters of the text that have to be visible first."""
+    logprobs: TokenLogprobs | None
 
 
 class ChoiceText:
@@ -47,7 +63,9 @@ class ChoiceText:
         self._decoded = 0
         self._shown = 0
         self._text: list[str] = []
-        self._waiting: deque[tuple[int, int, TokenLogprobs | None]] = deque()
+        self._waiting: deque[_Token] = deque()
+        self._last: _Token | None = None
+        """The last token that is part of the text."""
         self.num_tokens = 0
         self.matched: str | None = None
         """The stop string that was found. Nothing may be fed after it."""
@@ -70,10 +88,12 @@ class ChoiceText:
         for index, token_id in enumerate(token_ids):
             self.num_tokens += 1
             text = self._detokenizer.feed((token_id,))
-            self._decoded += len(text)
+            offset, self._decoded = self._decoded, self._decoded + len(text)
             if self._keep_tokens:
                 end = self._decoded + self._detokenizer.holding
-                self._waiting.append((end, token_id, logprobs[index] if logprobs else None))
+                name = text or self._detokenizer.hidden_name(token_id)
+                self._last = _Token(token_id, name, offset, end, logprobs[index] if logprobs else None)
+                self._waiting.append(self._last)
             if self._has_stops and self.num_tokens > self._min_tokens:
                 text = self._match(text)
             self._show(text)
@@ -83,18 +103,17 @@ class ChoiceText:
     def count_silent(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """A token that ended the output and is no part of its text."""
         self.num_tokens += 1
+        self._flush()
         if self._keep_tokens:
-            self._waiting.append((self._decoded, token_id, logprobs))
+            name = self._detokenizer.token_text(token_id)
+            self._waiting.append(_Token(token_id, name, self._decoded, self._decoded, logprobs))
 
     def finish(self) -> None:
         """The output is complete: what is held back is shown."""
         if self.matched is None:
-            text = self._detokenizer.flush()
-            if self._has_stops:
-                text = self._match(text)
-                if self.matched is None:
-                    text += self._matcher.flush()
-            self._show(text)
+            self._flush()
+        if self.matched is None and self._has_stops:
+            self._show(self._matcher.flush())
         self._shown = max(self._shown, self._decoded) + 1
 
     def take(self) -> Piece:
@@ -102,12 +121,22 @@ class ChoiceText:
         text = "".join(self._text)
         self._text.clear()
         piece = Piece(text)
-        while self._waiting and self._waiting[0][0] <= self._shown:
-            _, token_id, logprobs = self._waiting.popleft()
-            piece.token_ids.append(token_id)
-            if logprobs is not None:
-                piece.logprobs.append(logprobs)
+        while self._waiting and self._waiting[0].end <= self._shown:
+            token = self._waiting.popleft()
+            piece.token_ids.append(token.token_id)
+            piece.token_texts.append(token.text)
+            piece.offsets.append(token.offset)
+            if token.logprobs is not None:
+                piece.logprobs.append(token.logprobs)
         return piece
+
+    def _flush(self) -> None:
+        """What is held back of a broken character belongs to the token that came last."""
+        text = self._detokenizer.flush()
+        self._decoded += len(text)
+        if self._last is not None:
+            self._last.text += text
+        self._show(self._match(text) if self._has_stops else text)
 
     def _match(self, text: str) -> str:
         result = self._matcher.feed(text)
@@ -118,3 +147,37 @@ class ChoiceText:
         if text:
             self._text.append(text)
             self._shown += len(text)
+
+
+def prompt_piece(text: ModelText, token_ids: Sequence[int], shown: str) -> Piece:
+    """A prompt's tokens with their places in the text `shown` of it, which need not have the special ones."""
+    detokenizer = Detokenizer(text, ())
+    piece = Piece(shown, list(token_ids))
+    place = 0
+    for token_id in token_ids:
+        piece.offsets.append(min(place, len(shown)))
+        added = detokenizer.feed((token_id,))
+        if text.is_special_id(token_id):
+            added = text.token_text(token_id)
+            place += len(added) if shown.startswith(added, place) else 0
+        else:
+            place += len(added)
+        piece.token_texts.append(added)
+    if piece.token_texts:
+        piece.token_texts[-1] += detokenizer.flush()
+    return piece
+
+
+def shifted(piece: Piece, characters: int) -> Piece:
+    """The same after so many characters."""
+    return replace(piece, offsets=[characters + offset for offset in piece.offsets])
+
+
+def joined(one: Piece, other: Piece) -> Piece:
+    return Piece(
+        one.text + other.text,
+        one.token_ids + other.token_ids,
+        one.token_texts + other.token_texts,
+        one.offsets + other.offsets,
+        one.logprobs + other.logprobs,
+    )

@@ -59,6 +59,13 @@ class Detokenizer:
         self.holding = False
         return new
 
+    def hidden_name(self, token_id: int) -> str:
+        """Of a token that the text leaves out; empty where it does not."""
+        return self.token_text(token_id) if self._skip_special and self._text.is_special_id(token_id) else ""
+
+    def token_text(self, token_id: int) -> str:
+        return self._text.token_text(token_id)
+
     def _shrink(self, decoded: str) -> None:
         """Forgets old tokens where the text does not change by it: not in the middle of a character's bytes."""
         for kept in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_STUCK_TOKENS):

@@ -18,6 +18,7 @@ from tandem.router.dispatch import SequenceSpec
 from tandem.router.sampling_fields import in_range, invalid, output_tokens
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
+from tandem.router.truncation import Side, truncation_of
 
 MAX_INPUTS = 2048
 """OpenAI's."""
@@ -38,13 +39,17 @@ class EmbeddingsBody(msgspec.Struct):
     """Over the normalised hidden states of the last layer: their mean, or that of the last token."""
     priority: int | None = None
     cache_salt: str | None = None
+    request_id: str | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Side | None = None
 
 
 async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller) -> Iterator[Sequence[ChoiceSpec]]:
     """Groups of inputs, each to be run as one call. Raises TandemError naming the field."""
     service.model.check_name(body.model)
     in_range("priority", body.priority, -(2**31), 2**31 - 1)
-    prompts = await _prompts(body.input, service)
+    prompts = await _prompts(body, service)
     specs = [_spec(prompt, body, service, caller) for prompt in prompts]
     return (specs[start : start + AT_ONCE] for start in range(0, len(specs), AT_ONCE))
 
@@ -58,16 +63,28 @@ def vectors(choices: Sequence[Choice], dimensions: int | None) -> list[Vector]:
     return found
 
 
-async def _prompts(given: str | list[str | int | list[int]], service: Service) -> list[Prompt]:
+async def _prompts(body: EmbeddingsBody, service: Service) -> list[Prompt]:
     """The four forms: a text, texts, token ids, lists of token ids."""
-    model = service.model
+    model, given = service.model, body.input
+    truncation = truncation_of(
+        body.truncate_prompt_tokens,
+        body.truncation_side,
+        output_tokens=0,
+        max_model_len=service.max_model_len,
+        default="right",
+    )
+
+    async def of_text(text: str, param: str) -> Prompt:
+        special = body.add_special_tokens is not False
+        return await model.text_prompt(text, param=param, add_special_tokens=special, truncation=truncation)
+
     if isinstance(given, str):
-        return [await model.text_prompt(given, param="input")]
+        return [await of_text(given, "input")]
     if not given:
         raise invalid("input", "must not be empty")
     ids = [item for item in given if isinstance(item, int)]
     if len(ids) == len(given):
-        return [model.token_prompt(ids, param="input")]
+        return [model.token_prompt(ids, param="input", truncation=truncation)]
     if len(given) > MAX_INPUTS:
         raise invalid("input", f"may hold at most {MAX_INPUTS} inputs, got {len(given)}")
     if ids:
@@ -75,20 +92,21 @@ async def _prompts(given: str | list[str | int | list[int]], service: Service) -
     prompts: list[Prompt] = []
     for index, item in enumerate(given):
         if isinstance(item, str):
-            prompts.append(await model.text_prompt(item, param=f"input[{index}]"))
+            prompts.append(await of_text(item, f"input[{index}]"))
         elif isinstance(item, list):
-            prompts.append(model.token_prompt(item, param=f"input[{index}]"))
+            prompts.append(model.token_prompt(item, param=f"input[{index}]", truncation=truncation))
     return prompts
 
 
 def _spec(prompt: Prompt, body: EmbeddingsBody, service: Service, caller: Caller) -> ChoiceSpec:
     max_tokens = output_tokens(
-        1,
+        0,
         default=None,
         prompt_tokens=len(prompt.token_ids),
         max_model_len=service.max_model_len,
         param="input",
         prompt_param="input",
+        least=0,
     )
     return ChoiceSpec(
         SequenceSpec(

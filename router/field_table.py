@@ -111,7 +111,6 @@ OTHERS: dict[str, dict[str, Other]] = {
     },
     "ChatBody": {
         "verbosity": Tolerated("models here are not told of it"),
-        "reasoning_effort": _THINKING,
         "prediction": Tolerated("it is a hint for speed only"),
         "reasoning": _THINKING,
         "include_reasoning": Tolerated("what a model thinks is text of its answer", (True,)),

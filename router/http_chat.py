@@ -6,10 +6,10 @@ from typing import Any
 
 from tandem.router.chat_request import ChatPlan, plan_chat
 from tandem.router.choice import Choice, Delta, with_seeds
-from tandem.router.generate import Usage
+from tandem.router.generate import Call, Usage
 from tandem.router.http_answers import answer
 from tandem.router.http_exchange import Exchange
-from tandem.router.http_logprobs import chat_logprobs
+from tandem.router.http_logprobs import chat_logprobs, prompt_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import ChatBody
 from tandem.router.request_fields import BodyReader
@@ -21,6 +21,7 @@ _READER = BodyReader(ChatBody)
 
 async def chat_completions(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
+    exchange.name(body.request_id)
     plan = await plan_chat(body, service, exchange.caller)
     with service.call(
         exchange.request_id,
@@ -29,19 +30,26 @@ async def chat_completions(exchange: Exchange, service: Service) -> None:
         traceparent=exchange.traceparent,
         streaming=bool(body.stream),
     ) as call:
-        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, plan))
+        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, plan, call))
 
 
 class ChatShapes(Shapes):
     """Events and answers of one chat request."""
 
-    def __init__(self, request_id: str, service: Service, body: ChatBody, plan: ChatPlan) -> None:
-        super().__init__(f"chatcmpl-{request_id}", "chat.completion", service, include_usage=body.include_usage)
+    def __init__(self, request_id: str, service: Service, body: ChatBody, plan: ChatPlan, call: Call) -> None:
+        super().__init__(f"chatcmpl-{request_id}", "chat.completion", service, body, call)
         self._num_choices = body.n or 1
+        self._role = body.answer_role
+        self._echoed = body.echoed
         self._top = body.top_logprobs or 0
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+        self._prompt_top = body.prompt_logprobs
         self._logprobs = bool(body.logprobs)
         self._token_ids = bool(body.return_token_ids)
-        self._prompt_ids = plan.spec.sequence.prompt.token_ids
+        prompt = plan.spec.sequence.prompt
+        self._of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if self._token_ids else {}
+        if body.return_prompt_text:
+            self._of_prompt["prompt_text"] = self.text.decode(prompt.token_ids, skip_special_tokens=False)
         self._tools = plan.tools
         self._parsers = [plan.tools.parser() for _ in range(self._num_choices)] if plan.tools else []
         self._called: set[int] = set()
@@ -52,12 +60,11 @@ class ChatShapes(Shapes):
         for index in range(self._num_choices):
             choice: dict[str, Any] = {
                 "index": index,
-                "delta": {"role": "assistant", "content": ""},
+                "delta": {"role": self._role, "content": self._echoed},
                 "logprobs": None,
                 "finish_reason": None,
             }
-            extra = {"prompt_token_ids": self._prompt_ids} if self._token_ids else {}
-            events.append(self.event([choice], **extra))
+            events.append(self.event([choice], **self._of_prompt))
         return b"".join(events)
 
     def chunks(self, delta: Delta) -> bytes:
@@ -105,15 +112,17 @@ class ChatShapes(Shapes):
             if self._token_ids:
                 choice["token_ids"] = delta.piece.token_ids
             choices.append(choice)
-        extra = {"prompt_token_ids": self._prompt_ids} if self._token_ids else {}
+        extra = dict(self._of_prompt)
+        if self._prompt_top is not None:
+            extra["prompt_logprobs"] = prompt_logprobs(self.text, deltas[0][0], self._prompt_top)
         return {**self.head, "choices": choices, "usage": usage_object(usage), **extra}
 
     def _message(self, delta: Delta) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": delta.piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": self._role, "content": self._echoed + delta.piece.text, "refusal": None}
         if self._tools is not None:
             text, calls = collect(self._parsed(delta))
             if calls:
-                message["content"] = text or None
+                message["content"] = self._echoed + text or None
                 message["tool_calls"] = [
                     {
                         "id": self._tools.format.new_id(),
@@ -172,4 +181,4 @@ class ChatShapes(Shapes):
     def _logprobs_of(self, delta: Delta) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
-        return chat_logprobs(self.text, delta.piece.token_ids, delta.piece.logprobs, self._top)
+        return chat_logprobs(self.text, delta.piece.token_ids, delta.piece.logprobs, self._top, as_ids=self._as_ids)

@@ -6,11 +6,12 @@ from typing import Any
 
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.choice import Choice, Delta
+from tandem.router.choice_text import joined, prompt_piece, shifted
 from tandem.router.completion_request import plan_completion
-from tandem.router.generate import Usage
+from tandem.router.generate import Call, Usage
 from tandem.router.http_answers import answer
 from tandem.router.http_exchange import Exchange
-from tandem.router.http_logprobs import completion_logprobs
+from tandem.router.http_logprobs import completion_logprobs, prompt_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import CompletionBody
 from tandem.router.request_fields import BodyReader
@@ -22,6 +23,7 @@ _READER = BodyReader(CompletionBody)
 
 async def completions(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
+    exchange.name(body.request_id)
     choices = await plan_completion(body, service, exchange.caller)
     with service.call(
         exchange.request_id,
@@ -30,21 +32,23 @@ async def completions(exchange: Exchange, service: Service) -> None:
         traceparent=exchange.traceparent,
         streaming=bool(body.stream),
     ) as call:
-        await answer(exchange, call, CompletionShapes(exchange.request_id, service, body, call.choices))
+        await answer(exchange, call, CompletionShapes(exchange.request_id, service, body, call))
 
 
 class CompletionShapes(Shapes):
     """Events and answers of one completions request."""
 
-    def __init__(self, request_id: str, service: Service, body: CompletionBody, choices: list[Choice]) -> None:
-        super().__init__(f"cmpl-{request_id}", "text_completion", service, include_usage=body.include_usage)
+    def __init__(self, request_id: str, service: Service, body: CompletionBody, call: Call) -> None:
+        super().__init__(f"cmpl-{request_id}", "text_completion", service, body, call)
         self._top = body.logprobs
         self._echo = bool(body.echo)
         self._token_ids = bool(body.return_token_ids)
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+        self._prompt_top = body.prompt_logprobs
         self._skip_special = body.skip_special_tokens is not False
-        self._choices = choices
-        self._offsets = [0] * len(choices)
-        """Characters of logprob tokens written so far, per choice."""
+        self._choices = call.choices
+        self._decoded: dict[int, str] = {}
+        """Texts of prompts that came as token ids."""
         self._opened: set[int] = set()
 
     def opening(self) -> bytes:
@@ -73,8 +77,10 @@ class CompletionShapes(Shapes):
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(delta, True, delta.finish_reason) for _, delta in deltas]
-        for choice, (_, delta) in zip(choices, deltas, strict=True):
-            choice["stop_reason"] = delta.stop_reason
+        for shape, (choice, delta) in zip(choices, deltas, strict=True):
+            shape["stop_reason"] = delta.stop_reason
+            if self._prompt_top is not None:
+                shape["prompt_logprobs"] = prompt_logprobs(self.text, choice, self._prompt_top)
         return {**self.head, "choices": choices, "usage": usage_object(usage)}
 
     def _choice(self, delta: Delta, first: bool, finish_reason: str | None) -> dict[str, Any]:
@@ -96,19 +102,20 @@ class CompletionShapes(Shapes):
     def _logprobs_of(self, delta: Delta, prompt: Prompt, echo: bool) -> dict[str, Any] | None:
         if self._top is None:
             return None
-        token_ids = list(delta.piece.token_ids)
-        logprobs: list[TokenLogprobs | None] = list(delta.piece.logprobs)
-        if echo:
-            scored: list[TokenLogprobs | None] = list(self._choices[delta.index].prompt_logprobs)
-            if len(scored) == len(prompt.token_ids):
-                scored[0] = None
-                token_ids = prompt.token_ids + token_ids
-                logprobs = scored + logprobs
-        shape = completion_logprobs(self.text, token_ids, logprobs, self._top, self._offsets[delta.index])
-        self._offsets[delta.index] += sum(map(len, shape["tokens"]))
-        return shape
+        piece, logprobs = delta.piece, list[TokenLogprobs | None](delta.piece.logprobs)
+        if self._echo:
+            piece = shifted(piece, len(self._prompt_text(prompt)))
+        scored: list[TokenLogprobs | None] = list(self._choices[delta.index].prompt_logprobs)
+        if echo and len(scored) == len(prompt.token_ids):
+            scored[0] = None
+            piece = joined(prompt_piece(self.text, prompt.token_ids, self._prompt_text(prompt)), piece)
+            logprobs = scored + logprobs
+        return completion_logprobs(self.text, piece, logprobs, self._top, as_ids=self._as_ids)
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
-        return self.text.decode(prompt.token_ids, skip_special_tokens=self._skip_special)
+        if id(prompt) not in self._decoded:
+            decoded = self.text.decode(prompt.token_ids, skip_special_tokens=self._skip_special)
+            self._decoded[id(prompt)] = decoded
+        return self._decoded[id(prompt)]

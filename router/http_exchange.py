@@ -24,6 +24,7 @@ from tandem.router.http_errors import (
 )
 from tandem.router.request_fields import BodyReader, log_ignored
 from tandem.router.request_ids import request_id_of, traceparent_of
+from tandem.router.sampling_fields import invalid
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
@@ -131,6 +132,13 @@ class Exchange:
         body, ignored = reader.read(await self.body())
         self.ignore(ignored)
         return body
+
+    def name(self, given: str | None) -> None:
+        """The request's id, where the client has put one into the body. Raises TandemError `invalid_request`."""
+        if given is not None:
+            if request_id_of(given) != given:
+                raise invalid("request_id", "must be 1 to 128 letters, digits, dots, colons, dashes or underscores")
+            self.request_id = given
 
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of the request that have no effect: the answer's headers tell the client, the log says it once."""

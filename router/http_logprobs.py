@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.proto.worker_pb2 import TokenLogprobs
+from tandem.router.choice import Choice
+from tandem.router.choice_text import Piece
 from tandem.router.tokenizer import ModelText
 
 LOWEST = -9999.0
@@ -13,14 +15,14 @@ LOWEST = -9999.0
 
 
 def chat_logprobs(
-    text: ModelText, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int
+    text: ModelText, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, *, as_ids: bool = False
 ) -> dict[str, Any]:
-    """`top`: alternatives to list for each token."""
+    """`top`: alternatives to list for each token. `as_ids`: tokens are written as `token_id:123`."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         raw = text.token_bytes(token_id)
         return {
-            "token": raw.decode("utf-8", errors="replace"),
+            "token": as_id(token_id) if as_ids else raw.decode("utf-8", errors="replace"),
             "logprob": max(logprob, LOWEST),
             "bytes": list(raw),
         }
@@ -38,17 +40,17 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    text: ModelText, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], top: int, offset: int
+    text: ModelText, piece: Piece, logprobs: Sequence[TokenLogprobs | None], top: int, *, as_ids: bool = False
 ) -> dict[str, Any]:
-    """`offset`: characters of the choice's text before the first of these tokens. None: the first token of a prompt."""
-    tokens = [text.token_text(token_id) for token_id in token_ids]
-    offsets: list[int] = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    """Of the tokens of `piece`. None in `logprobs`: the first token of a prompt."""
+
+    def name(token_id: int) -> str:
+        return as_id(token_id) if as_ids else text.token_text(token_id)
+
+    tokens = list(map(as_id, piece.token_ids)) if as_ids else piece.token_texts
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    for token_text, entry in zip(tokens, logprobs, strict=True):
+    for token, entry in zip(tokens, logprobs, strict=True):
         if entry is None:
             values.append(None)
             tops.append(None)
@@ -56,7 +58,26 @@ def completion_logprobs(
         values.append(max(entry.logprob, LOWEST))
         alternatives: dict[str, float] = {}
         for other, value in zip(entry.top_ids[:top], entry.top_logprobs[:top], strict=True):
-            alternatives.setdefault(text.token_text(other), max(value, LOWEST))
-        alternatives.setdefault(token_text, max(entry.logprob, LOWEST))
+            alternatives.setdefault(name(other), max(value, LOWEST))
+        alternatives.setdefault(token, max(entry.logprob, LOWEST))
         tops.append(alternatives)
-    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+    return {"text_offset": piece.offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> list[dict[str, dict[str, Any]] | None]:
+    """In vLLM's shape: for each token of the prompt what was likely there, by id; null for the first."""
+
+    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text.token_text(token_id)}
+
+    scored: list[dict[str, dict[str, Any]] | None] = [None]
+    for token_id, token in zip(choice.spec.sequence.prompt.token_ids[1:], choice.prompt_logprobs[1:], strict=True):
+        listed = {str(token_id): entry(token_id, token.logprob, token.rank)}
+        for place, (other, value) in enumerate(zip(token.top_ids[:top], token.top_logprobs[:top], strict=True)):
+            listed.setdefault(str(other), entry(other, value, place + 1))
+        scored.append(listed)
+    return scored
+
+
+def as_id(token_id: int) -> str:
+    return f"token_id:{token_id}"

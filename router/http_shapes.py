@@ -8,18 +8,21 @@ from typing import Any
 import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.router.generate import Usage
+from tandem.router.generate import Call, Usage
 from tandem.router.http_errors import error_body
+from tandem.router.http_types import GenerationBody
 from tandem.router.service import Service
 
 DONE = b"data: [DONE]\n\n"
 
+_CHOICE_END = b',"logprobs":null,"finish_reason":null}]'
 _encode = msgspec.json.encode
 
 
 class Shapes:
-    def __init__(self, answer_id: str, kind: str, service: Service, *, include_usage: bool) -> None:
+    def __init__(self, answer_id: str, kind: str, service: Service, body: GenerationBody, call: Call) -> None:
         """`kind`: the `object` of a whole answer; chat events have `.chunk` added, as OpenAI writes it."""
+        include_usage = body.include_usage
         self.text = service.model.text
         self.head: dict[str, Any] = {
             "id": answer_id,
@@ -30,21 +33,25 @@ class Shapes:
         }
         event_head = {**self.head, "object": f"{kind}.chunk" if kind == "chat.completion" else kind}
         self._include_usage = include_usage
+        self._usage_so_far = call.usage if body.continuous_usage else None
         self._event_head = event_head
         self._prefix = b"data: " + _encode(event_head)[:-1] + b',"choices":[{"index":'
-        self._suffix = (
-            b',"logprobs":null,"finish_reason":null}]' + (b',"usage":null' if include_usage else b"") + b"}\n\n"
-        )
+        self._suffix = _CHOICE_END + (b',"usage":null' if include_usage else b"") + b"}\n\n"
 
     def event(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
         value = {**self._event_head, "choices": choices}
-        if self._include_usage:
+        if self._usage_so_far is not None:
+            value["usage"] = usage_object(self._usage_so_far())
+        elif self._include_usage:
             value["usage"] = None
         return b"data: " + _encode(value | extra) + b"\n\n"
 
     def text_event(self, index: int, opening: bytes, text: str, closing: bytes) -> bytes:
         """An event with nothing but new text; made once per token, so its constant parts are encoded beforehand."""
-        return b"%b%d,%b%b%b%b" % (self._prefix, index, opening, _encode(text), closing, self._suffix)
+        suffix = self._suffix
+        if self._usage_so_far is not None:
+            suffix = b'%b,"usage":%b}\n\n' % (_CHOICE_END, _encode(usage_object(self._usage_so_far())))
+        return b"%b%d,%b%b%b%b" % (self._prefix, index, opening, _encode(text), closing, suffix)
 
     def ending(self, usage: Usage) -> bytes:
         if not self._include_usage:

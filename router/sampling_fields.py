@@ -6,24 +6,29 @@ and messages.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint, SamplingParams
-from tandem.router.served_model import SamplingDefaults
+
+if TYPE_CHECKING:
+    from tandem.router.served_model import SamplingDefaults
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_LISTED_TOKENS = 4096
 """Entries in `stop_token_ids` and `logit_bias`."""
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it; close to 0 they would overflow."""
 ECHO_CHARACTERS = 64
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
-    max_tokens: int | None = None
+class DrawingFields(msgspec.Struct, kw_only=True):
+    """How tokens are chosen, and when the output ends."""
+
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -34,15 +39,20 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    n: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
+
+
+class SamplingFields(DrawingFields, kw_only=True):
+    max_tokens: int | None = None
+    n: int | None = None
 
 
 def invalid(param: str, problem: str) -> TandemError:
@@ -78,14 +88,22 @@ def stop_strings(fields: SamplingFields) -> tuple[str, ...]:
 
 
 def output_tokens(
-    asked: int | None, *, default: int | None, prompt_tokens: int, max_model_len: int, param: str, prompt_param: str
+    asked: int | None,
+    *,
+    default: int | None,
+    prompt_tokens: int,
+    max_model_len: int,
+    param: str,
+    prompt_param: str,
+    least: int = 1,
 ) -> int:
-    """How many tokens may be generated. `default` None: the rest of the context.
+    """How many tokens may be generated. `default` None: the rest of the context. `least` 0: none may be, so that the
+    prompt can fill the context.
 
     Raises TandemError `context_length_exceeded` where prompt and asked output do not fit.
     """
     room = max_model_len - prompt_tokens
-    if room < 1:
+    if room < (least if asked == least else 1):
         raise TandemError(
             "context_length_exceeded",
             f"This model's maximum context length is {max_model_len} tokens, but the prompt has {prompt_tokens}.",
@@ -93,8 +111,8 @@ def output_tokens(
         )
     if asked is None:
         return room if default is None else min(default, room)
-    if asked < 1:
-        raise invalid(param, f"must be at least 1, got {shown(asked)}")
+    if asked < least:
+        raise invalid(param, f"must be at least {least}, got {shown(asked)}")
     if asked > room:
         raise TandemError(
             "context_length_exceeded",
@@ -114,15 +132,18 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     constraint: Constraint | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """Raises TandemError `invalid_request` naming the first field that is out of range."""
+    """`bad_words`: as tokens, see bad_words.py.
+
+    Raises TandemError `invalid_request` naming the first field that is out of range.
+    """
     in_range("temperature", fields.temperature, 0, 2)
     if fields.top_p is not None and not 0 < fields.top_p <= 1:
         raise invalid("top_p", f"must be above 0 and at most 1, got {shown(fields.top_p)}")
     in_range("top_k", fields.top_k, -1, 2**31 - 1)
     in_range("min_p", fields.min_p, 0, 1)
-    if fields.repetition_penalty is not None and not 0 < fields.repetition_penalty <= 10:
-        raise invalid("repetition_penalty", f"must be above 0 and at most 10, got {shown(fields.repetition_penalty)}")
+    in_range("repetition_penalty", fields.repetition_penalty, MIN_REPETITION_PENALTY, 10)
     in_range("presence_penalty", fields.presence_penalty, -2, 2)
     in_range("frequency_penalty", fields.frequency_penalty, -2, 2)
     in_range("seed", fields.seed, -(2**63), 2**64 - 1)
@@ -147,6 +168,7 @@ def sampling_params(
         seed=None if fields.seed is None else fields.seed % 2**64,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        bad_words=bad_words,
         stop_token_ids=tuple(fields.stop_token_ids or ()),
         ignore_eos=bool(fields.ignore_eos),
         constraint=constraint,

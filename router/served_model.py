@@ -17,6 +17,7 @@ from tandem.router.literal_text import Hidden, RenderedChat
 from tandem.router.settings import RouterConfig
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
+from tandem.router.truncation import Truncation
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,9 @@ class ServedModel:
                 param="model",
             )
 
+    def template_reads(self, variable: str) -> bool:
+        return self.template is not None and variable in self.template.variables
+
     def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> RenderedChat:
         if self.template is None:
             raise TandemError(
@@ -131,18 +135,59 @@ class ServedModel:
         param: str,
         add_special_tokens: bool = True,
         salt: bytes | None = None,
+        truncation: Truncation | None = None,
     ) -> Prompt:
-        """`salt`: of the tenant's KV cache, where parts of the text are expected to come again."""
+        """`salt`: of the tenant's KV cache, where parts of the text are expected to come again. `truncation`: what is
+        too long is cut."""
+        if truncation is not None:
+            return await self._cut_prompt(RenderedChat(text), param, truncation, add_special_tokens)
         if len(text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
             await self._refuse_too_long(text, param)
         token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens, salt=salt)
         return _prompt(token_ids, text, param)
 
-    async def chat_prompt(self, chat: RenderedChat, *, salt: bytes | None = None, any_length: bool = False) -> Prompt:
+    async def chat_prompt(
+        self,
+        chat: RenderedChat,
+        *,
+        add_special_tokens: bool = False,
+        salt: bytes | None = None,
+        any_length: bool = False,
+        truncation: Truncation | None = None,
+    ) -> Prompt:
         """As `text_prompt`, of messages. `any_length`: also what the model cannot read."""
+        if truncation is not None:
+            return await self._cut_prompt(chat, "messages", truncation, add_special_tokens)
         if not any_length and len(chat.text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
             await self._refuse_too_long(chat.text, "messages")
-        return _prompt(await self.text.encode_chat(chat, salt=salt), chat.text, "messages")
+        token_ids = await self.text.encode_chat(chat, add_special_tokens=add_special_tokens, salt=salt)
+        return _prompt(token_ids, chat.text, "messages")
+
+    async def _cut_prompt(
+        self, chat: RenderedChat, param: str, truncation: Truncation, add_special_tokens: bool
+    ) -> Prompt:
+        """Reads as much of the text as it takes: a megabyte of it takes the tokenizer a second and 150 MB."""
+        before, after = self.text.special_tokens_around() if add_special_tokens else ([], [])
+        keep = truncation.keep - len(before) - len(after)
+        if keep < 1:
+            special = len(before) + len(after)
+            raise TandemError(
+                "invalid_request",
+                f"truncate_prompt_tokens must be above {special}, the number of special tokens",
+                param="truncate_prompt_tokens",
+            )
+        text = chat.text if chat.renamed is None else chat.renamed
+        size = CHARACTERS_PER_TOKEN * (keep + CUT_TOKENS)
+        while True:
+            piece = text[-size:] if truncation.side == "left" else text[:size]
+            part = RenderedChat(piece, None if chat.renamed is None else piece)
+            token_ids = await self.text.encode_chat(part)
+            if len(piece) == len(text) or len(token_ids) >= keep + CUT_TOKENS:
+                break
+            size *= 2
+        whole = len(piece) == len(text) and len(token_ids) <= keep
+        kept = _prompt(truncation.cut(token_ids, keep), chat.text, param).token_ids
+        return Prompt([*before, *kept, *after], chat.text if whole else None)
 
     async def _refuse_too_long(self, text: str, param: str) -> None:
         """Counts a piece after the other: a megabyte of text takes the tokenizer a second and 150 MB."""
@@ -158,7 +203,7 @@ class ServedModel:
                     param=param,
                 )
 
-    def token_prompt(self, token_ids: list[int], *, param: str) -> Prompt:
+    def token_prompt(self, token_ids: list[int], *, param: str, truncation: Truncation | None = None) -> Prompt:
         """Raises TandemError `invalid_request` on an id outside the vocabulary."""
         if not token_ids:
             raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
@@ -169,7 +214,7 @@ class ServedModel:
                 f"{param}: token id {str(wrong)[:64]} is not in the vocabulary of {self.vocab_size} tokens",
                 param=param,
             )
-        return Prompt(token_ids)
+        return Prompt(token_ids if truncation is None else truncation.cut(token_ids))
 
 
 def _prompt(token_ids: list[int], text: str, param: str) -> Prompt:

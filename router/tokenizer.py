@@ -97,6 +97,15 @@ class ModelText:
         tokenizer = self.special.renamed_tokenizer()
         return tokenizer, cut_pattern(tokenizer)
 
+    def special_tokens_around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        [inner] = _encode(self._tokenizer, ["a"], False)
+        [outer] = _encode(self._tokenizer, ["a"], True)
+        for start in range(len(outer)):
+            if outer[start : start + len(inner)] == inner:
+                return outer[:start], outer[start + len(inner) :]
+        return [], []
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
@@ -111,6 +120,9 @@ class ModelText:
     def is_special(self, token: str) -> bool:
         """Whether decoding leaves it out unless special tokens are asked for."""
         return self._tokenizer.token_to_id(token) in self._special_ids
+
+    def is_special_id(self, token_id: int) -> bool:
+        return token_id in self._special_ids
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

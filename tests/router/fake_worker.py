@@ -174,7 +174,7 @@ class FakeWorker:
         limit = min(len(tokens), sampling.max_tokens)
         position = first = len(submit.output_token_ids)
         assert list(submit.output_token_ids) == tokens[:first], "what another worker has said would be said here, too"
-        while position < limit:
+        while True:
             if script.error is not None and position >= script.error_after:
                 yield failure(submit.key, *script.error)
                 return
@@ -205,6 +205,8 @@ class FakeWorker:
                 return
             if position >= limit:
                 output.finish_reason = worker_pb2.FINISH_REASON_LENGTH
+                yield output
+                return
             yield output
 
 
