@@ -77,7 +77,7 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
     prompt, tools, checked = await chat_prompt(body, service, caller)
     max_tokens = output_tokens(
         body.output_limit,
-        default=None,
+        default=model.defaults.max_new_tokens,
         prompt_tokens=len(prompt.token_ids),
         max_model_len=service.max_model_len,
         param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",

@@ -91,9 +91,14 @@ class ChoiceText:
             offset, self._decoded = self._decoded, self._decoded + len(text)
             if self._keep_tokens:
                 end = self._decoded + self._detokenizer.holding
-                name = text or self._detokenizer.hidden_name(token_id)
-                self._last = _Token(token_id, name, offset, end, logprobs[index] if logprobs else None)
-                self._waiting.append(self._last)
+                hidden = self._detokenizer.hidden_name(token_id)
+                token = _Token(token_id, hidden or text, offset, end, logprobs[index] if logprobs else None)
+                self._waiting.append(token)
+                if not hidden:
+                    self._last = token
+                elif self._last is not None:
+                    self._last.text += text
+                    self._last.end = end
             if self._has_stops and self.num_tokens > self._min_tokens:
                 text = self._match(text)
             self._show(text)

@@ -90,7 +90,7 @@ def _spec(
 ) -> ChoiceSpec:
     max_tokens = output_tokens(
         body.max_tokens,
-        default=DEFAULT_MAX_TOKENS,
+        default=min(DEFAULT_MAX_TOKENS, service.model.defaults.max_new_tokens or DEFAULT_MAX_TOKENS),
         prompt_tokens=len(prompt.token_ids),
         max_model_len=service.max_model_len,
         param="max_tokens",

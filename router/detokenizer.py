@@ -29,7 +29,7 @@ class Detokenizer:
         decoded = self._decode()
         self._returned = len(decoded.rstrip(REPLACEMENT))
         self._stuck = 0
-        self.holding = self._returned < len(decoded)
+        self.holding = False
         """Whether the last token has text that is still held back."""
 
     def feed(self, token_ids: Sequence[int]) -> str:

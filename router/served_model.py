@@ -14,6 +14,7 @@ from tandem.common.errors import ConfigError, TandemError
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.chat_template import ChatTemplate
 from tandem.router.literal_text import Hidden, RenderedChat
+from tandem.router.sampling_fields import MIN_REPETITION_PENALTY
 from tandem.router.settings import RouterConfig
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
@@ -36,7 +37,8 @@ DEFAULTS_WITHIN = {
     "top_p": (1e-9, 1.0),
     "top_k": (-1, 1 << 31),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (1e-9, 10.0),
+    "repetition_penalty": (MIN_REPETITION_PENALTY, 10.0),
+    "max_new_tokens": (1, 1 << 31),
 }
 """Fields of `generation_config.json` that count, with the least and the greatest value."""
 
@@ -50,6 +52,8 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+    """Of the output; None: the rest of the context."""
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:
@@ -60,7 +64,7 @@ class SamplingDefaults:
         for name, (least, most) in DEFAULTS_WITHIN.items():
             value = config.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
-                known[name] = int(value) if name == "top_k" else float(value)
+                known[name] = int(value) if name in ("top_k", "max_new_tokens") else float(value)
             elif value is not None:
                 logger.warning("%s: %s is %.60r and is ignored; it must be %g to %g", path, name, value, least, most)
         return cls(**known)
