@@ -104,7 +104,7 @@ OTHERS: dict[str, dict[str, Other]] = {
     "GenerationBody": _GENERATION,
     "CompletionBody": {
         "suffix": Refused("models here write on at the end"),
-        "messages": Refused("use /v1/chat/completions"),
+        "messages": Tolerated("prompt is read; chats go to /v1/chat/completions"),
         "max_completion_tokens": _MAX_TOKENS,
         "top_logprobs": Refused("use logprobs, a number here"),
         "tools": Refused("use /v1/chat/completions"),
@@ -121,7 +121,7 @@ OTHERS: dict[str, dict[str, Other]] = {
         "web_search_options": _SERVER_TOOLS,
         "chat_template": _TEMPLATE,
         "context": Refused("use /v1/completions"),
-        "prompt": Refused("use messages, or /v1/completions"),
+        "prompt": Tolerated("messages are read; texts go to /v1/completions"),
         "max_output_tokens": Refused("use max_completion_tokens"),
     },
     "StreamOptions": {
