@@ -77,6 +77,8 @@ def generation_body(request: pb.GenerateRequest) -> CompletionBody | ChatBody:
         case "prompt_token_ids":
             return _body(CompletionBody, request, **given, prompt=list(request.prompt_token_ids.ids))
         case "chat":
+            if request.echo:
+                raise invalid("echo", "goes with prompt or prompt_token_ids only")
             given["messages"] = _messages(request.chat)
             if request.HasField("logprobs"):
                 given |= {"logprobs": True, "top_logprobs": request.logprobs}
