@@ -14,9 +14,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
-from tandem.router.explain import Record
+from tandem.router.explain import AttemptNote, Record
 
 FLUSH_S = 0.2
 MAX_LINES = 10_000
@@ -42,12 +43,12 @@ class RequestLog:
         self._batches: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def note(self, what: str, values: Mapping[str, Value]) -> None:
-        """`what` and then `values`, without those that are None."""
+    def note(self, what: str, pairs: str) -> None:
+        """`pairs`: made by `request_pairs` or `pairs_of`."""
         if len(self._lines) + self._unwritten >= MAX_LINES:
             self._left_out += 1
             return
-        self._lines.append(line_of(self._process, time.time(), what, values))
+        self._lines.append(line_of(self._process, time.time(), what, pairs))
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
 
@@ -67,8 +68,8 @@ class RequestLog:
             self._thread = threading.Thread(target=self._write_batches, name="request-log", daemon=True)
             self._thread.start()
         if self._left_out and len(self._lines) < MAX_LINES:
-            values = {"left_out": self._left_out}
-            self._lines.append(line_of(self._process, time.time(), "lines that could not be written in time", values))
+            what, pairs = "lines that could not be written in time", f"left_out={self._left_out}"
+            self._lines.append(line_of(self._process, time.time(), what, pairs))
             self._left_out = 0
         lines, self._lines = self._lines, []
         self._unwritten += len(lines)
@@ -82,50 +83,71 @@ class RequestLog:
             self._unwritten -= count
 
 
-def line_of(process: str, at: float, what: str, values: Mapping[str, Value]) -> str:
+def line_of(process: str, at: float, what: str, pairs: str) -> str:
     """As `common/telemetry.py` formats records."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
-    pairs = " ".join([f"{name}={_shown(value)}" for name, value in values.items() if value is not None])
-    return f"{stamp}.{int(at * 1000) % 1000:03d}Z INFO {process} {__name__}: {what} {pairs}\n"
+    second = int(at)
+    return f"{_stamp(second)}.{int((at - second) * 1000):03d}Z INFO {process} {__name__}: {what} {pairs}\n"
 
 
-def request_values(
+def pairs_of(values: Mapping[str, Value]) -> str:
+    """Without those that are None."""
+    return " ".join(
+        [
+            f"{name}={shown(value) if isinstance(value, str) else value}"
+            for name, value in values.items()
+            if value is not None
+        ]
+    )
+
+
+def request_pairs(
     record: Record | None, *, request_id: str, tenant: str, call: str, status: str, model: str, total_s: float
-) -> dict[str, Value]:
-    """`record`: of what was generated; None where nothing was. `call`: such as `POST /v1/completions`."""
-    values: dict[str, Value] = {"id": request_id, "tenant": tenant, "call": call, "status": status}
+) -> str:
+    """`record`: of what was generated; None where nothing was. `call`: such as `POST /v1/completions`. Made for every
+    request, so it is written out. Of `request_id` and `status` nothing need be quoted."""
+    text = f"id={request_id} tenant={shown(tenant)} call={shown(call)} status={status}"
     if record is not None:
-        ends = {note.choice: note.ended for note in record.attempts}
-        first_s = min([note.first_token_s for note in record.attempts if note.first_token_s is not None], default=None)
-        last = record.attempts[-1] if record.attempts else None
-        values |= {
-            "model": model,
-            "outcome": record.outcome,
-            "finish": ",".join(dict.fromkeys(end or "cut" for end in ends.values())) or None,
-            "prompt_tokens": record.prompt_tokens,
-            "cached_tokens": record.cached_tokens,
-            "output_tokens": record.output_tokens,
-            "queue_ms": _milliseconds(record.granted_s),
-            "ttft_ms": _milliseconds(first_s),
-            "worker": last.decode if last is not None else None,
-            "prefill": last.prefill if last is not None else None,
-            "attempts": len(record.attempts) if len(record.attempts) > record.choices else None,
-        }
-    return values | {"total_ms": _milliseconds(total_s)}
+        text += f" model={shown(model)} outcome={record.outcome}"
+        attempts = record.attempts
+        if attempts:
+            text += f" finish={_finish(attempts)}"
+        text += (
+            f" prompt_tokens={record.prompt_tokens} cached_tokens={record.cached_tokens}"
+            f" output_tokens={record.output_tokens}"
+        )
+        if record.granted_s is not None:
+            text += f" queue_ms={record.granted_s * 1000:.1f}"
+        firsts = [note.first_token_s for note in attempts if note.first_token_s is not None]
+        if firsts:
+            text += f" ttft_ms={min(firsts) * 1000:.1f}"
+        if attempts:
+            last = attempts[-1]
+            text += f" worker={shown(last.decode)}"
+            if last.prefill is not None:
+                text += f" prefill={shown(last.prefill)}"
+            if len(attempts) > record.choices:
+                text += f" attempts={len(attempts)}"
+    return f"{text} total_ms={total_s * 1000:.1f}"
 
 
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 1)
-
-
-def _shown(value: Value) -> str:
-    if not isinstance(value, str):
-        return str(value)
-    return value if _PLAIN.fullmatch(value) and len(value) <= MAX_VALUE_CHARACTERS else _quoted(value)
-
-
-def _quoted(text: str) -> str:
+@lru_cache(maxsize=1024)
+def shown(text: str) -> str:
+    """As it is where it is plain, else as a JSON string, cut."""
+    if _PLAIN.fullmatch(text) and len(text) <= MAX_VALUE_CHARACTERS:
+        return text
     return json.dumps(text if len(text) <= MAX_VALUE_CHARACTERS else text[:MAX_VALUE_CHARACTERS] + "...")
+
+
+def _finish(attempts: Sequence[AttemptNote]) -> str:
+    """How the choices ended, each way once."""
+    if len(attempts) == 1:
+        return shown(attempts[0].ended or "cut")
+    return shown(",".join(dict.fromkeys({note.choice: note.ended or "cut" for note in attempts}.values())))
+
+
+@lru_cache(maxsize=2)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _to_stderr(text: str) -> None:

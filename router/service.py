@@ -26,7 +26,7 @@ from tandem.router.dispatch import Dispatcher
 from tandem.router.explain import Explain
 from tandem.router.generate import Call
 from tandem.router.metrics import RouterMetrics
-from tandem.router.request_log import RequestLog, request_values
+from tandem.router.request_log import RequestLog, request_pairs
 from tandem.router.served_model import ServedModel
 from tandem.router.settings import RouterConfig
 from tandem.router.siblings import Siblings
@@ -109,17 +109,16 @@ class Service:
         record = self.explain.find(request_id, tenant) if generates else None
         if record is not None and record.arrived != arrived:  # of an earlier request with this id
             record = None
-        total_s = time.monotonic() - arrived
-        values = request_values(
+        pairs = request_pairs(
             record,
             request_id=request_id,
             tenant=tenant,
             call=call,
             status=status,
             model=self.model.name,
-            total_s=total_s,
+            total_s=time.monotonic() - arrived,
         )
-        self.log.note("request", values)
+        self.log.note("request", pairs)
 
     def close(self) -> None:
         if self.store is not None:

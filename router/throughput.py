@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from tandem.router.request_log import RequestLog, Value
+from tandem.router.request_log import RequestLog, Value, pairs_of
 from tandem.router.service import Service
 
 EVERY_S = 10.0
@@ -51,5 +51,5 @@ async def tell_regularly(service: Service, log: RequestLog) -> None:
         after, now = counts(service), time.monotonic()
         values = throughput(before, after, now - since, service)
         if values is not None:
-            log.note("throughput", values)
+            log.note("throughput", pairs_of(values))
         before, since = after, now
