@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from tandem.proto import inference_pb2 as pb
-from tandem.router import body_memory, generate, grpc_generate
+from tandem.router import body_memory, grpc_generate
 from tandem.router.grpc_explain import account_message
 from tests.kvstore.store_node import StoreNode
 from tests.router.both_doors import BothDoors, Refusal, details_of, joined_stream, refusal, refusal_of, streamed
@@ -308,7 +308,6 @@ async def test_cancelling_frees_the_worker(
 async def test_a_reader_that_stops_is_cut_off_and_others_go_on(
     doors: BothDoors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "MAX_BUFFERED_BYTES", 1_000_000)
     monkeypatch.setattr(grpc_generate, "STALLED_S", 0.5)
     doors.worker.script = Script(per_output=5, delay_s=0.005)
     options = [("grpc.http2.lookahead_bytes", 1 << 16), ("grpc.http2.bdp_probe", 0)]
