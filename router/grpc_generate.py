@@ -12,6 +12,7 @@ from tandem.proto import inference_pb2 as pb
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.chat_request import plan_chat
 from tandem.router.choice import ChoiceSpec, Delta, with_seeds
+from tandem.router.choice_text import Piece
 from tandem.router.completion_request import plan_completion
 from tandem.router.generate import Call, Usage, account_of
 from tandem.router.grpc_exchange import GrpcExchange
@@ -29,7 +30,9 @@ from tandem.router.tools.events import CallArguments, CallStart, Event, PlainTex
 @dataclass(frozen=True, slots=True)
 class _Plan:
     choices: Sequence[ChoiceSpec]
-    tools: ToolUse | None
+    tools: ToolUse | None = None
+    echoed: str | None = None
+    """Before the text of every choice, where `echo` asks for it. None: its prompt's."""
 
 
 async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> None:
@@ -67,10 +70,10 @@ async def _plan(exchange: GrpcExchange, request: pb.GenerateRequest, service: Se
     with naming(request):
         body = generation_body(request)
         if isinstance(body, CompletionBody):
-            plan = _Plan(await plan_completion(body, service, exchange.caller), None)
+            plan = _Plan(await plan_completion(body, service, exchange.caller))
         else:
             chat = await plan_chat(body, service, exchange.caller)
-            plan = _Plan(with_seeds(chat.spec, body.n or 1), chat.tools)
+            plan = _Plan(with_seeds(chat.spec, body.n or 1), chat.tools, body.echoed)
     exchange.ignore(our_names(name for choice in plan.choices for name in choice.ignored))
     return plan
 
@@ -97,7 +100,7 @@ class _Answers:
         self._request_id = exchange.request_id
         self._request = request
         self._text = service.model.text
-        self._tools = plan.tools
+        self._plan = plan
         self._choices = call.choices
         self._parsers = [plan.tools.parser() if plan.tools else PlainText() for _ in call.choices]
         self._begun: set[int] = set()
@@ -120,10 +123,7 @@ class _Answers:
                 answer.stop_string = delta.stop_reason
             case int():
                 answer.stop_token_id = delta.stop_reason
-        answer.logprobs.extend(
-            token_logprob(self._text, token_id, entry)
-            for token_id, entry in zip(delta.piece.token_ids, delta.piece.logprobs, strict=False)
-        )
+        self._add_logprobs(answer, delta.piece)
         return answer
 
     def _add_prompt(self, answer: pb.GenerateResponse) -> None:
@@ -132,11 +132,31 @@ class _Answers:
         prompt = choice.spec.sequence.prompt
         if request.return_token_ids:
             answer.prompt_token_ids.extend(prompt.token_ids)
-        if request.echo:
-            skip_special = choice.spec.skip_special_tokens
-            answer.text = prompt.text or self._text.decode(prompt.token_ids, skip_special_tokens=skip_special)
+        if request.return_prompt_text:
+            answer.prompt_text = self._text.decode(prompt.token_ids, skip_special_tokens=False)
+        answer.text = self._echoed(choice.spec)
         for position, (token_id, entry) in enumerate(zip(prompt.token_ids, choice.prompt_logprobs, strict=False)):
             answer.prompt_logprobs.append(token_logprob(self._text, token_id, entry if position else None))
+
+    def _echoed(self, spec: ChoiceSpec) -> str:
+        """What the text of a choice begins with."""
+        if not self._request.echo:
+            return ""
+        if self._plan.echoed is not None:
+            return self._plan.echoed
+        prompt = spec.sequence.prompt
+        if prompt.text is not None:
+            return prompt.text
+        return self._text.decode(prompt.token_ids, skip_special_tokens=spec.skip_special_tokens)
+
+    def _add_logprobs(self, answer: pb.GenerateResponse, piece: Piece) -> None:
+        if not piece.logprobs:
+            return
+        before = len(self._echoed(self._choices[answer.index].spec))
+        for token_id, entry, offset in zip(piece.token_ids, piece.logprobs, piece.offsets, strict=True):
+            token = token_logprob(self._text, token_id, entry)
+            token.offset = before + offset
+            answer.logprobs.append(token)
 
     def _add(self, answer: pb.GenerateResponse, events: Sequence[Event]) -> None:
         calls = {call.index: call for call in answer.tool_calls}
@@ -151,9 +171,9 @@ class _Answers:
                 case Text(text):
                     answer.text += text
                 case CallStart(index, name):
-                    assert self._tools is not None  # without tools everything is text
+                    assert self._plan.tools is not None  # without tools everything is text
                     self._called.add(answer.index)
-                    call_of(index).MergeFrom(pb.ToolCall(id=self._tools.format.new_id(), name=name))
+                    call_of(index).MergeFrom(pb.ToolCall(id=self._plan.tools.format.new_id(), name=name))
                 case CallArguments(index, text):
                     call_of(index).arguments += text
 
@@ -163,10 +183,10 @@ def token_logprob(text: ModelText, token_id: int, entry: TokenLogprobs | None) -
     if entry is None:
         return _token(text, token_id)
     chosen = _token(text, token_id)
-    chosen.logprob = max(entry.logprob, LOWEST)
-    for other, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
+    chosen.logprob, chosen.rank = max(entry.logprob, LOWEST), entry.rank
+    for place, (other, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True)):
         likely = _token(text, other)
-        likely.logprob = max(logprob, LOWEST)
+        likely.logprob, likely.rank = max(logprob, LOWEST), place + 1
         chosen.top.append(likely)
     return chosen
 

@@ -77,8 +77,6 @@ def generation_body(request: pb.GenerateRequest) -> CompletionBody | ChatBody:
         case "prompt_token_ids":
             return _body(CompletionBody, request, **given, prompt=list(request.prompt_token_ids.ids))
         case "chat":
-            if request.echo:
-                raise invalid("echo", "goes with prompt or prompt_token_ids only")
             given["messages"] = _messages(request.chat)
             if request.HasField("logprobs"):
                 given |= {"logprobs": True, "top_logprobs": request.logprobs}
@@ -223,6 +221,7 @@ _CONVERTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "tool_function": ("tool_choice", lambda name: {"function": {"name": name}}),
     "structured_outputs": ("structured_outputs", _structured_outputs),
     "chat_template_kwargs": ("chat_template_kwargs", lambda text: json_object(text, "chat_template_kwargs")),
+    "documents": ("documents", lambda texts: [json_object(text, f"documents[{i}]") for i, text in enumerate(texts)]),
     "pooling": ("pooling", _POOLINGS.__getitem__),
 }
 """By our field's name: HTTP's, and what its value becomes."""

@@ -135,6 +135,9 @@ def check_same(answer: dict[str, Any], whole: pb.CompleteResponse) -> None:
             assert list(mine.prompt_token_ids) == choice.get("prompt_token_ids", answer.get("prompt_token_ids"))
         if choice["logprobs"]:
             assert logprobs_of(mine) == http_logprobs(choice["logprobs"])
+            assert [each.offset for each in mine.logprobs] == choice["logprobs"].get(
+                "text_offset", [each.offset for each in mine.logprobs]
+            )
 
 
 def logprobs_of(choice: pb.GenerateResponse) -> list[Any]:
@@ -173,6 +176,73 @@ async def test_echo_and_logprobs_of_the_prompt(doors: BothDoors) -> None:
         assert choice.text == answer["choices"][0]["text"]
         assert [each.token for each in told] == logprobs["tokens"]
         assert [each.logprob if each.HasField("logprob") else None for each in told] == logprobs["token_logprobs"]
+
+
+async def test_logprobs_of_a_prompt_in_vllms_shape(doors: BothDoors) -> None:
+    for path, body, request in (
+        ("/v1/completions", {"prompt": "The river"}, pb.GenerateRequest(prompt="The river")),
+        ("/v1/chat/completions", {"messages": HELLO, "return_prompt_text": True}, pb.GenerateRequest(chat=CHAT)),
+    ):
+        answer = await doors.post(path, {**body, "max_tokens": 1, "prompt_logprobs": 2, "echo": True})
+        request.MergeFrom(pb.GenerateRequest(max_tokens=1, prompt_logprobs=2, echo=True, return_prompt_text=True))
+        if "messages" in body:
+            assert isinstance(answer["prompt_text"], str)
+        else:
+            request.ClearField("return_prompt_text")
+        for choice in (
+            (await doors.stub.Complete(request)).choices[0],
+            joined_stream(await streamed(doors.stub, request)).choices[0],
+        ):
+            told: list[Any] = [
+                {str(each.token_id): (each.logprob, each.rank)}
+                | {str(top.token_id): (top.logprob, top.rank) for top in each.top}
+                for each in choice.prompt_logprobs
+            ]
+            given = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
+            assert told[1:] == [
+                {token_id: (each["logprob"], each["rank"]) for token_id, each in listed.items()} for listed in given[1:]
+            ]
+            assert choice.prompt_text == answer.get("prompt_text", "")
+            assert choice.text == answer["choices"][0].get(
+                "text", answer["choices"][0].get("message", {}).get("content")
+            )
+
+
+async def test_fields_that_say_what_the_model_reads(doors: BothDoors) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "The river"}]
+    chat = pb.ChatMessages(messages=[*CHAT.messages, pb.ChatMessage(role="assistant", content="The river")])
+    for path, body, request in (
+        (
+            "/v1/completions",
+            {"prompt": "The river ran past", "truncate_prompt_tokens": 2, "truncation_side": "right"},
+            pb.GenerateRequest(prompt="The river ran past", truncate_prompt_tokens=2, truncation_side="right"),
+        ),
+        (
+            "/v1/completions",
+            {"prompt": "a", "add_special_tokens": False, "bad_words": ["the mill"]},
+            pb.GenerateRequest(prompt="a", add_special_tokens=False, bad_words=["the mill"]),
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": messages, "continue_final_message": True, "echo": True},
+            pb.GenerateRequest(chat=chat, continue_final_message=True, echo=True),
+        ),
+    ):
+        answer = await doors.post(path, {**body, "max_tokens": 3, "temperature": 0})
+        by_http = doors.submitted()
+        request.MergeFrom(pb.GenerateRequest(max_tokens=3, temperature=0))
+        check_same(answer, await doors.stub.Complete(request))
+        assert doors.submitted() == by_http
+    call = doors.stub.Complete(pb.GenerateRequest(chat=CHAT, max_tokens=1, reasoning_effort="high"))
+    assert dict(await call.initial_metadata())["x-tandem-ignored"] == "reasoning_effort"
+    for request, param in (
+        (pb.GenerateRequest(prompt="a", truncation_side="up", truncate_prompt_tokens=1), "truncation_side"),
+        (pb.GenerateRequest(prompt="a", prompt_logprobs=21), "prompt_logprobs"),
+        (pb.GenerateRequest(prompt="a", documents=["{}"]), "documents"),
+        (pb.GenerateRequest(chat=CHAT, documents=['{"a": 1}', "["]), "documents[1]"),
+        (pb.GenerateRequest(chat=CHAT, documents=['{"a": 1}']), "documents"),
+    ):
+        assert await refusal(doors.stub.Complete(request)) == Refusal("invalid_request", param)
 
 
 @pytest.mark.parametrize(
