@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tandem.common.errors import TandemError
-from tandem.engine.request import EngineRequest, KvReservation, RequestKey
+from tandem.engine.request import EngineRequest, KvReservation, RequestKey, RequestOutput
 from tandem.engine.wire import unpack_first
 from tandem.kvstore.transport import Incoming, Reason, local_host_id
 from tandem.proto import worker_pb2
@@ -46,13 +46,15 @@ class Importer:
         row_bytes: int,
         num_layers: int,
         timeout_s: float,
+        near_allowed: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`timeout_s`: how long a request waits for its stream to open, and a stream for its request. An open stream
-        is watched by the transport's lease."""
+        is watched by the transport's lease. `near_allowed`: also take KV that is not exact."""
         self._row_bytes = row_bytes
         self._num_layers = num_layers
         self._timeout_s = timeout_s
+        self._near_allowed = near_allowed
         self._clock = clock
         self._lock = threading.Lock()
         self._imports: dict[RequestKey, _Import] = {}
@@ -140,6 +142,14 @@ class Importer:
             return ""
         return f"the stream has (tokens, row bytes, layers) {offered}, the request {wanted}"
 
+    def read_first(self, payload: bytes) -> RequestOutput:
+        """The first token, in its message. Raises ValueError where it cannot be read, or depends on KV that is not
+        exact and not allowed here: prefill workers are told so (`KvEndpoint`), but who sends it is another process."""
+        first = unpack_first(payload, local_host_id(), time.monotonic())
+        if first.prompt is not None and first.prompt.inexact_from is not None and not self._near_allowed:
+            raise ValueError(f"KV from token {first.prompt.inexact_from} on is not exact; kv_near is not set here")
+        return first
+
     def forget(self, key: RequestKey) -> None:
         with self._lock:
             self._imports.pop(key, None)
@@ -200,7 +210,7 @@ class _Import:
         if reservation is None or not self._end(""):
             return False
         try:
-            reservation.complete(unpack_first(payload, local_host_id(), time.monotonic()))
+            reservation.complete(self._importer.read_first(payload))
         except ValueError as error:
             reason = f"the hand-over is not usable: {error}"
             log.warning("%s: prompt is computed here: %s", self._key.request_id, reason)

@@ -30,7 +30,12 @@ async def serve(config: DecodeConfig) -> None:
         else:
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-kv-")) + "/kv.sock"
         pool = process.engine.pool
-        importer = Importer(row_bytes=pool.row_bytes, num_layers=pool.num_layers, timeout_s=HANDOVER_TIMEOUT_S)
+        importer = Importer(
+            row_bytes=pool.row_bytes,
+            num_layers=pool.num_layers,
+            timeout_s=HANDOVER_TIMEOUT_S,
+            near_allowed=config.kv_near,
+        )
         tcp = split_address(config.kv_listen, "kv_listen") if config.kv_listen else None
         server = KvServer(Path(path), tcp, process.identity, importer)
         importer.server = server
@@ -51,6 +56,7 @@ async def serve(config: DecodeConfig) -> None:
                 unix_path=endpoint.unix_path,
                 host=endpoint.host,
                 port=endpoint.port,
+                near_allowed=config.kv_near,
             ),
         )
 

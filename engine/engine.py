@@ -585,8 +585,11 @@ class Engine:
     def _import_completed(self, sequence: Sequence, first: RequestOutput) -> None:
         if sequence.phase is not Phase.IMPORTING:
             return
+        inexact_from = first.prompt.inexact_from if first.prompt is not None else None
+        if inexact_from is not None:  # what was here before is exact; what came was computed after rows that are not
+            inexact_from = max(inexact_from, sequence.num_computed)
         sequence.reservation = None
-        self.scheduler.join(sequence, len(sequence.tokens))
+        self.scheduler.join(sequence, len(sequence.tokens), inexact_from=inexact_from)
         self.scheduler.publish(sequence)
         start_index = sequence.num_output
         for token in first.token_ids:
@@ -633,6 +636,7 @@ def _add_report(sequence: Sequence, output: RequestOutput) -> None:
         report, now = sequence.report, time.monotonic()
         report.queue_s = (sequence.first_scheduled or now) - sequence.submitted
         report.prefill_s = now - (sequence.first_scheduled or now)
+        report.inexact_from = sequence.inexact_from
         output.prompt, sequence.report = report, None
         if sequence.request.sampling.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *sequence.prompt_logprobs]

@@ -61,6 +61,10 @@ class PromptReport:
     cached_tokens: int = 0
     cached_by_tier: dict[str, int] = field(default_factory=dict)
     """The same tokens by the tier (`kvstore.interfaces.TierName`) that they came from."""
+    near_tokens: int = 0
+    """Those of them that went through a codec which is not exact."""
+    inexact_from: int | None = None
+    """The first known token whose KV is not exact; the first output depends on it. None: all is exact."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     handover_s: float = 0.0
@@ -162,6 +166,8 @@ class EngineRequest:
     """The tenant's share where tenants compete."""
     output_token_ids: list[int] = field(default_factory=list)
     """What another worker has generated of the output already: this one goes on after it."""
+    near_allowed: bool = True
+    """Whether KV that is not exact may be used, where the worker allows it at all."""
     pooling: Pooling = Pooling.NONE
     """Other than NONE: an embedding of the prompt is the answer, nothing is generated."""
 

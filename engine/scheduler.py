@@ -126,23 +126,27 @@ class Scheduler:
         sequence.phase = Phase.HOLDING
         self._holding[sequence.key] = sequence
 
-    def join(self, sequence: Sequence, num_computed: int, gated: bool = False) -> None:
+    def join(self, sequence: Sequence, num_computed: int, gated: bool = False, inexact_from: int | None = None) -> None:
         """An import or a load ended: `num_computed` tokens of `sequence` are in its blocks, the rest is computed here.
 
         `gated`: the last layers of these tokens are still on their way. Such a sequence is not preempted.
+        `inexact_from`: the first of them that is not exact.
         """
         self._leave(sequence)
         sequence.wants_import = False
         sequence.gated = gated
         sequence.num_computed = num_computed
+        sequence.inexact_from = inexact_from
         sequence.phase = Phase.RUNNING
         insort(self._running, sequence, key=_order)
 
     def suspend(self, sequence: Sequence, num_computed: int) -> None:
-        """A gated sequence waits outside the steps again: only `num_computed` tokens are certainly in its blocks."""
+        """A gated sequence waits outside the steps again: only `num_computed` tokens are certainly in its blocks, those
+        that were there before its load."""
         self._leave(sequence)
         sequence.gated = False
         sequence.num_computed = num_computed
+        sequence.inexact_from = None
         sequence.phase = Phase.LOADING
         self._loading[sequence.key] = sequence
 
@@ -199,10 +203,11 @@ class Scheduler:
             self.publish(sequence)
 
     def publish(self, sequence: Sequence) -> None:
-        """Puts the blocks of `sequence` that are full and computed into the prefix cache."""
+        """Puts the blocks of `sequence` that are full, computed and exact into the prefix cache. Blocks with inexact
+        rows stay the request's own: its hashes promise exact ones."""
         if self.blocks.caching:
             block_size, chain = self.blocks.block_size, sequence.chain
-            for index in range(sequence.published, sequence.num_computed // block_size):
+            for index in range(sequence.published, sequence.exact_tokens // block_size):
                 if index == len(chain):
                     tokens = sequence.tokens[index * block_size : (index + 1) * block_size]
                     chain.append(extend_chain(chain[-1] if chain else sequence.root, tokens))
@@ -346,7 +351,9 @@ class Scheduler:
             return pending
         for sequence in (*self._running, *self._loading.values()):
             if _prefills(sequence):
-                for block_hash in sequence.chain[sequence.published :]:
+                exact = sequence.inexact_from
+                end = len(sequence.chain) if exact is None else exact // self.blocks.block_size
+                for block_hash in sequence.chain[sequence.published : end]:
                     pending.setdefault(block_hash, sequence.order)
         return pending
 
@@ -441,6 +448,10 @@ class Scheduler:
                     capacity = len(self.blocks.table(sequence.key)) * self.blocks.block_size
                     if capacity < sequence.num_computed:
                         wrong.append(f"{sequence.key} computed {sequence.num_computed} tokens in {capacity} slots")
+                if sequence.published * self.blocks.block_size > sequence.exact_tokens:
+                    wrong.append(
+                        f"{sequence.key} published more than the {sequence.exact_tokens} tokens that are exact"
+                    )
         if len(set(keys)) != len(keys):
             wrong.append("a request is in two phases")
         if self.blocks.num_owners != sum(1 for key in keys if self.blocks.holds(key)):

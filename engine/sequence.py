@@ -54,6 +54,7 @@ class Sequence:
         "first_scheduled",
         "gated",
         "guide",
+        "inexact_from",
         "key",
         "last_token",
         "max_total",
@@ -108,6 +109,9 @@ class Sequence:
         """Why it was the last time."""
         self.displaced = 0
         """Times that it was for the sake of an earlier band."""
+        self.inexact_from: int | None = None
+        """The first token whose KV has not the bits that computing gives: it went through a near codec, or depends on
+        rows that did. All that follow it count as inexact. None: all is exact."""
         self.root = root
         """The tenant's namespace: the parent of the chain."""
         self.chain = chain
@@ -163,6 +167,11 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def exact_tokens(self) -> int:
+        """Leading tokens whose KV is in the pool and exact: what may be known under an exact key."""
+        return self.num_computed if self.inexact_from is None else min(self.inexact_from, self.num_computed)
+
+    @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
@@ -195,8 +204,11 @@ class Sequence:
         """Its blocks are gone: everything is computed again."""
         self.phase = Phase.WAITING
         self.num_computed = 0
+        self.inexact_from = None
         self.published = 0
         self.stored = (0, 0)
+        if self.report is not None:
+            self.report.near_tokens = 0
         self.prompt_logprobs.clear()
         if self.pooler is not None:
             self.pooler.restart()

@@ -65,6 +65,8 @@ def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
                 recompute_reason=report.recompute_reason,
                 cached_by_tier=report.cached_by_tier,
                 load_s=report.load_s,
+                near_tokens=report.near_tokens,
+                inexact_from=report.inexact_from,
             )
         )
     if output.embedding:
@@ -88,6 +90,8 @@ def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
         recompute_reason=report.recompute_reason,
         cached_by_tier=dict(report.cached_by_tier),
         load_s=report.load_s,
+        near_tokens=report.near_tokens,
+        inexact_from=report.inexact_from if report.HasField("inexact_from") else None,
     )
     prompt_logprobs: list[TokenLogprobs | None] = [
         _logprobs_from_proto(entry) if entry.rank else None for entry in message.prompt_logprobs
@@ -168,6 +172,7 @@ def request_from_proto(submit: worker_pb2.Submit) -> EngineRequest:
         weight=submit.weight or 1.0,
         output_token_ids=list(submit.output_token_ids),
         pooling=Pooling(submit.pooling),
+        near_allowed=not submit.exact_kv,
     )
 
 

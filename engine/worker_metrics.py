@@ -38,6 +38,9 @@ class WorkerMetrics:
             ["tier"],
             registry=registry,
         )
+        self._near = Counter(
+            "tandem_worker_near_prompt_tokens", "Prompt tokens not computed whose KV is not exact", registry=registry
+        )
         self._recomputes = Counter(
             "tandem_worker_handover_recomputes", "Hand-overs that became a recompute", registry=registry
         )
@@ -80,6 +83,7 @@ class WorkerMetrics:
             self._cached.inc(report.cached_tokens)
             for tier, tokens in report.cached_by_tier.items():
                 self._cached_by_tier.labels(tier).inc(tokens)
+            self._near.inc(report.near_tokens)
             self._prefill.observe(report.prefill_s)
             if report.handover_s > 0:
                 self._handover.observe(report.handover_s)

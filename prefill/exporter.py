@@ -68,6 +68,7 @@ class Exporter:
             self.forget(key)
             raise TandemError("unavailable", f"the hand-over cannot be opened: {error}") from error
         request.kv_export = export
+        request.near_allowed = request.near_allowed and target.near_allowed
 
     def ended(self, key: RequestKey) -> None:
         with self._lock:

@@ -811,9 +811,12 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_NEAR_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
+    cached_tokens_near: _builtins.int
+    """those of cached_tokens whose KV is not exact (kv_near)"""
     @_builtins.property
     def cached_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """cached_tokens by where they came from: device, host, disk, peer, remote"""
@@ -825,10 +828,11 @@ class Usage(_message.Message):
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        cached_tokens_near: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "cached_tokens_near", b"cached_tokens_near", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1469,6 +1473,8 @@ class Attempt(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    NEAR_TOKENS_FIELD_NUMBER: _builtins.int
+    INEXACT_FROM_FIELD_NUMBER: _builtins.int
     choice: _builtins.int
     attempt: _builtins.int
     decode: _builtins.str
@@ -1484,6 +1490,10 @@ class Attempt(_message.Message):
     computed_by: _builtins.str
     recompute_reason: _builtins.str
     num_preemptions: _builtins.int
+    near_tokens: _builtins.int
+    """those of cached_by_tier whose KV is not exact (kv_near)"""
+    inexact_from: _builtins.int
+    """the first token whose KV is not exact"""
     @_builtins.property
     def cached_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
@@ -1514,21 +1524,27 @@ class Attempt(_message.Message):
         candidates: _abc.Iterable[Global___CandidateCost] | None = ...,
         num_preemptions: _builtins.int = ...,
         preemptions: _abc.Iterable[Global___Preemption] | None = ...,
+        near_tokens: _builtins.int = ...,
+        inexact_from: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_started_s", b"_started_s", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_inexact_from", b"_inexact_from", "_started_s", b"_started_s", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "inexact_from", b"inexact_from", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_started_s", b"_started_s", "attempt", b"attempt", "cached_by_tier", b"cached_by_tier", "candidates", b"candidates", "choice", b"choice", "computed_by", b"computed_by", "decode", b"decode", "ended", b"ended", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "num_preemptions", b"num_preemptions", "preemptions", b"preemptions", "prefill", b"prefill", "reason", b"reason", "recompute_reason", b"recompute_reason", "resumed_tokens", b"resumed_tokens", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_inexact_from", b"_inexact_from", "_started_s", b"_started_s", "attempt", b"attempt", "cached_by_tier", b"cached_by_tier", "candidates", b"candidates", "choice", b"choice", "computed_by", b"computed_by", "decode", b"decode", "ended", b"ended", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "inexact_from", b"inexact_from", "near_tokens", b"near_tokens", "num_preemptions", b"num_preemptions", "preemptions", b"preemptions", "prefill", b"prefill", "reason", b"reason", "recompute_reason", b"recompute_reason", "resumed_tokens", b"resumed_tokens", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_s: _TypeAlias = _typing.Literal["ended_s"]  # noqa: Y015
     _WhichOneofArgType__ended_s: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s"]  # noqa: Y015
     _WhichOneofReturnType__first_token_s: _TypeAlias = _typing.Literal["first_token_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_s: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s"]  # noqa: Y015
+    _WhichOneofReturnType__inexact_from: _TypeAlias = _typing.Literal["inexact_from"]  # noqa: Y015
+    _WhichOneofArgType__inexact_from: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from"]  # noqa: Y015
     _WhichOneofReturnType__started_s: _TypeAlias = _typing.Literal["started_s"]  # noqa: Y015
     _WhichOneofArgType__started_s: _TypeAlias = _typing.Literal["_started_s", b"_started_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ended_s) -> _WhichOneofReturnType__ended_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_s) -> _WhichOneofReturnType__first_token_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inexact_from) -> _WhichOneofReturnType__inexact_from | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__started_s) -> _WhichOneofReturnType__started_s | None: ...
 

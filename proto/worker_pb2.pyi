@@ -137,12 +137,15 @@ class KvEndpoint(_message.Message):
     UNIX_PATH_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    NEAR_ALLOWED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     worker_epoch: _builtins.int
     host_id: _builtins.str
     unix_path: _builtins.str
     host: _builtins.str
     port: _builtins.int
+    near_allowed: _builtins.bool
+    """whether it takes KV that went through a codec which is not exact"""
     def __init__(
         self,
         *,
@@ -152,10 +155,11 @@ class KvEndpoint(_message.Message):
         unix_path: _builtins.str = ...,
         host: _builtins.str = ...,
         port: _builtins.int = ...,
+        near_allowed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "host_id", b"host_id", "port", b"port", "unix_path", b"unix_path", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "host_id", b"host_id", "near_allowed", b"near_allowed", "port", b"port", "unix_path", b"unix_path", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,6 +352,7 @@ class Submit(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     POOLING_FIELD_NUMBER: _builtins.int
+    EXACT_KV_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """lower runs first"""
     timeout_s: _builtins.float
@@ -361,6 +366,8 @@ class Submit(_message.Message):
     """the tenant's share where tenants compete; 0: 1"""
     pooling: Global___Pooling.ValueType
     """other than NONE: an embedding of the prompt is the answer, nothing is generated"""
+    exact_kv: _builtins.bool
+    """use no KV that went through a codec which is not exact, though the worker may"""
     @_builtins.property
     def key(self) -> Global___RequestKey: ...
     @_builtins.property
@@ -397,10 +404,11 @@ class Submit(_message.Message):
         weight: _builtins.float = ...,
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         pooling: Global___Pooling.ValueType = ...,
+        exact_kv: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "output_token_ids", b"output_token_ids", "pooling", b"pooling", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "exact_kv", b"exact_kv", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "output_token_ids", b"output_token_ids", "pooling", b"pooling", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
@@ -839,6 +847,8 @@ class PromptReport(_message.Message):
     RECOMPUTE_REASON_FIELD_NUMBER: _builtins.int
     CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
     LOAD_S_FIELD_NUMBER: _builtins.int
+    NEAR_TOKENS_FIELD_NUMBER: _builtins.int
+    INEXACT_FROM_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """taken from a prefix cache, on whichever worker"""
     queue_s: _builtins.float
@@ -852,6 +862,10 @@ class PromptReport(_message.Message):
     """why a hand-over became a recompute"""
     load_s: _builtins.float
     """waited for KV from the store"""
+    near_tokens: _builtins.int
+    """those of cached_tokens that went through a codec which is not exact"""
+    inexact_from: _builtins.int
+    """the first token whose KV is not exact; the first output depends on it"""
     @_builtins.property
     def cached_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """cached_tokens by where they came from: device, host, disk, peer, remote"""
@@ -867,12 +881,16 @@ class PromptReport(_message.Message):
         recompute_reason: _builtins.str = ...,
         cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         load_s: _builtins.float = ...,
+        near_tokens: _builtins.int = ...,
+        inexact_from: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from", "inexact_from", b"inexact_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "load_s", b"load_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "inexact_from", b"inexact_from", "load_s", b"load_s", "near_tokens", b"near_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__inexact_from: _TypeAlias = _typing.Literal["inexact_from"]  # noqa: Y015
+    _WhichOneofArgType__inexact_from: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inexact_from) -> _WhichOneofReturnType__inexact_from | None: ...
 
 Global___PromptReport: _TypeAlias = PromptReport  # noqa: Y015
 

@@ -121,6 +121,8 @@ class Choice:
         self.finished = False
         self.cached_by_tier: dict[str, int] = {}
         """Prompt tokens that were not computed, by where their KV came from."""
+        self.near_tokens = 0
+        """Of a prompt's cached tokens those whose KV was not exact; of the worker that had most of them."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.embedding = b""
         """Little-endian float32, where pooling was asked for."""
@@ -323,6 +325,7 @@ class Choice:
     def _note_prompt(self, output: worker_pb2.RequestOutput) -> None:
         metrics, report = self._call.context.metrics, output.prompt
         self._call.spec.record.first_token(self.index, report)
+        self.near_tokens = max(self.near_tokens, report.near_tokens)
         if not self._prompt_noted:  # a worker that goes on reports, too; what the client pays for is settled
             self._prompt_noted = True
             self.cached_by_tier = dict(report.cached_by_tier)

@@ -42,6 +42,8 @@ class SequenceSpec:
     priority: int = 0
     pooling: worker_pb2.Pooling.ValueType = worker_pb2.POOLING_NONE
     """Other than NONE: an embedding of the prompt is wanted, no output."""
+    exact_kv: bool = False
+    """No KV that is not exact may be used, so that all of it can be saved."""
 
     @property
     def cache_salt(self) -> bytes:
@@ -110,6 +112,7 @@ class Dispatcher:
         submit.weight = sequence.caller.weight
         submit.output_token_ids.extend(output_token_ids)
         submit.pooling = sequence.pooling
+        submit.exact_kv = sequence.exact_kv
         return Attempt(message, decode.session, None if prefill is None else prefill.session, listener, placement)
 
     def room(self, waiting_tokens: int, priority: int) -> bool:

@@ -67,6 +67,8 @@ class AttemptNote:
         if self.report is not None:
             report = self.report
             value["cached_by_tier"] = dict(report.cached_by_tier)
+            value["near_tokens"] = report.near_tokens
+            value["inexact_from"] = report.inexact_from if report.HasField("inexact_from") else None
             value["computed_by"] = report.computed_by
             value["recompute_reason"] = report.recompute_reason
             stages = {

@@ -30,6 +30,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_by_tier: dict[str, int] = field(default_factory=dict)
+    near_tokens: int = 0
+    """Cached tokens whose KV is not exact."""
 
     @property
     def cached_tokens(self) -> int:
@@ -108,6 +110,11 @@ class Call:
         for choice in {id(choice.spec.sequence.prompt): choice for choice in reversed(self.choices)}.values():
             for tier, tokens in choice.cached_by_tier.items():
                 usage.cached_by_tier[tier] = usage.cached_by_tier.get(tier, 0) + tokens
+        near: dict[int, int] = {}
+        for choice in self.choices:
+            prompt = id(choice.spec.sequence.prompt)
+            near[prompt] = max(near.get(prompt, 0), choice.near_tokens)
+        usage.near_tokens = sum(near.values())
         return usage
 
     def fail(self, error: TandemError) -> None:

@@ -202,4 +202,5 @@ def usage_message(usage: Usage) -> pb.Usage:
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
         cached_by_tier=usage.cached_by_tier,
+        cached_tokens_near=usage.near_tokens,
     )

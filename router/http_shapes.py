@@ -66,6 +66,8 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     details: dict[str, Any] = {"cached_tokens": usage.cached_tokens}
     if usage.cached_by_tier:
         details["cached_tokens_by_tier"] = dict(usage.cached_by_tier)
+    if usage.near_tokens:
+        details["cached_tokens_near"] = usage.near_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

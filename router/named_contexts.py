@@ -55,7 +55,8 @@ async def create(
         raise no_worker()
     await store.put(caller.tenant, body.name, prompt.token_ids, root=root, ttl_s=body.ttl_s, version=body.version or 0)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    with open_call([ChoiceSpec(SequenceSpec(prompt, sampling, caller), no_output=True)]) as call:
+    sequence = SequenceSpec(prompt, sampling, caller, exact_kv=True)
+    with open_call([ChoiceSpec(sequence, no_output=True)]) as call:
         await call.result()
     return await _saved(store, caller.tenant, body.name)
 

@@ -143,6 +143,7 @@ class StoreFlow:
             slots=torch.from_numpy(slots).to(self._loaded.device),
             start=sequence.num_computed,
             spec_of=partial(self._spec, sequence),
+            near_allowed=self._store.near_allowed and sequence.request.near_allowed,
             limit_s=limit_s,
             step_s=step_s,
             joinable=lambda load: self._post(partial(self._joinable, sequence, load)),
@@ -192,7 +193,7 @@ class StoreFlow:
             load, state.load = state.load, None
             load.close()
             self._store.counters.load("stuck", 0.0, {})
-            self._go_on(sequence, load.start)
+            self._go_on(sequence, load.start, None)
 
     # Answers of the workers
 
@@ -223,7 +224,7 @@ class StoreFlow:
     def _joinable(self, sequence: Sequence, load: Load) -> None:
         if _state(sequence).load is load and sequence.phase is Phase.LOADING:
             _report_wait(sequence)
-            self._scheduler.join(sequence, load.stop, gated=True)
+            self._scheduler.join(sequence, load.stop, inexact_from=load.inexact_from, gated=True)
             self._resume(sequence)
 
     def _ended(self, sequence: Sequence, load: Load) -> None:
@@ -231,7 +232,7 @@ class StoreFlow:
             self._known.discard(load.located[index].key)
         if _state(sequence).load is load:
             self._settle(sequence, load)
-            self._go_on(sequence, load.tokens)
+            self._go_on(sequence, load.tokens, load.inexact_from)
 
     def _settle(self, sequence: Sequence, load: Load) -> None:
         """The load is over and counted; the report says what it brought."""
@@ -241,20 +242,22 @@ class StoreFlow:
         self._store.counters.load(load.outcome, load.seconds, tokens)
         if sequence.report is not None and tokens:
             sequence.report.cached_tokens = min(load.tokens, sequence.num_prompt)
+            sequence.report.near_tokens = load.near_tokens(sequence.num_prompt)
             for tier, count in load.tokens_by_tier(sequence.num_prompt).items():
                 sequence.report.cached_by_tier[tier] = sequence.report.cached_by_tier.get(tier, 0) + count
 
-    def _go_on(self, sequence: Sequence, num_computed: int) -> None:
-        """`num_computed` tokens are there; the rest is computed."""
+    def _go_on(self, sequence: Sequence, num_computed: int, inexact_from: int | None) -> None:
+        """`num_computed` tokens are there, exact below `inexact_from`; the rest is computed."""
         sequence.stored = (0, 0)
         if sequence.phase is Phase.LOADING:
             _report_wait(sequence)
-            self._scheduler.join(sequence, num_computed)
+            self._scheduler.join(sequence, num_computed, inexact_from=inexact_from)
             self._scheduler.publish(sequence)
             self._resume(sequence)
         elif sequence.gated:
             sequence.gated = False
             sequence.num_computed = num_computed
+            sequence.inexact_from = inexact_from
             self._scheduler.publish(sequence)
             self._resume(sequence)
 
@@ -289,11 +292,11 @@ class StoreFlow:
     # Saving
 
     def _full_blocks(self, sequence: Sequence) -> None:
-        """Offers the chunks that have become complete to the saver."""
+        """Offers the chunks that have become complete, and are exact, to the saver."""
         state = sequence.store
         if state is None:
             return
-        chunks = sequence.num_computed // self._chunk_tokens
+        chunks = sequence.exact_tokens // self._chunk_tokens
         for index in range(state.offered, chunks):
             self._offer(sequence, index)
         state.offered = max(state.offered, chunks)

@@ -58,19 +58,22 @@ class Load:
         slots: Tensor,
         start: int,
         spec_of: Callable[[int], ChunkSpec],
+        near_allowed: bool,
         limit_s: float,
         step_s: float,
         joinable: Callable[[Load], None],
         ended: Callable[[Load], None],
     ) -> None:
         """`slots` int64 [known tokens]; rows below `start` are there already and may be shared: they are not written.
-        `spec_of(i)` says what chunk i has to be. `limit_s`: from now until the load has to be complete.
-        `step_s`: length of the step that computes the rest; 0: do not offer to join early. `joinable` and `ended` post
-        to the engine thread; `ended` is called once, `joinable` at most once and before it."""
+        `spec_of(i)` says what chunk i has to be; with `near_allowed` its rows need not be exact. `limit_s`: from now
+        until the load has to be complete. `step_s`: length of the step that computes the rest; 0: do not offer to join
+        early. `joinable` and `ended` post to the engine thread; `ended` is called once, `joinable` at most once and
+        before it."""
         self._store = store
         self._pool = pool
         self._slots = slots
         self._spec_of = spec_of
+        self._near_allowed = near_allowed
         self._step_s = step_s
         self._joinable = joinable
         self._ended = ended
@@ -87,6 +90,8 @@ class Load:
         self._objects = len(self.located)
         """Length of the run that can be had."""
         self._bundles: list[Bundle | None] = []
+        self._near: list[int] = []
+        """Objects whose rows are not exact."""
         self._whole = False
         """All layers of the run are in host memory."""
         self._blocked = False
@@ -113,6 +118,17 @@ class Load:
         """Once it has ended: tokens below this one are in the pool in all layers."""
         end = (self.first_chunk + self._objects) * self._store.chunk_tokens
         return max(self.start, min(end, self.stop))
+
+    @property
+    def inexact_from(self) -> int | None:
+        """The first token of the run that can be had whose rows are not exact; known with the first layer."""
+        near = [index for index in self._near if index < self._objects]
+        return self._rows(near[0])[0] if near else None
+
+    def near_tokens(self, below: int) -> int:
+        """Once it has ended: tokens before `below` that it brought and that are not exact."""
+        rows = [self._rows(index) for index in self._near if index < self._objects]
+        return sum(max(min(end, below) - first, 0) for first, end in rows)
 
     def tokens_by_tier(self, below: int | None = None) -> dict[str, int]:
         """Once it has ended: what it brought; with `below`, of the tokens before that one."""
@@ -217,9 +233,11 @@ class Load:
             if difference := bundle.matches(self._spec_of(self.first_chunk + index)):
                 self._wrong(index, "mismatch", difference)
                 return
-            if bundle.header.fidelity is not Fidelity.EXACT and not self._store.near_allowed:
-                self._shorten(index, "fidelity")
-                return
+            if bundle.header.fidelity is not Fidelity.EXACT:
+                if not self._near_allowed:
+                    self._shorten(index, "fidelity")
+                    return
+                self._near.append(index)
             self._bundles.append(bundle)
 
     def _copy_layer(self, layer: int, index: int) -> bool:

@@ -18,8 +18,8 @@ from msgspec import Meta
 
 from tandem.kvstore.transport.interfaces import Reason
 
-PROTOCOL_VERSION = 1
-"""1: first version.
+PROTOCOL_VERSION = 2
+"""1: first version. 2: the first token says up to which token KV is exact, so none that does not say it is believed.
 
 In every version the first 8 bytes are magic, version and kind, and a server answers a Hello of a version it does not
 speak with a Refuse of its own version, so that both sides can name the two."""

@@ -10,7 +10,7 @@ import pytest
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.decode.importer import MAX_UNCLAIMED, Importer
-from tandem.engine.request import EngineRequest, KvImport, RequestKey, RequestOutput
+from tandem.engine.request import EngineRequest, KvImport, PromptReport, RequestKey, RequestOutput
 from tandem.engine.wire import pack_first
 from tandem.kvstore.transport import Reason
 from tandem.proto import worker_pb2
@@ -71,9 +71,11 @@ class Server:
 
 
 class Scene:
-    def __init__(self) -> None:
+    def __init__(self, near_allowed: bool = False) -> None:
         self.now = 100.0
-        self.importer = Importer(row_bytes=64, num_layers=2, timeout_s=3.0, clock=lambda: self.now)
+        self.importer = Importer(
+            row_bytes=64, num_layers=2, timeout_s=3.0, near_allowed=near_allowed, clock=lambda: self.now
+        )
         self.server = self.importer.server = Server()
 
     def submit(self, key: RequestKey = KEY) -> KvImport:
@@ -224,3 +226,18 @@ def test_a_plain_request_needs_no_hand_over_and_a_prefill_message_is_an_error(sc
     assert request.kv_import is None
     with pytest.raises(TandemError, match="send_kv_to"):
         scene.importer.attach(request, worker_pb2.Submit(send_kv_to=worker_pb2.KvEndpoint()))
+
+
+@pytest.mark.parametrize("near_allowed", [False, True])
+def test_a_first_token_that_depends_on_inexact_kv_is_taken_only_where_that_is_allowed(near_allowed: bool) -> None:
+    """Though the rows may all be exact: what the decode worker has itself is not sent."""
+    scene, reservation = Scene(near_allowed), Reservation(skip_tokens=TOKENS - 1)
+    scene.submit().reserved(reservation)
+    scene.importer.opened(Stream())  # type: ignore[arg-type]
+    first = RequestOutput(KEY, token_ids=[9], prompt=PromptReport(inexact_from=8))
+    assert scene.finish(pack_first(first, "here", 1.0)) == near_allowed
+    assert (reservation.first is not None) == near_allowed
+    if near_allowed:
+        assert reservation.failures == []
+    else:
+        assert "from token 8 on is not exact" in reservation.failures[0]

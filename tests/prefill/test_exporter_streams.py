@@ -85,6 +85,13 @@ def test_the_stream_opens_with_the_request_before_anything_is_computed() -> None
     assert rest[:-1] == ["r", 3, len(SLOTS), scene.engine.pool.row_bytes, 2]
 
 
+@pytest.mark.parametrize("near_allowed", [False, True])
+def test_what_the_decode_worker_does_not_take_is_not_loaded_for_it(near_allowed: bool) -> None:
+    scene = Scene()
+    scene.attach(send_kv_to=worker_pb2.KvEndpoint(worker_id="d0", near_allowed=near_allowed))
+    assert scene.request.near_allowed == near_allowed
+
+
 def test_rows_leave_as_they_are_in_the_pool_cached_ones_first() -> None:
     scene = Scene()
     stream, pool = scene.attach(), scene.engine.pool

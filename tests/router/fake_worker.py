@@ -49,6 +49,8 @@ class Script:
     preempted_before: dict[int, worker_pb2.Preemption.ValueType] = field(default_factory=dict)
     """By index of the token before which the request loses its place for a while."""
     cached_tokens: int = 0
+    near_tokens: int = 0
+    """The last ones of `cached_tokens`."""
     wait_for_kv: bool = True
     """Decode worker: wait for the fake prefill worker's KV or `HandoverLost`."""
     embedding: Callable[[worker_pb2.Submit], list[float]] = lambda submit: [3.0, 4.0 * submit.pooling]
@@ -190,6 +192,9 @@ class FakeWorker:
                 output.prompt.cached_tokens = script.cached_tokens
                 if script.cached_tokens:
                     output.prompt.cached_by_tier["device"] = script.cached_tokens
+                if script.near_tokens:
+                    output.prompt.near_tokens = script.near_tokens
+                    output.prompt.inexact_from = script.cached_tokens - script.near_tokens
                 if sampling.HasField("prompt_logprobs"):
                     output.prompt_logprobs.append(worker_pb2.TokenLogprobs())
                     output.prompt_logprobs.extend(

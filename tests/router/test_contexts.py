@@ -67,6 +67,7 @@ async def test_create_use_list_and_drop(house: House, store: StoreNode) -> None:
     assert 50 <= context["expires_at"] - context["created_at"] <= 61
     (submit,) = worker.submits
     assert (list(submit.prompt_token_ids), submit.sampling.max_tokens) == (TOKENS, 1)
+    assert submit.exact_kv, "or it could not be saved"
     await until(lambda: hard_pins(store.node) == 3)
     assert (await client.get("/v1/contexts/manual")).json() == context
     assert (await client.get("/v1/contexts")).json() == {"object": "list", "data": [context]}
@@ -74,6 +75,7 @@ async def test_create_use_list_and_drop(house: House, store: StoreNode) -> None:
     answer = (await use(client)).json()
     assert list(worker.submits[-1].prompt_token_ids) == [*TOKENS, 5, 6]
     assert worker.submits[-1].cache_salt == submit.cache_salt
+    assert not worker.submits[-1].exact_kv
     assert answer["usage"]["prompt_tokens"] == len(TOKENS) + 2
     assert answer["choices"][0]["prompt_token_ids"] == [*TOKENS, 5, 6]
     await use(client, prompt=[[5], [6, 7]])

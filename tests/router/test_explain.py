@@ -35,6 +35,17 @@ async def test_an_answer_carries_its_account_when_asked(house: House) -> None:
     assert later["attempts"] == account["attempts"]
 
 
+async def test_kv_that_is_not_exact_is_told(house: House) -> None:
+    worker, client = await house.pair(Script(cached_tokens=3, near_tokens=2))
+    answer = (await client.post("/v1/completions", json=BODY | {"n": 2}, headers=ASKS)).json()
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens_near"] == 2, "a prompt counts once"
+    assert [(a["near_tokens"], a["inexact_from"]) for a in answer["explain"]["attempts"]] == [(2, 1), (2, 1)]
+    worker.script = Script(cached_tokens=3)
+    answer = (await client.post("/v1/completions", json=BODY, headers=ASKS)).json()
+    assert "cached_tokens_near" not in answer["usage"]["prompt_tokens_details"]
+    assert [(a["near_tokens"], a["inexact_from"]) for a in answer["explain"]["attempts"]] == [(0, None)]
+
+
 async def test_a_stream_ends_with_its_account(house: House) -> None:
     _, client = await house.pair()
     response = await client.post("/v1/completions", json=BODY | {"stream": True}, headers=ASKS)

@@ -17,7 +17,7 @@ from tests.engine.store.scripted_home import ScriptedHome
 OUTPUT = RequestOutput(
     RequestKey("a", 1),
     token_ids=[5],
-    prompt=PromptReport(cached_tokens=300, cached_by_tier={"device": 44, "disk": 256}),
+    prompt=PromptReport(cached_tokens=300, cached_by_tier={"device": 44, "disk": 256}, near_tokens=200, inexact_from=0),
 )
 
 
@@ -36,6 +36,13 @@ def test_the_tenant_comes_with_the_request() -> None:
     assert request_from_proto(worker_pb2.Submit(key=key, sampling=sampling)).tenant == "default"
 
 
+@pytest.mark.parametrize("exact_kv", [False, True])
+def test_a_request_says_whether_it_wants_exact_kv(exact_kv: bool) -> None:
+    sampling = worker_pb2.SamplingParams(max_tokens=1, top_p=1.0, repetition_penalty=1.0)
+    request = request_from_proto(worker_pb2.Submit(sampling=sampling, exact_kv=exact_kv))
+    assert request.near_allowed != exact_kv
+
+
 def test_metrics_name_tiers_and_outcomes() -> None:
     counters, registry = StoreCounters(), CollectorRegistry()
     counters.lookup("fetch")
@@ -46,6 +53,7 @@ def test_metrics_name_tiers_and_outcomes() -> None:
     text = generate_latest(registry).decode()
     for line in (
         'tandem_worker_cached_prompt_tokens_by_tier_total{tier="disk"} 256.0',
+        "tandem_worker_near_prompt_tokens_total 200.0",
         'tandem_worker_store_lookups_total{outcome="fetch"} 1.0',
         'tandem_worker_store_loads_total{outcome="corrupt"} 1.0',
         'tandem_worker_store_loaded_tokens_total{tier="disk"} 256.0',
