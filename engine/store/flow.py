@@ -134,7 +134,8 @@ class StoreFlow:
         limit_s, step_s = UNKNOWN_LOAD_S, 0.0
         if rate > 0:
             limit_s = min(max((sequence.stored[1] - sequence.num_computed) / rate, LEAST_LOAD_S), MOST_LOAD_S)
-            if self._store.overlap:
+            if self._store.overlap and (sequence.stored[1] < sequence.num_prompt or sequence.to_compute > 1):
+                # Only chunks wait for layers in a step: where all that is left is to decode, the load has to be over.
                 step_s = min(sequence.to_compute, self._max_step_tokens) / rate
         state.load = Load(
             self._store,

@@ -121,6 +121,19 @@ def test_a_gated_request_can_be_cancelled(held: Held) -> None:
     held.home.layers_may_come.set()
 
 
+def test_a_load_after_which_only_decoding_is_left_has_to_be_over(held: Held, plain: EngineUnderTest) -> None:
+    """Its step has no chunk, and only chunks wait for layers."""
+    output = PROMPT[120:129]
+    key = held.engine.submit("resumed", PROMPT[:120], output_token_ids=output, max_tokens=30)
+    wait_for(lambda: held.home.fetches)
+    held.engine.generate("companion", [9] * 20, max_tokens=20)
+    assert held.engine.tokens_so_far(key) == []
+    held.home.layers_may_come.set()
+    expected = plain.generate("resumed", PROMPT[:120], output_token_ids=output, max_tokens=30)
+    assert held.engine.tokens(key) == expected
+    assert stats(held.engine).loaded_tokens == {"host": 128}
+
+
 def test_without_overlap_nobody_is_gated(make: MakeEngine, home: ScriptedHome, eager: None) -> None:
     fill(make(), PROMPT)
     second = make(store={"overlap": False})
