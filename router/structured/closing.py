@@ -48,15 +48,16 @@ class _Names:
         return self.declared
 
 
-def closed(root: dict[str, Any]) -> dict[str, Any]:
-    """The schema with its objects closed."""
-    closer = _Closer(References(root))
+def closed(root: dict[str, Any], *, unless_said: bool = True) -> dict[str, Any]:
+    """The schema with its objects closed. `unless_said` false: only those of which `unevaluatedProperties` says it."""
+    closer = _Closer(References(root), unless_said)
     return closer.references.complete(closer.closed(root, _Names()))
 
 
 class _Closer:
-    def __init__(self, references: References) -> None:
+    def __init__(self, references: References, unless_said: bool) -> None:
         self.references = references
+        self._unless_said = unless_said
         self._opened: dict[str, str] = {}
         """By reference: the reference to a version of its target that is open in itself."""
         self._anything = ""
@@ -68,6 +69,8 @@ class _Closer:
                 return schema
             schema = {}
         node = mapped(schema, _INSIDE, lambda sub, _: self.closed(sub, _Names()))
+        if not self._unless_said and "unevaluatedProperties" not in node:
+            return mapped(node, frozenset(IN_PLACE), lambda sub, _: self.closed(sub, _Names()))
         said = node.keys() - ANNOTATIONS - {"$defs", "definitions"}
         if not beside and said == {"$ref"}:
             return node

@@ -56,9 +56,7 @@ def prepare(text: str, options: SchemaOptions, prefix: str, problem: Problem) ->
         raise SchemaError("a JSON schema is an object")
     guidance = _guidance(schema.pop("x-guidance", {}), options)
     enforceable = Enforceable(options.lenient or guidance["lenient"], problem)
-    schema = without_endless(enforceable.rid(schema))
-    if options.closed:
-        schema = closed(schema)
+    schema = closed(without_endless(enforceable.rid(schema)), unless_said=options.closed)
     settings = {**guidance, "lenient": False}
     exact = ExactRules(schema, {**settings, "whitespace_flexible": False, "whitespace_pattern": None}, prefix)
     if not exact.wide(schema):
