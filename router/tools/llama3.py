@@ -43,7 +43,7 @@ class Llama3Parser:
             case "call":
                 return self._read()
             case "between":
-                self._held = self._held.lstrip(" \t\r\n;")
+                self._held = self._held.lstrip(" \t\r\n;,")
                 if not self._held:
                     return False
                 self._call_or_text(self._held.startswith("{"))

@@ -119,6 +119,33 @@ def test_variants(form: str, text: str, arguments: str) -> None:
     assert parse(form, text) == ("", [Call("clock", arguments)])
 
 
+CLOCK = '{"name": "clock", "arguments": {}}'
+WEATHER = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "shown"),
+    [
+        ("hermes", f"<tool_call>\n{CLOCK}\n{WEATHER}\n</tool_call>", ""),
+        ("hermes", f"<tool_call>{CLOCK}{WEATHER}</tool_call>", ""),
+        ("hermes", f"<tool_call>{CLOCK},\n{WEATHER}", ""),
+        ("hermes", f"Well.\n<tool_call>\n[{CLOCK}, {WEATHER}]\n</tool_call>\nDone", "Well.\nDone"),
+        ("hermes", f'<tool_call>{CLOCK}</tool_call><tool_call>{WEATHER}{{"a": 1}}</tool_call>', '{"a": 1}</tool_call>'),
+        ("llama3_json", f"{CLOCK}\n{WEATHER}", ""),
+        ("llama3_json", f"<|python_tag|>{CLOCK}; {WEATHER}", ""),
+        ("llama3_json", f"{CLOCK}, {WEATHER}", ""),
+        ("mistral", f"[TOOL_CALLS] [{CLOCK}, {WEATHER}]", ""),
+        ("mistral_named", '[TOOL_CALLS]clock[ARGS]{}[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}', ""),
+    ],
+)
+def test_two_calls_in_any_pieces(form: str, text: str, shown: str) -> None:
+    expected = (shown, [Call("clock", "{}"), Call("get_weather", '{"city": "Rome"}')])
+    assert parse(form, text) == expected
+    for cut in range(len(text)):
+        assert parse(form, text[:cut], text[cut:]) == expected
+    assert parse(form, *text) == expected
+
+
 def test_a_forgotten_closing_mark_does_not_hide_the_next_call() -> None:
     text = '<tool_call>{"name": "clock", "arguments": {}}\n<tool_call>{"name": "get_weather", "arguments": {}}'
     assert [call.name for call in parse("hermes", text)[1]] == ["clock", "get_weather"]
