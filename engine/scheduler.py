@@ -257,7 +257,6 @@ class Scheduler:
                 break
             if self._waits_for_block(sequence, pending):
                 continue
-            # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
             if not self._take_in(plan, sequence, pending, now):
                 break
             if sequence.phase is Phase.RUNNING:
@@ -301,6 +300,7 @@ class Scheduler:
         self, plan: StepPlan, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]], now: float
     ) -> bool:
         """Gives it its blocks. False, with nothing changed, where there are too few."""
+        # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
         cached = self.blocks.allocate(sequence.key, len(sequence.tokens), _usable(sequence), reserve=len(self._running))
         if cached is None:
             return False

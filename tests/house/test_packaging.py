@@ -47,6 +47,7 @@ def test_wheel_works_in_a_clean_venv(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"tandem/{room}/__init__.py" for room in ROOMS} <= names
     assert {"tandem/proto/worker_pb2.py", "tandem/proto/worker.proto", "tandem/engine/native.c"} <= names
+    assert {"tandem/router/pages/home.html", "tandem/router/pages/docs.html"} <= names
     assert not [name for name in names if name.split("/")[0] not in {"tandem"} and ".dist-info/" not in name]
 
     home = tmp_path / "venv"
