@@ -86,7 +86,17 @@ VLLM_FLAGS: Mapping[str, Foreign] = {
     # Front door
     "api_server_count": Foreign(becomes="routers"),
     "uvicorn_log_level": Foreign(becomes="log_level", values={"trace": "debug", "critical": "error"}),
-    "disable_log_stats": Foreign(switch=True, remedy="figures are at /metrics and in `tandem status`; leave it out"),
+    "disable_log_stats": Foreign(
+        switch=True,
+        remedy="figures are at /metrics and in `tandem status`; --log-requests false keeps them out of the log",
+    ),
+    "enable_log_requests": Foreign(switch=True, becomes="log_requests"),
+    "disable_log_requests": Foreign(switch=True, becomes="log_requests", values={"true": "false", "false": "true"}),
+    "allow_credentials": Foreign(
+        switch=True, fine=_NEVER, remedy="pages send their key in a header; cookies are never asked for"
+    ),
+    "allowed_methods": Foreign(fine=frozenset({'["*"]'}), remedy="pages may send what a path takes"),
+    "allowed_headers": Foreign(fine=frozenset({'["*"]'}), remedy="pages may send any header"),
     "disable_uvicorn_access_log": Foreign(switch=True, fine=_ALWAYS, remedy="there is no access log of uvicorn's"),
     "disable_frontend_multiprocessing": Foreign(
         switch=True, fine=_NEVER, remedy="the router is a process of its own; --routers says how many"
