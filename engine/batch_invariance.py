@@ -4,7 +4,6 @@ refused. The kernels are `fixed_linear`, `native` and `native_attention` on the 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from pathlib import Path
 
 import torch
@@ -44,8 +43,10 @@ def check_batch_invariant(
 def arithmetic(dtype: torch.dtype, device: torch.device) -> str:
     """Names everything that decides on the bits of KV computed with `batch_invariant`, besides the model."""
     if device.type == "cuda":
+        import triton
+
         digest = blake3(b"".join(path.read_bytes() for path in sorted((_ROOM / "kernels").glob("*.py"))))
-        versions = (torch.__version__, importlib.metadata.version("triton"), torch.cuda.get_device_name(device))
+        versions = (torch.__version__, triton.__version__, torch.cuda.get_device_name(device))
         return " ".join((*versions, digest.hexdigest()[:32]))
     libraries = (compiled(module.SOURCE, *module.MACROS[dtype]) for module in (fixed_linear, native))
     names = (path.stem for path in libraries if path is not None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -45,6 +45,30 @@ def fixed(
     return FixedLinear(weight, b, kernels), weight, b
 
 
+INSTRUCTIONS = {
+    "plain": (),
+    "avx2": native_build._AVX2,
+    "avx512": native_build._AVX512,
+    "here": native_build.instruction_flags(),
+}
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fixed layers compiled for each set of instructions that this processor has."""
+    flags = INSTRUCTIONS[request.param]
+    if not set(flags) <= set(INSTRUCTIONS["here"]):
+        pytest.skip("not on this processor")
+    monkeypatch.setattr(native_build, "instruction_flags", lambda: flags)
+    caches = (native_build.compiled, fixed_kernels)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, 65), (101, 67), (384, 640), (1025, 64), (2050, 30)])
@@ -58,6 +82,7 @@ def test_fixed_layers_agree_with_a_plain_product(inputs: int, outputs: int, bias
         torch.testing.assert_close(linear.plus(x, residual).double(), exact + residual.double(), rtol=error, atol=2e-5)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fixed_layers_add_the_inputs_in_their_order(dtype: torch.dtype) -> None:
     """So it is the order that is promised, not merely the same one for all rows: 1 is lost beside 2^30, then it is
@@ -69,7 +94,8 @@ def test_fixed_layers_add_the_inputs_in_their_order(dtype: torch.dtype) -> None:
     assert FixedLinear(weight, None, kernels)(torch.ones(1, 6, dtype=dtype)).tolist() == [[0.0, 1.0]]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.usefixtures("instructions")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     inputs=st.integers(1, 300),
     outputs=st.integers(1, 150),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from tandem.engine import row_probe
@@ -17,6 +18,8 @@ from tandem.engine.linear import MOST_ROWS, padded_rows
 from tandem.engine.loader import LoadedModel, load_model
 from tandem.engine.model import Decoder
 from tandem.engine.row_probe import RowPromise, measure, plan, row_promise
+from tandem.engine.worker_metrics import WorkerMetrics
+from tandem.proto import worker_pb2
 from tests.models import tiny_model
 
 Change = Callable[[Tensor], Tensor]
@@ -182,6 +185,13 @@ def test_a_folder_that_cannot_be_written_only_costs_time(
     with caplog.at_level(logging.INFO):
         assert row_promise(loaded.decoder, b"x").holds
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_what_is_promised_is_a_metric(promised: bool) -> None:
+    registry = CollectorRegistry()
+    WorkerMetrics(worker_pb2.WorkerStatus, registry, row_invariant=promised)
+    assert registry.get_sample_value("tandem_worker_row_invariant") == promised
 
 
 def test_what_is_promised_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,11 @@ def test_workers_share_one_store_node() -> None:
         assert "kv_disk" not in worker
 
 
+def test_workers_that_share_kv_compute_it_alike() -> None:
+    plans = plan_children(ServeConfig(model="m", batch_invariant=True), RUN, 81)
+    assert [plan.settings["batch_invariant"] for plan in plans if plan.command in ("prefill", "decode")] == [True, True]
+
+
 @pytest.mark.parametrize(("config", "node"), [({"kv_host_bytes": 0}, ""), ({"kv_node": "/run/kv"}, "/run/kv")])
 def test_a_store_can_be_left_out_or_be_there_already(config: dict[str, Any], node: str) -> None:
     plans = plan_children(ServeConfig(model="m", **config), RUN, 81)
