@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.router.bad_words import bad_word_tokens
@@ -10,6 +11,7 @@ from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
 from tandem.router.constraints import CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
+from tandem.router.http_errors import renamed
 from tandem.router.http_types import ChatBody, template_variables
 from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
 from tandem.router.served_model import Prompt, ServedModel
@@ -24,6 +26,11 @@ class ChatPlan:
     spec: ChoiceSpec
     tools: ToolUse | None
     """None: the answer is text, whatever it looks like."""
+
+    def named(self, names: Sequence[tuple[str, str]]) -> ChatPlan:
+        """With the names that another API has for what is ignored, see `renaming`."""
+        ignored = tuple(renamed(field, names) for field in self.spec.ignored)
+        return replace(self, spec=replace(self.spec, ignored=ignored))
 
     def parser(self) -> ToolParser:
         return PlainText() if self.tools is None else self.tools.parser()

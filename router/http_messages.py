@@ -131,7 +131,7 @@ async def count_tokens(exchange: Exchange, service: Service) -> None:
 async def messages(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     with renaming(_NAMES):
-        plan = await plan_chat(body.chat(), service, exchange.caller)
+        plan = (await plan_chat(body.chat(), service, exchange.caller)).named(_NAMES)
     with service.call(
         exchange.request_id,
         [plan.spec],

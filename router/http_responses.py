@@ -127,7 +127,7 @@ async def responses(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     with renaming(_NAMES):
         chat = body.chat()
-        plan = await plan_chat(chat, service, exchange.caller)
+        plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)
     with service.call(
         exchange.request_id,
         [plan.spec],

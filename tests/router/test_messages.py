@@ -221,6 +221,21 @@ async def test_output_config_is_a_schema(house: House, tmp_path_factory: pytest.
     assert not accepts(house.model, constraint, "yes")
 
 
+async def test_what_the_output_is_not_held_to_is_named(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As the fields of this API, and of the responses API, are called."""
+    _, client = await pair(house, tmp_path_factory, "[]")
+    schema = {"type": "array", "uniqueItems": True}
+    tool = {"name": "f", "input_schema": {"properties": {"a": schema}}}
+    body = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    answer = await client.post(URL, json={**HELLO, **body})
+    assert answer.headers["x-tandem-ignored"] == "output_config.format.schema.uniqueItems"
+    answer = await client.post(URL, json={**HELLO, "tools": [tool], "tool_choice": {"type": "any"}})
+    assert answer.headers["x-tandem-ignored"] == "tools[0].input_schema.properties.a.uniqueItems"
+    body = {"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}
+    answer = await client.post("/v1/responses", json=body)
+    assert answer.headers["x-tandem-ignored"] == "text.format.schema.uniqueItems"
+
+
 async def test_turns_of_one_side_become_one(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
     worker, client = await pair(house, tmp_path_factory, "Hello")
     used = {"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Paris"}}
