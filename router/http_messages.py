@@ -79,6 +79,12 @@ class CountBody(msgspec.Struct, kw_only=True):
     tools: list[AnthropicTool] | None = None
     tool_choice: AnthropicChoice | None = None
 
+    def ignored(self) -> list[str]:
+        """What has no effect, beside whole fields."""
+        blocks = (block for turn in self.messages if isinstance(turn.content, list) for block in turn.content)
+        kinds = {block.type for block in blocks} & {"thinking", "redacted_thinking"}
+        return [f"messages[].content[] of type {kind}" for kind in sorted(kinds)]
+
     def chat(self) -> ChatBody:
         """The chat request that it stands for. Raises TandemError on what is not supported."""
         messages = [] if self.system is None else [Message("system", _text(self.system, "system"))]
@@ -130,6 +136,7 @@ async def count_tokens(exchange: Exchange, service: Service) -> None:
 
 async def messages(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
+    exchange.ignore(body.ignored())
     with renaming(_NAMES):
         plan = (await plan_chat(body.chat(), service, exchange.caller)).named(_NAMES)
     with service.call(

@@ -14,7 +14,7 @@ from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import CalledFunction, ChatBody, ContentPart, Message, ToolCall
 from tandem.router.request_fields import BodyReader
 from tandem.router.response_shapes import ResponseShapes
-from tandem.router.sampling_fields import invalid, shown
+from tandem.router.sampling_fields import DrawingFields, invalid, shown
 from tandem.router.service import Service
 from tandem.router.tools.choice import FunctionSpec, NamedFunction, NamedTool, Tool
 
@@ -56,13 +56,12 @@ class TextConfig(msgspec.Struct):
     format: TextFormat | None = None
 
 
-class ResponsesBody(msgspec.Struct, kw_only=True):
+class ResponsesBody(DrawingFields, kw_only=True):
     input: str | list[InputItem]
     instructions: str | None = None
     model: str | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    request_id: str | None = None
     top_logprobs: int | None = None
     include: list[str] | None = None
     stream: bool | None = None
@@ -80,11 +79,10 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
         choice = self.tool_choice
         logprobs = bool(self.include and _LOGPROBS in self.include)
         return ChatBody(
+            **{name: getattr(self, name) for name in DrawingFields.__struct_fields__},
             messages=_messages(self),
             model=self.model,
             max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
             stream=self.stream,
             logprobs=logprobs,
             top_logprobs=self.top_logprobs if logprobs else None,
@@ -96,6 +94,15 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
             tool_choice=NamedTool(NamedFunction(choice.name)) if isinstance(choice, NamedChoice) else choice,
             parallel_tool_calls=self.parallel_tool_calls,
         )
+
+    def ignored(self) -> list[str]:
+        """What has no effect, beside whole fields."""
+        names = [f"include: {name}" for name in self.include or [] if name != _LOGPROBS]
+        if self.top_logprobs and _LOGPROBS not in (self.include or []):
+            names.append("top_logprobs")
+        if isinstance(self.input, list) and any(item.type == "reasoning" for item in self.input):
+            names.append("input[] of type reasoning")
+        return names
 
     def repeated(self) -> dict[str, Any]:
         """Fields that the answer repeats."""
@@ -125,6 +132,8 @@ async def input_tokens(exchange: Exchange, service: Service) -> None:
 
 async def responses(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
+    exchange.name(body.request_id)
+    exchange.ignore(body.ignored())
     with renaming(_NAMES):
         chat = body.chat()
         plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)

@@ -177,7 +177,10 @@ class TokenizeBody(msgspec.Struct):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    """None: unless the final message is continued."""
+    continue_final_message: bool | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -189,7 +192,7 @@ class DetokenizeBody(msgspec.Struct):
 
 def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:
     """A request's own variables for the template. Raises TandemError where it sets one of ours."""
-    for name in ("messages", "add_generation_prompt", "self", "tools"):
+    for name in ("messages", "add_generation_prompt", "continue_final_message", "self", "tools"):
         if given and name in given:
             raise invalid("chat_template_kwargs", f"must not set {name}")
     return given or {}

@@ -14,9 +14,14 @@ async def tokenized(body: TokenizeBody, model: ServedModel) -> list[int]:
         raise invalid("prompt", "or messages is required, and not both")
     if body.messages is None:
         return await model.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    if body.continue_final_message and body.add_generation_prompt:
+        raise invalid("continue_final_message", "cannot be combined with add_generation_prompt: true")
+    goes_on = bool(body.continue_final_message)
     chat = model.render_chat(
         template_messages(body.messages),
-        add_generation_prompt=body.add_generation_prompt,
+        add_generation_prompt=not goes_on if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=goes_on,
+        tools=[tool.for_template() for tool in body.tools] if body.tools else None,
         **template_variables(body.chat_template_kwargs),
     )
     return await model.text.encode_chat(chat, add_special_tokens=bool(body.add_special_tokens))

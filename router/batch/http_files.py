@@ -14,6 +14,7 @@ from tandem.router.batch.files import MAX_FILE_BYTES
 from tandem.router.batch.paging import page, page_size
 from tandem.router.batch.records import KEPT_S
 from tandem.router.http_exchange import Exchange
+from tandem.router.request_fields import typing_error
 from tandem.router.sampling_fields import in_range, invalid
 from tandem.router.service import Service
 
@@ -30,6 +31,7 @@ MAX_FIELD_BYTES = 1024
 MAX_FORM_BYTES = MAX_FILE_BYTES + (1 << 20)
 MAX_FILENAME = 255
 
+_FIELDS = ("purpose", "file", "expires_after[anchor]", "expires_after[seconds]")
 _PREFIX = "/v1/files/"
 _CONTENT = "/content"
 
@@ -62,6 +64,7 @@ async def upload(exchange: Exchange, service: Service) -> None:
             for data in form.feed(part):
                 await file.write(data)
         filename = form.check()
+        exchange.ignore(form.ignored)
         record = await file.finish(filename, form.kept_s())
     await exchange.reply_json(record.shape())
 
@@ -171,6 +174,11 @@ class _Form:
             raise invalid("file", "is required, as a part with a filename")
         return self._filename
 
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that have no effect."""
+        return [name for name in self._fields if name not in _FIELDS]
+
     def kept_s(self) -> int:
         seconds = self._fields.get("expires_after[seconds]")
         anchor = self._fields.get("expires_after[anchor]")
@@ -205,6 +213,8 @@ class _Form:
                 raise invalid("file", "must be a part with a filename")
             self._filename = _clean(options[b"filename"].decode("utf-8", "replace"))
             self._in_file = True
+        elif meant := None if self._name in _FIELDS else typing_error(self._name, _FIELDS):
+            raise invalid(self._name, f"is not known; did you mean {meant}?")
         elif self._name in self._fields:
             raise invalid(self._name, "must come once")
         elif len(self._fields) >= MAX_FIELDS:

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from tandem.common.errors import TandemError
 from tandem.router.batch.files import write_all
 from tandem.router.batch.records import BatchError, Counts
-from tandem.router.http_errors import from_decode_error
+from tandem.router.request_fields import BodyReader, log_ignored
 
 MAX_LINES = 50_000
 MAX_CUSTOM_ID = 512
@@ -39,7 +40,7 @@ class _ResultLine(msgspec.Struct):
     custom_id: str
 
 
-_INPUT = msgspec.json.Decoder(_InputLine)
+_INPUT = BodyReader(_InputLine)
 _RESULT = msgspec.json.Decoder(_ResultLine)
 
 
@@ -87,9 +88,9 @@ def read_lines(file: BinaryIO, endpoint: str, max_line_bytes: int) -> tuple[list
 def _checked(raw: bytes, endpoint: str, seen: Collection[str], number: int) -> str | BatchError:
     """The line's custom_id."""
     try:
-        line = _INPUT.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        wrong = from_decode_error(error)
+        line, ignored = _INPUT.read(raw)
+        log_ignored(ignored, "batches")
+    except TandemError as wrong:
         problem = wrong.message.replace("the body is", "the line is", 1) if wrong.param is None else wrong.message
         return BatchError("invalid_json_line", problem, number, wrong.param)
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _deeper(line.body, MAX_DEPTH):
@@ -119,7 +120,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 def request_body(file: BinaryIO, line: Line) -> dict[str, Any]:
     raw = os.pread(file.fileno(), line.length, line.offset)
-    return _INPUT.decode(raw).body
+    return _INPUT.read(raw)[0].body
 
 
 def answered_line(custom_id: str, request_id: str, status: int, body: bytes) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import typing
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import openai.types.responses.response_create_params as openai_responses
 import pytest
 
 from tandem.common.errors import TandemError
+from tandem.router.batch.lines import read_lines
 from tandem.router.field_docs import BODIES, markdown, nested
 from tandem.router.field_table import OTHERS, Other, Refused
 from tandem.router.request_fields import BodyReader, known_fields, typing_error
@@ -198,6 +201,77 @@ async def test_a_typing_error_is_a_400_with_its_name(house: House) -> None:
     assert response.status_code == 400
     error = response.json()["error"]
     assert (error["param"], error["message"]) == ("temprature", "temprature is not known; did you mean temperature?")
+
+
+async def test_what_has_no_effect_inside_lists_is_told(house: House) -> None:
+    _, client = await house.pair(Script())
+    items = [{"type": "reasoning", "summary": []}, {"role": "user", "content": "Hello"}]
+    body = {"input": items, "include": ["reasoning.encrypted_content"], "top_logprobs": 2, "max_output_tokens": 2}
+    told = (await client.post("/v1/responses", json=body)).headers["x-tandem-ignored"]
+    assert told == "include: reasoning.encrypted_content, top_logprobs, input[] of type reasoning"
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
+    ]
+    told = (await client.post("/v1/messages", json={"messages": turns, "max_tokens": 2})).headers["x-tandem-ignored"]
+    assert set(told.split(", ")) == {
+        "messages[].content[] of type thinking",
+        "messages[].content[].thinking",
+        "messages[].content[].cache_control",
+    }
+
+
+async def test_responses_draw_as_chats_do(house: House) -> None:
+    worker, client = await house.pair()
+    fields = {
+        "temperature": 0.5, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5, "seed": 9,
+        "presence_penalty": 1, "frequency_penalty": 0.5, "min_tokens": 1, "ignore_eos": True,
+        "stop_token_ids": [5], "allowed_token_ids": [1, 2],
+    }  # fmt: skip
+    body = {
+        "input": "Hello",
+        "max_output_tokens": 2,
+        "priority": -3,
+        "request_id": "mine",
+        "bad_words": ["x"],
+        **fields,
+    }
+    response = await client.post("/v1/responses", json=body)
+    assert (response.json()["id"], response.headers.get("x-tandem-ignored")) == ("resp_mine", None)
+    submit = worker.submits[0]
+    for name, value in fields.items():
+        got = getattr(submit.sampling, name)
+        assert (list(got) if isinstance(value, list) else got) == value, name
+    assert (submit.priority, len(submit.sampling.bad_words)) == (-3, 2)
+
+
+async def test_templates_cannot_be_told_twice_whether_a_message_goes_on(bare_client: httpx.AsyncClient) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        kwargs = {"chat_template_kwargs": {"continue_final_message": True}}
+        response = await bare_client.post(
+            path, json={"messages": MINIMAL["/v1/chat/completions"]["messages"], **kwargs}
+        )
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+async def test_tokenize_reads_as_chats_are_read(bare_client: httpx.AsyncClient) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    read = {"messages": talk, "continue_final_message": True}
+    tokens = (await bare_client.post("/tokenize", json=read)).json()["tokens"]
+    text = (await bare_client.post("/detokenize", json={"tokens": tokens})).json()["prompt"]
+    assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb c"
+    both = await bare_client.post("/tokenize", json={**read, "add_generation_prompt": True})
+    assert both.json()["error"]["param"] == "continue_final_message"
+
+
+def test_lines_of_batches_have_their_typing_errors_named() -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "any": 1}, "note": 1}
+    good = json.dumps(line).encode()
+    assert read_lines(io.BytesIO(good), "/v1/completions", 1000)[1] == []
+    wrong = json.dumps({**line, "costum_id": "b"}).encode()
+    (error,) = read_lines(io.BytesIO(wrong), "/v1/completions", 1000)[1]
+    assert (error.param, error.message) == ("costum_id", "costum_id is not known; did you mean custom_id?")
 
 
 def test_the_docs_list_what_the_code_does() -> None:

@@ -31,6 +31,16 @@ def error(answer: httpx.Response) -> tuple[int, str | None, str]:
     return answer.status_code, found["param"], found["message"]
 
 
+async def test_no_field_of_the_form_is_ignored_in_silence(office: Desk) -> None:
+    answer = await office.upload(b"{}", note="mine")
+    assert (answer.status_code, answer.headers["x-tandem-ignored"]) == (200, "note")
+    assert error(await office.upload(b"{}", porpose="batch")) == (
+        400,
+        "porpose",
+        "porpose is not known; did you mean purpose?",
+    )
+
+
 async def test_a_file_comes_back_as_it_was(office: Desk) -> None:
     content = os.urandom(3 * files.PART_BYTES + 17)
     made = (await office.upload(content)).json()
