@@ -111,6 +111,7 @@ Tandem is ready: {url} serves {name} ({kind}, started in {seconds:.1f} s)
   print(reply.choices[0].message.content)
 
   At the terminal   tandem chat, tandem status
+  API               {url}/docs
   Metrics           {url}/metrics{grpc}
   Ctrl-C stops it.
 """

@@ -69,7 +69,8 @@ def parse_settings(
                 raise ConfigError(f"{setting.flag} is required")
         filled = _fill(config_class, values, given)
     except ConfigError as error:
-        raise ConfigError(f"{str(error).rstrip('.')}. See `{command} --help`.") from error
+        message = str(error).rstrip(".")
+        raise ConfigError(f"{message}{'' if message.endswith('?') else '.'} See `{command} --help`.") from error
     if line.print_config:
         print(_as_yaml(filled, settings), end="")
         raise SystemExit(0)

@@ -73,7 +73,7 @@ def refusal(*argv: str) -> str:
         parse(*argv)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.endswith("See `paint --help`.")
+    assert message.endswith((". See `paint --help`.", "? See `paint --help`."))
     return message
 
 
@@ -150,7 +150,7 @@ def test_values_are_read_as_they_are_written(argv: list[str], field: str, value:
         (("--walls", "red", "--shares", "ann"), "shares by name"),
         (("--walls", "red", "--doors", "1"), "there is no flag --doors"),
         (("--walls", "red", "--num-window", "1"), "there is no flag --num-window; did you mean --num-windows?"),
-        (("--wal", "red"), "there is no flag --wal; did you mean --walls?"),
+        (("--wal", "red"), "there is no flag --wal; did you mean --walls? See `paint --help`."),
         (("--walls", "red", "-x"), "there is no flag -x"),
         (("--walls", "red", "white"), "a word too many behind --walls"),
         (("--walls", "red", "--door-code", "1", "2"), "behind --door-code"),
