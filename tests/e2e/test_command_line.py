@@ -23,7 +23,8 @@ from tests.e2e.serving import Serve, environment, tandem_command
 COMMANDS = ("serve", "prefill", "decode", "router", "kvstore")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("router", "tenants", "batches", "kvstore")))
-ELSEWHERE = {"--help", "--config", "--node", "--owner", "--no-deps", "--metrics-port"}
+ELSEWHERE = {"--help", "--config", "--print-config", "--node", "--owner", "--metrics-port"}
+ELSEWHERE |= {"--no-deps", "--index-url", "--wheel"}
 """Flags of every command, of `tandem kv`, of pip, and of processes that run by themselves."""
 
 
