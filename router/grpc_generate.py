@@ -103,14 +103,14 @@ class _Answers:
         self._plan = plan
         self._choices = call.choices
         self._parsers = [plan.tools.parser() if plan.tools else PlainText() for _ in call.choices]
-        self._begun: set[int] = set()
+        self._before: dict[int, int] = {}
+        """Characters that the text of a choice begins with, of those that have begun."""
         self._called: set[int] = set()
         """Choices that have called a function."""
 
     def of(self, delta: Delta) -> pb.GenerateResponse:
         answer = pb.GenerateResponse(request_id=self._request_id, index=delta.index, token_ids=delta.piece.token_ids)
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
+        if delta.index not in self._before:
             self._add_prompt(answer)
         parser = self._parsers[delta.index]
         self._add(answer, parser.feed(delta.piece.text))
@@ -135,6 +135,7 @@ class _Answers:
         if request.return_prompt_text:
             answer.prompt_text = self._text.decode(prompt.token_ids, skip_special_tokens=False)
         answer.text = self._echoed(choice.spec)
+        self._before[answer.index] = len(answer.text)
         for position, (token_id, entry) in enumerate(zip(prompt.token_ids, choice.prompt_logprobs, strict=False)):
             answer.prompt_logprobs.append(token_logprob(self._text, token_id, entry if position else None))
 
@@ -152,10 +153,9 @@ class _Answers:
     def _add_logprobs(self, answer: pb.GenerateResponse, piece: Piece) -> None:
         if not piece.logprobs:
             return
-        before = len(self._echoed(self._choices[answer.index].spec))
         for token_id, entry, offset in zip(piece.token_ids, piece.logprobs, piece.offsets, strict=True):
             token = token_logprob(self._text, token_id, entry)
-            token.offset = before + offset
+            token.offset = self._before[answer.index] + offset
             answer.logprobs.append(token)
 
     def _add(self, answer: pb.GenerateResponse, events: Sequence[Event]) -> None:
