@@ -6,9 +6,9 @@ import asyncio
 
 import httpx
 import pytest
+from tokenizers import Tokenizer
 
-from tandem.router import body_memory
-from tandem.router.tokenizer import ModelText
+from tandem.router import body_memory, tokenizer
 from tests.router.conftest import House, until
 from tests.router.fake_worker import Script
 
@@ -30,13 +30,13 @@ async def test_a_text_far_too_long_is_not_tokenized_as_a_whole(
     bare_client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str, field: dict[str, object], param: str
 ) -> None:
     lengths: list[int] = []
-    encode = ModelText._encode
+    encode = tokenizer._encode
 
-    def counting(self: ModelText, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    def counting(by: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         lengths.extend(map(len, texts))
-        return encode(self, texts, add_special_tokens)
+        return encode(by, texts, add_special_tokens)
 
-    monkeypatch.setattr(ModelText, "_encode", counting)
+    monkeypatch.setattr(tokenizer, "_encode", counting)
     response = await bare_client.post(path, json=field)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
