@@ -27,11 +27,12 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from load import Result, closed_loop, open_loop
-from systems import Job, Server, all_systems
+from systems import Job, Server, all_systems, dtype_here
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +51,9 @@ class Workload:
 
 
 WORKLOADS = (
+    Workload("ttft_256", 6, 256, 8, 1),
     Workload("ttft_1k", 6, 1024, 8, 1),
-    Workload("ttft_128", 6, 128, 8, 1),
+    Workload("ttft_1800", 6, 1800, 8, 1),
     Workload("decode_1", 2, 128, 128, 1),
     Workload("decode_8", 8, 128, 128, 8),
     Workload("decode_16", 16, 128, 128, 16),
@@ -191,6 +193,22 @@ def spread_of(rounds: list[Figures], key: str) -> list[float]:
     return [min(values), max(values)]
 
 
+def machine() -> dict[str, object]:
+    """What the figures depend on. The load is that of the last 15 minutes, this bench included."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in fields.items()}
+    return {
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "family": facts.get("cpu family"),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[2], 1),
+        "dtype": dtype_here(),
+        "torch": version("torch"),
+        "python": sys.version,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/small_model/model")
@@ -266,8 +284,7 @@ def report(found: dict[str, dict[str, list[Figures]]], out: Path | None, rounds:
                 f"{workload:10} {name:14} {middle['ttft_p50']:9.1f} {middle['tpot_p50']:8.2f} {middle['gap_p99']:8.1f}"
                 f" {middle['output_tokens_per_s']:10.0f} {ratio:>10}"
             )
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": sys.version}
-    document = {"bench": "serve", "rounds": rounds, "machine": machine, "medians": table}
+    document = {"bench": "serve", "rounds": rounds, "machine": machine(), "medians": table}
     text = json.dumps(document, indent=1)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
