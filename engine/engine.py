@@ -91,6 +91,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=MAX_WAITING,
+            max_prompt_tokens_beside_decodes=_tokens_beside_decodes(config, self.loaded.device),
         )
         self._runner = Runner(self.blocks, config.max_num_seqs, self.max_model_len, self.loaded.device)
         self._meter = StepMeter()
@@ -628,6 +629,13 @@ class Engine:
                 wrong.append(f"{key} is gone and holds blocks")
         if wrong:
             raise IntegrityError("; ".join(wrong))
+
+
+def _tokens_beside_decodes(config: EngineConfig, device: torch.device) -> int | None:
+    """A step on a GPU takes about as long with many tokens as with few."""
+    if device.type != "cpu":
+        return None
+    return max(config.block_size, config.max_num_batched_tokens // 4)
 
 
 def _add_report(sequence: Sequence, output: RequestOutput) -> None:

@@ -6,7 +6,8 @@ Rules, in order:
 
 1. Every decoding request gets its one token. Where a block is missing, the request that is last in order (highest
    priority value, then latest arrival) is preempted: its blocks go back, its output is kept and computed again.
-2. Running prompts share what is left of the budget, in order; chunks end at block boundaries.
+2. Running prompts share what is left of the budget, in order; chunks end at block boundaries. Beside requests that
+   decode they get less of it, where that is set: everybody waits for the whole step.
 3. Waiting requests are admitted in turn (`waiting.py`: fair between tenants) while slots, budget and blocks last. A
    request gets the blocks of all its known tokens at once or waits, so every admitted request can finish its prompt.
    Requests with a KV import wait in the same queue, then hold their blocks outside the steps until the import ends;
@@ -63,11 +64,19 @@ class StepPlan:
 
 class Scheduler:
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_waiting: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_waiting: int,
+        max_prompt_tokens_beside_decodes: int | None = None,
     ) -> None:
+        """`max_prompt_tokens_beside_decodes` is at least a block; None: what the decodes leave."""
         self.blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
+        self._beside_decodes = max_prompt_tokens_beside_decodes or max_num_batched_tokens
         self._max_waiting = max_waiting
         self.on_full_blocks: Callable[[Sequence], None] | None = None
         """Called where blocks of a sequence have become full and computed in all layers."""
@@ -173,6 +182,8 @@ class Scheduler:
         displaced = len(plan.preempted)
         self._plan_decodes(plan)
         left = self._budget - len(plan.decodes)
+        if plan.decodes:
+            left = min(left, self._beside_decodes)
         for sequence in self._running:
             if left <= 0:
                 break

@@ -37,7 +37,8 @@ class EngineConfig:
     """Requests that are computed, or wait for KV with blocks reserved, at one time."""
     max_num_batched_tokens: int = 512
     """Tokens computed in one step. Decodes come first; prompts share the rest in chunks, so this bounds how long a
-    long prompt can delay the next token of everybody else."""
+    long prompt can delay the next token of everybody else. On a CPU, where a step's time grows with its tokens, prompts
+    get a quarter of it while others decode."""
     enable_prefix_caching: bool = True
     """Keep the KV of finished requests until its memory is needed, and reuse equal prefixes of the same tenant."""
     block_size: int = 16

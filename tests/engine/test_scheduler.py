@@ -23,12 +23,24 @@ BLOCK = 16
 class Play:
     """A scheduler with a model that always answers token 7."""
 
-    def __init__(self, num_blocks: int = 65, max_num_seqs: int = 8, budget: int = 64, max_waiting: int = 100) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 65,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        max_waiting: int = 100,
+        beside: int | None = None,
+    ) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK)
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_waiting=max_waiting
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_waiting=max_waiting,
+            max_prompt_tokens_beside_decodes=beside,
         )
         self.budget = budget
+        self.beside = beside or budget
         self.now = 0.0
         self.emitted: dict[str, int] = {}
 
@@ -47,6 +59,8 @@ class Play:
         plan = self.scheduler.schedule(self.now)
         self.check_displaced(plan, waiting)
         assert plan.num_tokens <= self.budget
+        if plan.decodes:
+            assert sum(chunk.num_tokens for chunk in plan.chunks) <= self.beside
         for sequence in running:
             assert sequence in plan.decodes or sequence in plan.preempted, "a decode stalled"
         assert all(chunk.num_tokens > 0 for chunk in plan.chunks)
@@ -118,6 +132,18 @@ def test_a_long_prompt_never_stalls_decodes_and_shares_the_rest() -> None:
         assert plan.chunks[0].num_tokens <= 61
         steps += 1
     assert steps == -(-1000 // 48), "chunks of 48: what is left of 64, cut at a block"
+
+
+def test_prompts_take_small_chunks_beside_decodes_and_large_ones_alone() -> None:
+    play = Play(budget=64, beside=16, num_blocks=200)
+    play.add("short", 5, max_tokens=3)
+    play.step()
+    play.add("long", 200)
+    sizes = []
+    for _ in range(5):
+        plan = play.step()
+        sizes.append((len(plan.decodes), [chunk.num_tokens for chunk in plan.chunks]))
+    assert sizes == [(1, [16]), (1, [16]), (0, [64]), (0, [64]), (0, [40])]
 
 
 def test_chunks_end_at_block_boundaries_until_the_last() -> None:
@@ -454,7 +480,8 @@ def shuffled_imports(rng: random.Random, play: Play, imports: Seq[Sequence]) -> 
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(6, 40), slots=st.integers(1, 8), spare=st.integers(16, 80))
 def test_random_workloads_come_to_an_end(seed: int, num_blocks: int, slots: int, spare: int) -> None:
     rng = random.Random(seed)
-    play = Play(num_blocks=num_blocks, max_num_seqs=slots, budget=slots + spare)
+    beside = rng.choice([None, 16, 40])
+    play = Play(num_blocks=num_blocks, max_num_seqs=slots, budget=slots + spare, beside=beside)
     capacity = (num_blocks - 1) * BLOCK
     alive: list[Sequence] = []
     cancelled: set[str] = set()
