@@ -101,10 +101,10 @@ async def checked_schema(
     Raises TandemError `invalid_request` naming `param`.
     """
     answer = await _answer(Question("json_schema", schema, str(text.path), options, prefix), param)
-    if answer.rules:
-        constraint = Constraint("lark", "\n".join([f"start: {answer.expression}", *answer.rules]))
-    else:
+    if answer.expression.startswith("%json "):
         constraint = Constraint("json_schema", answer.expression.removeprefix("%json "))
+    else:
+        constraint = Constraint("lark", "\n".join([f"start: {answer.expression}", *answer.rules]))
     ignored = tuple(f"{place or param}.{at}" for at in answer.ignored)
     return CheckedConstraint(constraint, ignored, answer.expression, answer.rules)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +54,35 @@ async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
 
     check.__class__ = Silent
     assert await problem(check, "lark", bomb) == bombs
+
+
+DYING = "import os, sys; sys.stdin.readline(); os.kill(os.getpid(), 9)"
+ENDING = "import sys; sys.stdin.readline(); sys.exit(3)"
+SILENT = "import sys; sys.stdin.readline(); sys.stdin.read()"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(DYING, "status -9"), (ENDING, "status 3"), (SILENT, "cannot be checked within")]
+)
+async def test_what_ends_or_holds_up_the_process_is_refused(
+    code: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraint_check, "PATIENCE_S", 2.0)
+
+    class Broken(ConstraintCheck):
+        def _process(self) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    assert reason in await problem(Broken(), "regex", "a+")
+
+
+async def test_a_process_that_died_between_two_questions_is_replaced() -> None:
+    check = ConstraintCheck()
+    assert await problem(check, "regex", "a+") == ""
+    process = await asyncio.get_running_loop().run_in_executor(check._threads, check._process)
+    process.kill()
+    for index in range(3):
+        assert await problem(check, "regex", f"b{index}") == ""
 
 
 async def test_no_more_wait_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,21 @@ async def test_a_call_that_was_cut_off_can_be_sent_back_as_it_came(
     assert len(worker.submits) == 3
 
 
+async def test_numbers_of_several_tools_are_exact(house: House, tmp_path_factory: pytest.TempPathFactory) -> None:
+    worker, client = await pair(house, tmp_path_factory, "hermes", calls_text("hermes", ("clock", "{}")))
+    number = {"type": "object", "properties": {"id": {"enum": [2**53 + 1, 2**60 + 1]}}, "required": ["id"]}
+    tools = [{"type": "function", "function": {"name": name, "parameters": number}} for name in ("get", "put")]
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": number}}
+    for fields in ({"tool_choice": "required"}, {"tool_choice": "auto", "response_format": schema}):
+        await ask(client, tools=tools, **fields)
+        constraint = Constraint("lark", worker.submits[-1].sampling.constraint.lark)
+        for name in ("get", "put"):
+            for value in (2**53 + 1, 2**60 + 1):
+                assert accepts(house.model, constraint, calls_text("hermes", (name, f'{{"id":{value}}}')))
+            assert not accepts(house.model, constraint, calls_text("hermes", (name, f'{{"id":{2**53}}}')))
+        assert accepts(house.model, constraint, f'{{"id":{2**53 + 1}}}') == ("response_format" in fields)
+
+
 async def test_with_choice_none_the_model_is_not_told_of_tools(
     house: House, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
