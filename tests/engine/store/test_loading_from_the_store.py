@@ -135,9 +135,9 @@ def test_a_preempted_request_that_was_loaded_gives_the_same_tokens(make: MakeEng
     preempted: list[object] = []
     original = small.engine.scheduler._preempt
 
-    def preempt(plan: Any, sequence: Any) -> None:
+    def preempt(plan: Any, sequence: Any, why: Any) -> None:
         preempted.append(sequence.key)
-        original(plan, sequence)
+        original(plan, sequence, why)
 
     small.engine.scheduler._preempt = preempt  # type: ignore[method-assign]
     keys = [small.submit(f"p{i}", prompt, max_tokens=80) for i, prompt in enumerate(prompts)]
