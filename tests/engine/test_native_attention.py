@@ -1,7 +1,6 @@
 """The native attention kernel: right against a slow reference, and the same bits for a row on every path.
 
-What the processor lacks or `ATEN_CPU_CAPABILITY` forbids is not compiled: `.ci/run` runs these under two instruction
-sets."""
+What the processor lacks or `ATEN_CPU_CAPABILITY` forbids is not compiled; what older processors get is tried, too."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandem.engine import native_attention
+from tandem.engine import native_attention, native_build
 from tandem.engine.attention import partial_attention, visible_keys
 from tandem.engine.batch import ForwardBatch, KvPool, PrefillSlice
-from tandem.engine.native import NativeKernels, load_kernels, supports_attention
+from tandem.engine.native import MACROS, SOURCE, NativeKernels, load_kernels, supports_attention
 from tandem.engine.native_attention import NativeAttention
 
 CPU = torch.device("cpu")
@@ -52,6 +51,7 @@ class Requests:
 
     def __init__(self, shape: Shape, lengths: Sequence[int], seed: int = 0) -> None:
         self.shape = shape
+        self.kernels = kernels(shape.dtype)
         generator = torch.Generator().manual_seed(seed)
 
         def some(heads: int, scale: float) -> list[Tensor]:
@@ -101,7 +101,7 @@ class Requests:
         batch = ForwardBatch(unused, unused, unused, len(decodes), table, lengths, longest, slices, unused)
         wider = torch.cat(rows)
         q = torch.cat((wider, wider[:, : shape.kv_heads]), dim=1)[:, : wider.shape[1]]  # rows of q lie apart
-        out = NativeAttention((shape.window,), kernels(shape.dtype)).attend(0, q, batch, pool)
+        out = NativeAttention((shape.window,), self.kernels).attend(0, q, batch, pool)
         return list(out.split([1] * len(decodes) + [count for _, _, count in prefills]))
 
 
@@ -128,6 +128,26 @@ def test_it_agrees_with_the_reference(
     decoded = requests.attend([(request, length - 1) for request, length in enumerate(lengths)], [])
     for request, ours in enumerate(decoded):
         assert_close(ours, requests.exact(request)[-1:], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("flags", [(), native_build._AVX2, native_build._AVX512], ids=["plain", "avx2", "avx512"])
+def test_it_is_right_with_the_instructions_of_older_processors(
+    flags: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not set(flags) <= set(native_build.instruction_flags()):
+        pytest.skip("not on this processor")
+    monkeypatch.setattr(native_build, "instruction_flags", lambda: flags)
+    requests = Requests(Shape(dtype, dim=80, window=100), [150])
+    native_build.compiled.cache_clear()
+    path = native_build.compiled(SOURCE, *MACROS[dtype])
+    native_build.compiled.cache_clear()
+    assert path is not None
+    requests.kernels = NativeKernels(path)
+    (prompt,) = requests.attend([], [(0, 0, 150)])
+    assert_close(prompt, requests.exact(0), dtype)
+    for position in (0, 63, 64, 149):
+        assert torch.equal(requests.attend([(0, position)], [], seed=position)[0], prompt[position : position + 1])
 
 
 def test_more_query_heads_of_a_key_than_a_block_of_rows() -> None:
