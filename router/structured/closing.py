@@ -153,7 +153,7 @@ class _Closer:
             return reference
         if reference not in self._opened:
             self._opened[reference] = self.references.add("open", True)
-            self.references.added[self._opened[reference].removeprefix("#/$defs/")] = self._open(target)
+            self.references.define(self._opened[reference], self._open(target))
         return self._opened[reference]
 
     def _of_members(self, node: dict[str, Any]) -> _Names:

@@ -157,7 +157,7 @@ class Enforceable:
         if key in ANNOTATIONS or key.startswith("x-") or (key == "uniqueItems" and value is False):
             if key == "x-guidance":
                 raise SchemaError(f"{at} is only read at the top of a schema")
-            return key in _KEPT_ANNOTATIONS
+            return key in _KEPT_ANNOTATIONS and not (key == "$schema" and "json-schema.org/" not in str(value))
         if key in _NEVER:
             raise SchemaError(f"{at} is not supported")
         return self._drop(at, "is not supported")

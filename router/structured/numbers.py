@@ -93,6 +93,9 @@ class ExactRules:
         """Of the values that match. Empty where there are none. Raises SchemaError."""
         if not self.wide(schema):
             return "" if schema is False else self._json(schema)
+        for key in _BOUNDS:
+            if not isinstance(schema.get(key, 0), int | float):
+                raise SchemaError(f"{key} must be a number{_at(place)}")
         said = schema.keys() - ANNOTATIONS - _DEFINITIONS
         if said == {"$ref"}:
             return self._referred(schema["$ref"])

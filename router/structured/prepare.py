@@ -10,6 +10,7 @@ from tandem.router.structured.closing import closed
 from tandem.router.structured.finite import without_endless
 from tandem.router.structured.keywords import Enforceable, Problem, SchemaError
 from tandem.router.structured.numbers import ExactRules, parse
+from tandem.router.structured.references import with_definitions
 
 WHITESPACE = r"[ \n\r\t]{0,16}"
 """Between two tokens of JSON, where it is asked for. Bounded: a weak model left alone writes blanks for ever."""
@@ -56,7 +57,7 @@ def prepare(text: str, options: SchemaOptions, prefix: str, problem: Problem) ->
         raise SchemaError("a JSON schema is an object")
     guidance = _guidance(schema.pop("x-guidance", {}), options)
     enforceable = Enforceable(options.lenient or guidance["lenient"], problem)
-    schema = closed(without_endless(enforceable.rid(schema)), unless_said=options.closed)
+    schema = closed(without_endless(enforceable.rid(with_definitions(schema))), unless_said=options.closed)
     settings = {**guidance, "lenient": False}
     exact = ExactRules(schema, {**settings, "whitespace_flexible": False, "whitespace_pattern": None}, prefix)
     if not exact.wide(schema):

@@ -44,6 +44,8 @@ ONE, BOTH, MORE = {"a": None}, {"a": None, "b": None}, {"a": None, "b": None, "c
         ({"$defs": {"n": OBJECT | {"properties": {"n": {"allOf": [{"$ref": "#/$defs/n"}], "description": "x"}}}},
           "$ref": "#/$defs/n"}, [{"n": {"n": {}}}], [{"n": {"m": 1}}, {"m": 1}]),
         ({"const": {"z": 1}}, [{"z": 1}], [{}]),
+        (OBJECT | {"properties": {"x": {"$ref": "#/components/schemas/x"}}, "$schema": "mine",
+                   "components": {"schemas": {"x": A | OBJECT, "y": {}}}}, [{"x": ONE}, {}], [{"x": BOTH}, {"y": 1}]),
     ],
 )  # fmt: skip
 def test_keys(schema: dict[str, Any], good: list[Any], bad: list[Any]) -> None:

@@ -64,6 +64,8 @@ def test_exactly(schema: Any, good: list[Any], bad: list[Any]) -> None:
         ('{"type": "integer", "multipleOf": 9007199254740993}', "multipleOf"),
         ('{"type": "integer", "multipleOf": 3, "minimum": 9007199254740993}', "multipleOf"),
         ('{"type": "integer", "minimum": 9007199254740993, "maximum": 9007199254740992}', "no value"),
+        ('{"minimum": 9007199254740993, "maximum": [1]}', "maximum must be a number"),
+        ('{"enum": {"a": 9007199254740993}}', "enum must be a list"),
         ('{"properties": {"a": {"const": 9007199254740993}}, "patternProperties": {"b": {}}}', "patternProperties"),
     ],
 )
