@@ -13,6 +13,7 @@ from tests.e2e.serving import Serve, eventually
 
 MakePrompt = Callable[[int], list[int]]
 SLOTS = 2
+LENGTH = 200
 
 
 @pytest.fixture(params=["unified", "disaggregated"])
@@ -40,41 +41,52 @@ class Stream:
         return self.tokens
 
 
+def displaced(serve: Serve) -> float:
+    return serve.metric("tandem_router_preemptions_total", reason="priority")
+
+
+def displace(serve: Serve, prompt: MakePrompt) -> None:
+    """Sends urgent requests until one has taken a place; a single one may come just when a place is free."""
+    before = displaced(serve)
+
+    def once() -> bool:
+        assert len(serve.tokens(prompt(40), 4)) == 4
+        return displaced(serve) > before
+
+    eventually(once, 120, "a displacement")
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}])
 def test_an_urgent_request_displaces_and_nothing_is_lost(
     serve: Serve, prompt: MakePrompt, sampling: dict[str, Any]
 ) -> None:
     prompts = [prompt(40) for _ in range(SLOTS + 3)]  # more than the batch and what may wait before it
-    alone = serve.tokens(prompts[0], 80, **sampling)
-    before = serve.metric("tandem_router_preemptions_total", reason="priority")
-    streams = [Stream(serve, each, 80, priority=5, **sampling) for each in prompts]
+    alone = serve.tokens(prompts[0], LENGTH, **sampling)
+    streams = [Stream(serve, each, LENGTH, priority=5, **sampling) for each in prompts]
     eventually(lambda: sum(bool(stream.tokens) for stream in streams) >= SLOTS, 120, "a full batch")
-    lengths = [len(stream.tokens) for stream in streams]
-    urgent = serve.complete(prompt(40), 4, priority=0)
-    assert len(urgent["choices"][0]["token_ids"]) == 4
-    unfinished = [length for length, stream in zip(lengths, streams, strict=True) if len(stream.tokens) < 80]
-    assert len(unfinished) >= SLOTS, "it did not wait for the others to end"
+    displace(serve, prompt)
+    assert any(len(stream.tokens) < LENGTH for stream in streams), "it did not wait for the others to end"
     tokens = [stream.end() for stream in streams]
-    assert all(len(each) == 80 for each in tokens)
+    assert all(len(each) == LENGTH for each in tokens)
     assert tokens[0] == alone
-    assert serve.metric("tandem_router_preemptions_total", reason="priority") > before
 
 
 def test_explain_tells_who_had_to_yield(serve: Serve, prompt: MakePrompt) -> None:
-    ids = [f"batch-{index}-{id(serve)}" for index in range(SLOTS)]
+    ids = [f"batch-{index}-{id(serve)}" for index in range(SLOTS + 1)]
 
     def run(request_id: str) -> None:
-        body = serve._body(prompt(30), 100, {"priority": 7})
+        body = serve._body(prompt(30), LENGTH, {"priority": 7})
         serve.http.post("/v1/completions", json=body, headers={"x-request-id": request_id})
 
     threads = [threading.Thread(target=run, args=(each,)) for each in ids]
     for thread in threads:
         thread.start()
-    eventually(lambda: serve.metric("tandem_worker_running", role="decode") >= SLOTS, 120, "a full batch")
-    serve.complete(prompt(30), 3)
+    eventually(lambda: serve.metric("tandem_worker_running", role="decode") > 0, 120, "the batch runs")
+    displace(serve, prompt)
     for thread in threads:
         thread.join(120)
     accounts = [serve.http.get(f"/v1/requests/{each}").json() for each in ids]
     notes = [note for account in accounts for attempt in account["attempts"] for note in attempt.get("preemptions", ())]
-    assert [note["reason"] for note in notes] == ["priority"]
-    assert notes[0]["at_s"] > 0
+    assert notes
+    assert {note["reason"] for note in notes} == {"priority"}
+    assert all(note["at_s"] > 0 for note in notes)
