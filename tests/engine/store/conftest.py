@@ -12,6 +12,7 @@ import pytest
 from tandem.engine.request import PromptReport, RequestKey
 from tandem.engine.store import flow
 from tandem.engine.store.cache import EngineStore
+from tandem.kvstore.cost import LinkCosts
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine_harness import EngineUnderTest, tiny_llama, wait_for
 
@@ -45,6 +46,13 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "UNKNOWN_LOAD_S", 5.0)
 
 
+class UnmovedLinks(LinkCosts):
+    """A copy that a busy machine held up does not make computing look faster from then on."""
+
+    def observe(self, link: str, num_bytes: int, num_objects: int, seconds: float) -> None:
+        pass
+
+
 @pytest.fixture
 def home() -> Iterator[ScriptedHome]:
     scripted = ScriptedHome()
@@ -61,7 +69,8 @@ def make(folder: Path, home: ScriptedHome) -> Iterator[MakeEngine]:
     engines: list[EngineUnderTest] = []
 
     def make(store: dict[str, Any] | None = None, **settings: Any) -> EngineUnderTest:
-        options: dict[str, Any] = {"chunk_tokens": CHUNK, "worker_id": "w1", "model": "tiny"} | (store or {})
+        options: dict[str, Any] = {"chunk_tokens": CHUNK, "worker_id": "w1", "model": "tiny", "links": UnmovedLinks()}
+        options |= store or {}
         engine = EngineUnderTest(folder, EngineStore(home, **options), **settings)
         engine.engine.start()
         engines.append(engine)
