@@ -71,17 +71,20 @@ class KnownFields:
 
     fields: dict[str, Inside | None] = field(default_factory=dict)
     """Implemented ones; those that hold objects with what is known of them."""
+    nested: dict[str, Inside] = field(default_factory=dict)
+    """Of these, those that hold objects."""
     others: Mapping[str, Other] = field(default_factory=dict)
 
     def look(self, value: dict[str, Any], place: str, kind: str, ignored: dict[str, None]) -> None:
         """`place` tells where `value` is, with indices; `kind` tells it without. Adds to `ignored`."""
-        for name, content in value.items():
-            if name in self.fields:
-                inside = self.fields[name]
-                if inside is not None and content is not None:
-                    inside.look(content, place + name, kind + name, ignored)
-            elif content is not None:
-                self._other(name, content, place + name[:64], kind, ignored)
+        if not value.keys() <= self.fields.keys():
+            for name, content in value.items():
+                if name not in self.fields and content is not None:
+                    self._other(name, content, place + name[:64], kind, ignored)
+        for name, inside in self.nested.items():
+            content = value.get(name)
+            if isinstance(content, dict | list):
+                inside.look(content, place + name, kind + name, ignored)
 
     def _other(self, name: str, content: Any, path: str, kind: str, ignored: dict[str, None]) -> None:
         known = self.others.get(name)
@@ -146,6 +149,7 @@ def known_fields(struct: type) -> KnownFields:
         info = type_info(struct)
         assert isinstance(info, StructType)
         found.fields.update({each.encode_name: _inside(each.type) for each in info.fields})
+        found.nested = {name: inside for name, inside in found.fields.items() if inside is not None}
         found.others = _others_of(struct)
     return found
 

@@ -167,7 +167,7 @@ def test_maps_that_are_the_clients_own_are_not_looked_into() -> None:
 
 def test_names_inside_lists_are_told_once_and_without_place() -> None:
     talk = [{"role": "user", "content": "a", "mood": 1}, {"role": "user", "content": "b", "mood": 2}]
-    assert read("/v1/chat/completions", messages=talk, store=True) == ["messages[].mood", "store"]
+    assert read("/v1/chat/completions", messages=talk, store=True) == ["store", "messages[].mood"]
 
 
 def test_names_cannot_break_the_header() -> None:
