@@ -24,6 +24,8 @@ from tandem.router.sampling_fields import invalid
 
 log = logging.getLogger(__name__)
 
+MAX_IGNORED = 50
+"""Fields of one body: each is compared with all that are known."""
 MAX_LOGGED = 1000
 """Names that the log has told of; clients can invent others without end."""
 ALIKE = 0.84
@@ -88,7 +90,12 @@ class KnownFields:
 
     def _other(self, name: str, content: Any, path: str, kind: str, ignored: dict[str, None]) -> None:
         known = self.others.get(name)
+        told = kind + (name if _SANE_NAME.fullmatch(name) else "?")
         if known is None:
+            if told in ignored:
+                return
+            if len(ignored) >= MAX_IGNORED:
+                raise invalid(path, f"is one of more than {MAX_IGNORED} fields that have no effect here")
             meant = typing_error(name, [*self.fields, *self.others])
             if meant is not None:
                 raise invalid(path, f"is not known; did you mean {meant}?")
@@ -96,7 +103,7 @@ class KnownFields:
             return
         elif isinstance(known, Refused):
             raise invalid(path, f"is not supported: {known.why}")
-        ignored[kind + (name if _SANE_NAME.fullmatch(name) else "?")] = None
+        ignored[told] = None
 
 
 @dataclass(slots=True, eq=False)

@@ -170,6 +170,13 @@ def test_names_inside_lists_are_told_once_and_without_place() -> None:
     assert read("/v1/chat/completions", messages=talk, store=True) == ["store", "messages[].mood"]
 
 
+def test_unknown_names_without_end_are_refused() -> None:
+    with pytest.raises(TandemError, match="more than 50 fields"):
+        read("/v1/completions", **{f"{number}zz": 1 for number in range(100_000)})
+    talk = [{"role": "user", "content": "a", "mood": 1}] * 20_000
+    assert read("/v1/chat/completions", messages=talk) == ["messages[].mood"]
+
+
 def test_names_cannot_break_the_header() -> None:
     given = {"évil\r\nset-cookie: a": 1, "a" * 100: 2, "fine": 3}
     assert read("/v1/completions", **given) == ["?", "fine"]
