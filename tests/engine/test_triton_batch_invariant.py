@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tandem.engine.batch import PrefillSlice
-from tests.engine.test_triton_attention import DEVICE, DTYPES, HALF, INTERPRETED, TOLERANCE, Scene, assert_agree
+from tests.engine.triton_scene import DEVICE, DTYPES, HALF, INTERPRETED, TOLERANCE, Scene, assert_agree
 
 from tandem.engine.kernels.backend import TritonAttention  # isort: skip
 from tandem.engine.kernels.fixed_linear import BLOCK_M, TritonLinear  # isort: skip
