@@ -78,14 +78,14 @@ def test_a_decode_row_does_not_depend_on_its_batch(loaded: LoadedModel, length: 
         return paged.step(rows, [(requests, prompt(beside, 99))] if beside else [])[0][0]
 
     alone = decoded(1, 0)
-    for requests, beside in ((2, 0), (7, 0), (1, 40), (7, 450), (7, 1000)):
+    for requests, beside in ((2, 0), (7, 0), (1, 40), (7, 700)):
         assert torch.equal(decoded(requests, beside), alone), f"{requests} decode rows beside {beside} prompt tokens"
 
 
 def test_a_prompt_row_does_not_depend_on_the_chunks(loaded: LoadedModel) -> None:
     tokens = prompt(700, 3)
     whole = PagedModel(loaded, 1, 1024).prefill(0, tokens)
-    for chunk in (11, 16, 33, 97, 256, 512):
+    for chunk in (11, 33, 97, 256):
         chunked = PagedModel(loaded, 1, 1024, seed=chunk).prefill(0, tokens, chunk)
         assert torch.equal(chunked, whole), f"chunks of {chunk}"
 
@@ -133,7 +133,7 @@ def steps(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
     return draw(st.lists(step, min_size=1, max_size=8))
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @example([[(0, 600)], [(0, 97)], [(0, 1), (1, 33)]])
 @example([[(0, 512), (1, 11)], [(1, 1), (0, 1), (2, 40)], [(0, 33), (1, 1), (2, 1)]])
 @given(plan=steps())
