@@ -217,7 +217,8 @@ def _open_tiers(settings: StoreSettings, unowned: contextlib.ExitStack) -> list[
         try:
             tier = open_tier(url, capacity_bytes)
         except ConfigError as error:
-            raise ConfigError(f"{setting}: {str(error).removeprefix(setting + ": ")}") from error
+            problem = str(error).removeprefix(f"{setting}: ")
+            raise ConfigError(f"{setting}: {problem}") from error
         unowned.callback(tier.close)
         tiers.append(SealedTier(tier, key) if key else tier)
     return tiers
