@@ -1,5 +1,4 @@
-"""What `batch_invariant` costs: the same model with it, without it, and with oneDNN's linear layers, interleaved
-rounds.
+"""What `batch_invariant` costs: a model with it, without it, and with oneDNN's linear layers, in interleaved rounds.
 
     python bench/batch_invariant.py [--model DIR] [--dtype bfloat16] [--rounds 7] [--threads 1] [--out FILE]
 
@@ -21,13 +20,16 @@ from unittest import mock
 
 import torch
 
-from bench.codecs import processor
-from tandem.engine.loader import LoadedModel, load_model
-from tandem.engine.sampler import Sampler
-from tests.engine.paged_model import PagedModel
-from tests.engine_harness import make_sequence
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
 
-BUNDLED = Path(__file__).parents[1] / "examples" / "small_model" / "model"
+from bench.codecs import processor  # noqa: E402
+from tandem.engine.loader import LoadedModel, load_model  # noqa: E402
+from tandem.engine.sampler import Sampler  # noqa: E402
+from tests.engine.paged_model import PagedModel  # noqa: E402
+from tests.engine_harness import make_sequence  # noqa: E402
+
+BUNDLED = ROOT / "examples" / "small_model" / "model"
 CHUNK, CONTEXT, STREAMS = 512, 500, 16
 REPEATS = 5
 SAMPLING = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
