@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 from tandem.common.sampling import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.request import EngineRequest, FinishReason, KvReservation, RequestKey, RequestOutput
@@ -23,7 +25,8 @@ from tandem.kvstore.identity import Namespace, prefix_chain, salted
 from tests.models import tiny_model
 
 ROOT = Namespace(b"n" * 32)
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
+SLOW_STEP_S = 0.005
 _NO_TOKENS = (FinishReason.CANCELLED, FinishReason.HANDED_OVER)
 
 
@@ -110,6 +113,16 @@ class EngineUnderTest:
         self._resumed_at[key] = len(request.get("output_token_ids", ()))
         self.engine.submit(EngineRequest(key, list(prompt), sampling, **request))
         return key
+
+    def slow_down(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on 900 tokens take seconds, on any machine."""
+        forward = self.engine.loaded.decoder.forward
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(SLOW_STEP_S)
+            return forward(*arguments)
+
+        monkeypatch.setattr(self.engine.loaded.decoder, "forward", slow)
 
     def last(self, key: RequestKey) -> RequestOutput:
         """Waits for the end of a request."""

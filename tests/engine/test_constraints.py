@@ -373,7 +373,7 @@ def test_a_request_may_end_while_its_grammar_is_compiled(
 
     compiler = SlowCompiler(monkeypatch)
     cancelled = ask(engine, "cancelled", REGEX)
-    late = ask(engine, "late", REGEX, deadline=time.monotonic() + 0.05)
+    late = ask(engine, "late", REGEX, deadline=time.monotonic() + 0.5)
     assert engine.last(late).error_code == "deadline_exceeded"
     engine.engine.cancel(cancelled)
     assert engine.last(cancelled).finish_reason is FinishReason.CANCELLED

@@ -64,7 +64,10 @@ def test_more_than_the_queue_holds_is_overload(folder: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_cancel_frees_everything_at_any_time(engine: EngineUnderTest, tokens: int) -> None:
+def test_cancel_frees_everything_at_any_time(
+    engine: EngineUnderTest, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.slow_down(monkeypatch)
     key = engine.submit("a", PROMPT, max_tokens=900)
     engine.wait_tokens(key, tokens)
     engine.engine.cancel(key)
@@ -74,8 +77,9 @@ def test_cancel_frees_everything_at_any_time(engine: EngineUnderTest, tokens: in
     engine.engine.cancel(RequestKey("never seen", 0))
 
 
-def test_cancel_while_waiting(folder: Path) -> None:
+def test_cancel_while_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with EngineUnderTest(folder, max_num_seqs=1) as engine:
+        engine.slow_down(monkeypatch)
         first = engine.submit("first", PROMPT, max_tokens=900)
         waiting = engine.submit("waiting", PROMPT)
         engine.wait_tokens(first, 1)
@@ -85,10 +89,11 @@ def test_cancel_while_waiting(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["waiting", "running", "submitted too late"])
-def test_deadlines(folder: Path, where: str) -> None:
+def test_deadlines(folder: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with EngineUnderTest(folder, max_num_seqs=1) as engine:
+        engine.slow_down(monkeypatch)
         blocker = engine.submit("blocker", PROMPT, max_tokens=900) if where == "waiting" else None
-        delay = -1.0 if where == "submitted too late" else 0.1
+        delay = -1.0 if where == "submitted too late" else 1.0
         key = engine.submit("a", PROMPT, max_tokens=900, deadline=time.monotonic() + delay)
         last = engine.last(key)
         assert last.finish_reason is FinishReason.ERROR
@@ -146,12 +151,13 @@ def test_a_receiver_that_raises_does_not_stop_the_engine(folder: Path, caplog: p
     assert "the receiver of outputs failed" in caplog.text
 
 
-def test_stop_ends_everything_with_unavailable(folder: Path) -> None:
+def test_stop_ends_everything_with_unavailable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = EngineUnderTest(folder, max_num_seqs=2)
+    engine.slow_down(monkeypatch)
     engine.engine.start()
     keys = [engine.submit(f"r{i}", PROMPT, max_tokens=900) for i in range(4)]
     engine.wait_tokens(keys[0], 1)
-    assert engine.engine.stop(10.0)
+    assert engine.engine.stop(60.0)
     assert [engine.last(key).error_code for key in keys] == ["unavailable"] * 4
     assert engine.engine.status().free_blocks == engine.engine.status().total_blocks
     engine.engine.check_integrity()
@@ -177,6 +183,7 @@ def test_a_malformed_request_harms_nobody(engine: EngineUnderTest) -> None:
 def test_a_defect_outside_the_steps_ends_what_runs_and_the_engine_goes_on(
     engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine.slow_down(monkeypatch)
     key = engine.submit("a", PROMPT, max_tokens=900)
     engine.wait_tokens(key, 1)
     with monkeypatch.context() as patch:

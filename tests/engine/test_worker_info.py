@@ -43,8 +43,9 @@ def test_the_hardware_class_is_a_slug_of_the_devices_name(
     assert _hardware_class(torch.device("cpu")) == "cpu"
 
 
-def test_the_load_of_decodes_is_counted(tmp_path: Path) -> None:
+def test_the_load_of_decodes_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with EngineUnderTest(tiny_llama(tmp_path / "llama")) as engine:
+        engine.slow_down(monkeypatch)
         assert (engine.engine.status().decoding, engine.engine.status().running_tokens) == (0, 0)
         keys = [engine.submit(str(n), [5 + n] * 40, max_tokens=900) for n in range(2)]
         wait_for(lambda: engine.engine.status().decoding == 2)

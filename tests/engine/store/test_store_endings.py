@@ -32,6 +32,7 @@ def reach(phase: str, engine: EngineUnderTest, home: ScriptedHome, monkeypatch: 
     if phase == "lookup":
         home.locate_may_answer.clear()
     elif phase == "waiting":
+        engine.slow_down(monkeypatch)
         key = engine.submit("in the way", [8] * 20, max_tokens=900)
         engine.wait_tokens(key, 1)
     else:

@@ -210,6 +210,7 @@ def test_only_so_many_requests_prefetch(
     second = make(max_num_seqs=1, max_num_batched_tokens=64)
     assert second.engine._store is not None
     second.engine._store._store.prefetches = threading.BoundedSemaphore(2)
+    second.slow_down(monkeypatch)
     first = second.submit("running", [5] * 20, max_tokens=900)
     second.wait_tokens(first, 1)
     keys = [second.submit(f"w{i}", prompt) for i, prompt in enumerate(prompts)]
