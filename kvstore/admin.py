@@ -50,9 +50,15 @@ _Run = Callable[[kvnode_pb2_grpc.KvNodeStub, argparse.Namespace], tuple[Message,
 """Asks the node: the answer, its lines for people, and whether all is well."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status: 0, or 1 when the node says no or cannot be reached. Raises ConfigError for a wrong command line."""
+def main(argv: Sequence[str], find_node: Callable[[], tuple[str, str] | None] = lambda: None) -> int:
+    """Exit status: 0, or 1 when the node says no or cannot be reached. Raises ConfigError for a wrong command line.
+
+    `find_node` is asked where no node is named; it returns address and secret file, or None.
+    """
     options = _parser().parse_args(list(argv))
+    if options.node is None:
+        options.node, secret_file = find_node() or (DEFAULT_NODE, "")
+        options.secret_file = options.secret_file or secret_file
     with grpc_auth.channel(options.node, read_secret(options.secret_file)) as channel:
         try:
             answer, lines, well = options.run(kvnode_pb2_grpc.KvNodeStub(channel), options)
@@ -79,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     common.add_argument(
         "--node",
-        default=DEFAULT_NODE,
         help=f"gRPC address of the node (default: that of the `tandem serve` that runs here, or {DEFAULT_NODE})",
     )
     common.add_argument("--secret-file", default="", help="the store's kv_secret_file, if it has one")

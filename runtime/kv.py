@@ -1,4 +1,4 @@
-"""`tandem kv`: finds the store node of a running `tandem serve` where none is named, then `kvstore/admin.py`."""
+"""`tandem kv`: `kvstore/admin.py`, which finds the store node of a running `tandem serve` where none is named."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status. Raises ConfigError."""
     from tandem.kvstore import admin
 
-    named = any(word.partition("=")[0] == "--node" for word in argv)
-    if named or not argv or {"-h", "--help"} & set(argv):
-        return admin.main(argv)
+    return admin.main(argv, _node_that_runs_here)
+
+
+def _node_that_runs_here() -> tuple[str, str] | None:
+    """Address and secret file. Raises ConfigError where there are several, or a server without a node."""
     running = only_running("--node")
     if running is None:
-        return admin.main(argv)
+        return None
     if not running.node:
         raise ConfigError(f"the server at {running.url} has no store node of its own; name one with --node")
-    found = ["--node", running.node]
-    if running.secret_file and not any(word.partition("=")[0] == "--secret-file" for word in argv):
-        found += ["--secret-file", running.secret_file]
-    return admin.main([*argv, *found])
+    return running.node, running.secret_file

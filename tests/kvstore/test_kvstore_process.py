@@ -26,7 +26,7 @@ from tandem.kvstore.directory import EmbeddedDirectory
 from tandem.kvstore.interfaces import Located, Refusal, TierName
 from tandem.kvstore.open import open_node
 from tandem.kvstore.settings import StoreSettings
-from tandem.runtime import cli
+from tandem.runtime import cli, running
 
 from .chunks import NUM_LAYERS, info, is_sound, key, put
 
@@ -198,8 +198,13 @@ def test_people_get_tables(shared: Node, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_a_wrong_command_line_is_explained(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(running, "run_folders", lambda: [tmp_path])  # not what else runs on this machine
     assert cli.main(["kv", *arguments]) == 2
     assert complaint in capsys.readouterr().err
 

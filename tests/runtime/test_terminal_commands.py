@@ -191,18 +191,24 @@ def test_what_is_left_of_a_dead_server_is_not_found(server: Server, tmp_path: Pa
 def test_kv_goes_to_the_node_of_the_running_server(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr("tandem.kvstore.admin.main", lambda argv: called.append(list(argv)) or 0)
+    asked: list[tuple[str, bytes]] = []
+
+    def channel(node: str, secret: bytes) -> Any:
+        asked.append((node, secret))
+        raise ConfigError("this is far enough")
+
+    monkeypatch.setattr("tandem.kvstore.admin.grpc_auth.channel", channel)
+    secret = tmp_path / "secret"
+    secret.write_text("s" * 32)
+    secret.chmod(0o600)
     (tmp_path / "tandem-1").mkdir()
-    announce(tmp_path / "tandem-1", server.url, "tiny", "unix:/one", "secret")
-    kv.main(["stats"])
-    kv.main(["stats", "--node=unix:/two"])
-    kv.main(["--help"])
-    assert called == [
-        ["stats", "--node", "unix:/one", "--secret-file", "secret"],
-        ["stats", "--node=unix:/two"],
-        ["--help"],
-    ]
+    announce(tmp_path / "tandem-1", server.url, "tiny", "unix:/one", str(secret))
+    for arguments in (["stats"], ["stats", "--node=unix:/two"]):
+        with pytest.raises(ConfigError, match="far enough"):
+            kv.main(arguments)
+    assert asked == [("unix:/one", b"s" * 32), ("unix:/two", b"")]
+    with pytest.raises(ConfigError, match="stat5"):
+        kv.main(["stat5"])
     announce(tmp_path / "tandem-1", server.url, "tiny", "", "")
     with pytest.raises(ConfigError, match="no store node"):
         kv.main(["stats"])

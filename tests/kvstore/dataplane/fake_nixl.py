@@ -145,7 +145,8 @@ class FakeAgent:
             raise NixlError("NIXL_ERR_REMOTE_DISCONNECT")
         self.nixl.transfers += 1
         request.state = self.nixl.script.pop(0) if self.nixl.script else "done"
-        if request.state == "unposted":
+        if request.state in ("unposted", "refused"):  # another thread took the one that this was made for
+            request.state = "unposted"
             raise NixlError("NIXL_ERR_BACKEND")
         if request.state == "done":
             request.copy()
