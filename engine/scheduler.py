@@ -476,7 +476,7 @@ def _order(sequence: Sequence) -> tuple[int, int]:
 
 
 def _usable(sequence: Sequence) -> list[BlockHash]:
-    """Of its chain, what may come from the cache."""
+    """What of its chain may come from the cache."""
     return [] if sequence.computes_all else sequence.chain
 
 

@@ -47,7 +47,7 @@ class EngineConfig:
     engine: ClassVar[Group]
     """Engine: how a worker computes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and KV. auto: bfloat16 on a GPU and on processors that compute in it, else float32."""
+    """Number format of weights and KV. auto: bfloat16 on a GPU and on processors that compute in it, else float32."""
     quantization: Literal["int8"] | None = None
     """int8: weights only, quantised while loading."""
     device: str = "auto"

@@ -12,7 +12,7 @@ _held_bytes = 0
 
 
 def held_bytes() -> int:
-    """Of all bodies."""
+    """Bytes of all bodies together."""
     return _held_bytes
 
 

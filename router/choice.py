@@ -122,7 +122,7 @@ class Choice:
         self.cached_by_tier: dict[str, int] = {}
         """Prompt tokens that were not computed, by where their KV came from."""
         self.near_tokens = 0
-        """Of a prompt's cached tokens those whose KV was not exact; of the worker that had most of them."""
+        """Cached tokens of the prompt whose KV was not exact; those of the worker that had most of them."""
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.embedding = b""
         """Little-endian float32, where pooling was asked for."""

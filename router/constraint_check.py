@@ -42,9 +42,9 @@ class Question:
     tokenizer: str = ""
     """Path of the model's tokenizer.json, with which output is tried. Empty: it is not."""
     options: SchemaOptions = field(default_factory=SchemaOptions)
-    """Of a schema."""
+    """What counts for a schema."""
     prefix: str = "s"
-    """Of the names of rules that a schema becomes; lower case."""
+    """Beginning of the names of rules that a schema becomes; lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Answer:
     problem: str = ""
     """Empty: it can be used."""
     expression: str = ""
-    """Of a schema, in Lark: `%json` and the prepared schema, or one of `rules`."""
+    """Right side of a schema's rule, in Lark: `%json` and the prepared schema, or one of `rules`."""
     rules: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     """Places in a schema that the output is not held to."""

@@ -69,7 +69,7 @@ class CheckedConstraint:
     ignored: tuple[str, ...] = ()
     """Fields that the output is not held to, by their names."""
     expression: str = ""
-    """Of a schema: itself as part of a grammar in Lark, together with `rules`."""
+    """The schema itself as part of a grammar in Lark, together with `rules`."""
     rules: tuple[str, ...] = ()
 
 
@@ -88,7 +88,7 @@ async def constraint_of(fields: ConstraintFields, text: ModelText) -> CheckedCon
 
 
 async def check(constraint: Constraint, param: str, text: ModelText) -> None:
-    """Of an expression or a grammar. Raises TandemError `invalid_request` naming `param`."""
+    """Checks an expression or a grammar. Raises TandemError `invalid_request` naming `param`."""
     await _answer(Question(constraint.kind, constraint.text, str(text.path)), param)
 
 

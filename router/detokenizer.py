@@ -60,7 +60,7 @@ class Detokenizer:
         return new
 
     def hidden_name(self, token_id: int) -> str:
-        """Of a token that the text leaves out; empty where it does not."""
+        """Name of a token that the text leaves out; empty where it does not."""
         return self.token_text(token_id) if self._skip_special and self._text.is_special_id(token_id) else ""
 
     def token_text(self, token_id: int) -> str:

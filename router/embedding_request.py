@@ -55,7 +55,7 @@ async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller
 
 
 def vectors(choices: Sequence[Choice], dimensions: int | None) -> list[Vector]:
-    """Of length 1, as OpenAI's. Raises TandemError where `dimensions` were asked for that they have not."""
+    """Vectors of length 1, as OpenAI's. Raises TandemError where `dimensions` were asked for that they have not."""
     found = [_unit(choice.embedding) for choice in choices]
     for vector in found:
         if dimensions not in (None, len(vector)):

@@ -95,7 +95,7 @@ class Record:
     prompt_tokens: int
     choices: int
     cached_tokens: int = 0
-    """Of the prompts, once it is over; so are the next."""
+    """Cached tokens of the prompts, known once it is over; so are the next."""
     output_tokens: int = 0
     granted_s: float | None = None
     """When admission let it go on to the workers."""

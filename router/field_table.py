@@ -15,7 +15,7 @@ class Refused:
     """It would change the answer: a 400. Nulls, false and what is empty ask for nothing and pass."""
 
     why: str
-    """And what to use instead; ends the sentence "FIELD is not supported: ..."."""
+    """The reason, and what to use instead; ends the sentence "FIELD is not supported: ..."."""
     fine: tuple[Any, ...] = ()
     """Values that ask for what is done anyway."""
 

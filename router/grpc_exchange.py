@@ -72,7 +72,7 @@ class GrpcExchange:
             await self._context.send_initial_metadata(self._headers())
 
     async def send(self, message: Message) -> None:
-        """Of a stream. Returns when the transport has taken it, which waits for a slow client."""
+        """Sends a message of a stream. Returns when the transport has taken it, which waits for a slow client."""
         await self.begin()
         await self._context.write(message.SerializeToString())
 

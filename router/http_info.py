@@ -80,7 +80,7 @@ async def version(exchange: Exchange, service: Service) -> None:
 
 
 async def metrics(exchange: Exchange, service: Service) -> None:
-    """Of all processes that this router knows."""
+    """Metrics of all processes that this router knows."""
     await exchange.reply(await all_metrics(service), content_type=CONTENT_TYPE.encode())
 
 

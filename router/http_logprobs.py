@@ -42,7 +42,7 @@ def chat_logprobs(
 def completion_logprobs(
     text: ModelText, piece: Piece, logprobs: Sequence[TokenLogprobs | None], top: int, *, as_ids: bool = False
 ) -> dict[str, Any]:
-    """Of the tokens of `piece`. None in `logprobs`: the first token of a prompt."""
+    """Log-probabilities of the tokens of `piece`. None in `logprobs`: the first token of a prompt."""
 
     def name(token_id: int) -> str:
         return as_id(token_id) if as_ids else text.token_text(token_id)

@@ -57,7 +57,7 @@ class WorkerLoad:
     reserved_tokens: int = 0
     """KV that they take up beyond what was cached, with the output that is still to come."""
     bands: dict[int, BandLoad] = field(default_factory=dict)
-    """By priority; none is without requests."""
+    """Requests by priority; none is without requests."""
     foreign_bands: Mapping[int, int] = field(default_factory=dict)
     """Requests of other routers by priority, as far as known."""
     foreign_requests: int = 0
@@ -71,7 +71,7 @@ class WorkerLoad:
         return self.requests + self.foreign_requests
 
     def batch_before(self, priority: int) -> int:
-        """Of `batch`, those that a request of `priority` cannot displace."""
+        """Those of `batch` that a request of `priority` cannot displace."""
         return (
             self.batch
             - sum([band.requests for value, band in self.bands.items() if value > priority])

@@ -109,6 +109,6 @@ def contexts_of(service: Service) -> ContextClient:
 
 
 def _root(service: Service, caller: Caller) -> bytes | None:
-    """Of the caller's prefix chains, as the workers make them; None while no worker is connected."""
+    """Root of the caller's prefix chains, as the workers make them; None while no worker is connected."""
     decode = service.fleet.decode
     return salted(Namespace(decode[0].info.namespace), caller.cache_salt("")) if decode else None

@@ -59,7 +59,7 @@ class BodyReader(Generic[T]):
             raise TandemError("invalid_request", "the body is nested too deeply") from error
 
     def _better(self, raw: bytes, error: Exception) -> Exception:
-        """Of a number that no float holds only the decoder that knows the types can say where it is."""
+        """The error that says where: of a number that no float holds only the decoder that knows the types does."""
         try:
             msgspec.json.decode(raw, type=self._type)
         except (msgspec.MsgspecError, UnicodeDecodeError) as better:
@@ -74,7 +74,7 @@ class KnownFields:
     fields: dict[str, Inside | None] = field(default_factory=dict)
     """Implemented ones; those that hold objects with what is known of them."""
     nested: dict[str, Inside] = field(default_factory=dict)
-    """Of these, those that hold objects."""
+    """Those of these that hold objects."""
     others: Mapping[str, Other] = field(default_factory=dict)
 
     def look(self, value: dict[str, Any], place: str, kind: str, ignored: dict[str, None]) -> None:
@@ -149,7 +149,7 @@ _known: dict[type, KnownFields] = {}
 
 
 def known_fields(struct: type) -> KnownFields:
-    """Of a struct; made once."""
+    """What is known of a struct; made once."""
     found = _known.get(struct)
     if found is None:
         found = _known[struct] = KnownFields()

@@ -53,7 +53,7 @@ class SamplingDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
-    """Of the output; None: the rest of the context."""
+    """Default length of the output; None: the rest of the context."""
 
     @classmethod
     def load(cls, folder: Path) -> SamplingDefaults:

@@ -80,7 +80,7 @@ class FrontDoorSettings:
     log_requests: bool = True
     """One line in the log per request (no prompts, no keys) and one every 10 s of work. False: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of this project's own loggers."""
+    """Level of this project's own loggers."""
 
     def __post_init__(self) -> None:
         names = [name for name in ("tenants_file", "api_keys_file", "api_key") if getattr(self, name)]

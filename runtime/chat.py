@@ -31,7 +31,7 @@ class ChatConfig(ClientSettings):
     system: str = ""
     """Instructions that stand before the conversation."""
     max_tokens: int | None = None
-    """Of each answer. None: as many as the model's context leaves."""
+    """Most tokens of each answer. None: as many as the model's context leaves."""
     temperature: float | None = None
     """0: the likeliest token each time. None: as the model recommends."""
 

@@ -28,7 +28,7 @@ class Command:
     words: tuple[str, ...]
     """What may stand behind it besides files: flags, or names of its own commands."""
     values: dict[str, tuple[str, ...]]
-    """Of flags that have few."""
+    """Values of flags that have few."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ class Running:
     node: str
     """gRPC address of its store node; empty: it runs none."""
     secret_file: str
-    """Of the store; empty: it has none."""
+    """File with the store's secret; empty: it has none."""
     pid: int
     started: float
     """Tells a process from a later one with its number."""

@@ -157,8 +157,8 @@ def _say(text: str) -> None:
 
 
 def _environment(config: ServeConfig, plan: ChildPlan, run_directory: Path) -> dict[str, str]:
-    """Of a child. What this process has read itself is left out, as variables go before the child's file; two malloc
-    arenas keep memory from being scattered."""
+    """Environment of a child. What this process has read itself is left out, as variables go before the child's file;
+    two malloc arenas keep memory from being scattered."""
     read = {setting.variable for setting in settings_of(ServeConfig).values()}
     read |= {f"TANDEM_{name.upper()}" for name in plan.settings} | {CONFIG_VARIABLE}
     environment = {name: value for name, value in os.environ.items() if name not in read}

@@ -33,7 +33,7 @@ class Setting:
     """Its docstring as one line."""
     group: str
     secret: bool
-    """Of fields with `repr=False`: the value is never shown."""
+    """Whether its value is never shown: fields with `repr=False`."""
 
     @property
     def flag(self) -> str:
@@ -45,7 +45,7 @@ class Setting:
 
 
 def settings_of(config_class: type) -> dict[str, Setting]:
-    """By name, in the order in which help shows them."""
+    """Settings by name, in the order in which help shows them."""
     texts, groups = _read_source(config_class)
     types = typing.get_type_hints(config_class)
     settings = {

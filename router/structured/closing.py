@@ -59,7 +59,7 @@ class _Closer:
         self.references = references
         self._unless_said = unless_said
         self._opened: dict[str, str] = {}
-        """By reference: the reference to a version of its target that is open in itself."""
+        """Reference by reference: the one to a version of its target that is open in itself."""
         self._anything = ""
 
     def closed(self, schema: Any, beside: _Names) -> Any:

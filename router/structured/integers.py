@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def integers(low: int | None, high: int | None) -> str:
-    """Of the integers between both, included. None: no limit on this side. Empty where there are none."""
+    """An expression of the integers between both, included. None: no limit on this side. Empty where there are none."""
     return "|".join(_signed(low, high, ""))
 
 
 def numbers(low: int | None, high: int | None) -> str:
-    """Of the numbers between both, included, with or without a fraction."""
+    """An expression of the numbers between both, included, with or without a fraction."""
     whole = _signed(low, high, "")
     up_to = None if high is None else high - 1
     parts = [f"{part}[.][0-9]+" for part in _naturals(max(0, low or 0), up_to)]

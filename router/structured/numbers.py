@@ -66,7 +66,7 @@ class ExactRules:
         self._references = References(root)
         self._named: dict[str, str] = {}
         self._wide: dict[int, bool] = {}
-        """By the id of a subschema of the root."""
+        """Answers of `wide`, by the id of a subschema of the root."""
         self._names = count()
 
     def wide(self, schema: Any) -> bool:
@@ -90,7 +90,7 @@ class ExactRules:
                 todo.append(self._references.target(reference))
 
     def expression(self, schema: Any, place: str = "") -> str:
-        """Of the values that match. Empty where there are none. Raises SchemaError."""
+        """An expression of the values that match. Empty where there are none. Raises SchemaError."""
         if not self.wide(schema):
             return "" if schema is False else self._json(schema)
         for key in _BOUNDS:

@@ -78,7 +78,7 @@ class Refusal:
 
 
 async def refusal(call: Any) -> Refusal:
-    """Of a gRPC call, which must fail."""
+    """The error of a gRPC call, which must fail."""
     try:
         await call
     except grpc.aio.AioRpcError as error:

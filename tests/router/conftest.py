@@ -133,7 +133,7 @@ async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
 
 
 async def router_metrics(client: httpx.AsyncClient) -> str:
-    """Of the router alone, without the label that says so."""
+    """Metrics of the router alone, without the label that says so."""
     text = (await client.get("/metrics")).text
     return text.replace('{process="router",', "{").replace('{process="router"}', "")
 

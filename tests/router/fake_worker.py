@@ -47,7 +47,7 @@ class Script:
     hold_after: int | None = None
     """Sends this many tokens, then nothing until `resume` is set."""
     preempted_before: dict[int, worker_pb2.Preemption.ValueType] = field(default_factory=dict)
-    """By index of the token before which the request loses its place for a while."""
+    """Preemptions by index of the token before which the request loses its place for a while."""
     cached_tokens: int = 0
     near_tokens: int = 0
     """The last ones of `cached_tokens`."""
