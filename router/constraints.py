@@ -15,6 +15,7 @@ import msgspec
 
 from tandem.common.sampling import Constraint
 from tandem.router.constraint_check import CHECK, Answer, Question
+from tandem.router.json_depth import PROBLEM, too_deep
 from tandem.router.sampling_fields import SamplingFields, invalid
 from tandem.router.structured.prepare import WHITESPACE, SchemaOptions
 from tandem.router.tokenizer import ModelText
@@ -177,6 +178,8 @@ def _json(param: str, given: dict[str, Any] | str | None) -> Constraint | None:
         raise invalid(param, f"is not valid JSON: {str(error)[:120]}") from error
     if not isinstance(schema, dict):
         raise invalid(param, "must be a JSON schema, which is an object")
+    if too_deep(schema):
+        raise invalid(param, PROBLEM)
     return Constraint("json_schema", given)  # as it came: the numbers are exact in it
 
 

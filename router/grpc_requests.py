@@ -16,6 +16,7 @@ from tandem.proto import inference_pb2 as pb
 from tandem.router.embedding_request import EmbeddingsBody
 from tandem.router.http_errors import from_decode_error, renamed, renaming
 from tandem.router.http_types import ChatBody, CompletionBody, ContextBody, DetokenizeBody, TokenizeBody
+from tandem.router.json_depth import PROBLEM, too_deep
 from tandem.router.sampling_fields import invalid
 
 B = TypeVar("B")
@@ -211,6 +212,8 @@ def json_object(text: str, param: str) -> Fields:
         raise invalid(param, f"is not valid JSON: {str(error)[:120]}") from error
     if not isinstance(value, dict):
         raise invalid(param, "must be a JSON object")
+    if too_deep(value):
+        raise invalid(param, PROBLEM)
     return value
 
 

@@ -11,6 +11,7 @@ from tandem.router.chat_request import ChatPlan
 from tandem.router.choice import Choice, Delta
 from tandem.router.generate import Call, Usage
 from tandem.router.http_errors import anthropic_error
+from tandem.router.json_depth import too_deep
 from tandem.router.service import Service
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text, collect
 
@@ -126,7 +127,7 @@ def _object(arguments: str) -> dict[str, Any]:
         value = msgspec.json.decode(arguments)
     except (msgspec.MsgspecError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) and not too_deep(value) else {}
 
 
 def _event(kind: str, **fields: Any) -> bytes:

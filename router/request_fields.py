@@ -17,9 +17,9 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from msgspec.inspect import ListType, StructType, Type, UnionType, type_info
 
-from tandem.common.errors import TandemError
 from tandem.router.field_table import OTHERS, Other, Refused
 from tandem.router.http_errors import from_decode_error
+from tandem.router.json_depth import check_depth, deep_body
 from tandem.router.sampling_fields import invalid
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class BodyReader(Generic[T]):
         field."""
         try:
             content = msgspec.json.decode(raw)
+            check_depth(content, raw)
             ignored: dict[str, None] = {}
             if isinstance(content, dict):
                 self._known.look(content, "", "", ignored)
@@ -56,7 +57,7 @@ class BodyReader(Generic[T]):
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise from_decode_error(self._better(raw, error), self._type) from error
         except RecursionError as error:
-            raise TandemError("invalid_request", "the body is nested too deeply") from error
+            raise deep_body() from error
 
     def _better(self, raw: bytes, error: Exception) -> Exception:
         """The error that says where: of a number that no float holds only the decoder that knows the types does."""
@@ -64,6 +65,8 @@ class BodyReader(Generic[T]):
             msgspec.json.decode(raw, type=self._type)
         except (msgspec.MsgspecError, UnicodeDecodeError) as better:
             return better
+        except RecursionError:
+            return error
         return error
 
 

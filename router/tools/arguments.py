@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from tandem.router.json_depth import too_deep
+
 
 class CutArguments(Mapping[str, Any]):
     """For a chat template: a mapping without keys, which is written as the text that there is."""
@@ -36,4 +38,5 @@ def arguments_of(text: str) -> dict[str, Any] | CutArguments:
         arguments = msgspec.json.decode(text or "{}")
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         arguments = None
-    return arguments if isinstance(arguments, dict) else CutArguments(text)
+    usable = isinstance(arguments, dict) and not too_deep(arguments)
+    return arguments if usable else CutArguments(text)
