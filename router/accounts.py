@@ -23,7 +23,7 @@ REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded"})
 class Accounts:
     def __init__(self, registry: CollectorRegistry | None = None, buckets: Buckets | None = None) -> None:
         """`buckets`: shared ones where routers share limits."""
-        self.limits = Limits(buckets or LocalBuckets(time.monotonic))
+        self.limits = Limits(LocalBuckets(time.monotonic) if buckets is None else buckets)
         self.usage = UsageLog(time.time)
         if registry is not None:
             registry.register(UsageCollector(self.usage))

@@ -55,7 +55,7 @@ PROBES = frozenset({"/healthz", "/health", "/readyz"})
 OPEN_PATHS = PROBES | {"/", "/docs", "/openapi.json"}
 """Need no API key: probes and people who look have none."""
 ADMIN_PATHS = frozenset({"/metrics"})
-"""Tell of all tenants: where some tenant is `admin`, only those may read them."""
+"""Tell of all tenants: where there are several, only an `admin` may read them."""
 QUIET_PATHS = PROBES | ADMIN_PATHS
 """Asked every few seconds by machines: they leave no lines in the log."""
 GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
@@ -134,8 +134,11 @@ class HttpApp:
             given = exchange.header(b"authorization")
             key = exchange.header(b"x-api-key")  # as Anthropic's clients send it
             exchange.caller = self._tenants.authenticate(given or (f"Bearer {key}" if key else ""))
-            if exchange.path in ADMIN_PATHS and self._tenants.has_admin and not exchange.caller.admin:
-                raise TandemError("permission_denied", f"{exchange.path} needs a tenant with `admin: true`.")
+            if exchange.path in ADMIN_PATHS and not self._tenants.sees_all(exchange.caller):
+                raise TandemError(
+                    "permission_denied",
+                    f"{exchange.path} tells of all tenants: send the key of a tenant with `admin: true` (--tenants-file).",
+                )
         exchange.accounts = self._accounts
 
 

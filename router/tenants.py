@@ -44,7 +44,6 @@ class _Book:
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
         self.by_name = {caller.tenant: caller for caller in roster.callers}
-        self.has_admin = any(caller.admin for caller in self.by_name.values())
         self._secret = secrets.token_bytes(32)
         self._keys: dict[bytes, _Entry] = {
             self._blind(digest): (digest, caller, math.inf) for digest, caller in roster.by_digest.items()
@@ -108,10 +107,9 @@ class Tenants:
     def roster(self) -> Roster:
         return self._book.roster
 
-    @property
-    def has_admin(self) -> bool:
-        """Whether some tenant is `admin`: then what concerns all tenants is for those only."""
-        return self._book.has_admin
+    def sees_all(self, caller: Caller) -> bool:
+        """Whether it may read what tells of all tenants: an `admin` may, and who is the only tenant there can be."""
+        return caller.admin or self._book.roster.one_tenant
 
     def find(self, tenant: str) -> Caller | None:
         """The tenant of this name as it is now, for work that goes on without its key; None: it has left the file."""

@@ -177,6 +177,18 @@ async def test_usage_of_a_tenant_and_of_all(desk: Desk) -> None:
     check_error(await desk.get("ann", "/metrics"), 403, "permission_denied", "permission_error")
 
 
+async def test_metrics_are_closed_to_tenants_where_nobody_is_admin(desk: Desk, house: House, tmp_path: Path) -> None:
+    await desk.open(ann={}, bob={})
+    check_error(await desk.get("ann", "/metrics"), 403, "permission_denied", "permission_error")
+    check_error(await desk.get("nobody", "/metrics"), 401, "invalid_api_key", "authentication_error")
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann:{hashlib.sha256(b'ann').hexdigest()}\n")
+    for settings, status in (({"api_keys_file": keys}, 403), ({"api_key": ["ann"]}, 200), ({}, 200)):
+        client = await house.client(await house.router(desk.worker, **settings))  # type: ignore[arg-type]
+        answer = await client.get("/metrics", headers={"authorization": "Bearer ann"})
+        assert answer.status_code == status, settings
+
+
 async def test_what_failed_before_any_output_is_free(desk: Desk) -> None:
     await desk.open(Script(error=("internal", "broken")), ann={"tokens_per_minute": 1000})
     for stream in (False, True):

@@ -120,7 +120,8 @@ def test_a_tenant_with_everything(full: Path) -> None:
     assert tenants.authenticate("bearer  sk-acme-2 ") == acme
     light = tenants.authenticate("Bearer sk-light")
     assert (light.weight, light.priority_min, light.admin, light.rates.unlimited) == (1.0, 0, False, True)
-    assert tenants.has_admin
+    assert tenants.sees_all(acme)
+    assert not tenants.sees_all(light)
     assert tenants.find("acme") == acme
     assert tenants.find("nobody") is None
     assert len(tenants.roster.callers) == 2
