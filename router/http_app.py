@@ -137,7 +137,7 @@ class HttpApp:
             if exchange.path in ADMIN_PATHS and not self._tenants.sees_all(exchange.caller):
                 raise TandemError(
                     "permission_denied",
-                    f"{exchange.path} tells of all tenants: send the key of a tenant with `admin: true` (--tenants-file).",
+                    f"{exchange.path} tells of all tenants: use the key of one with `admin: true` (--tenants-file).",
                 )
         exchange.accounts = self._accounts
 

@@ -76,8 +76,9 @@ def _asked(scope: ast.AST) -> Iterator[ast.expr]:
 def doubtful(module: ast.Module, classes: frozenset[str]) -> Iterator[tuple[int, str]]:
     """Line and expression of each test of an optional object for its truth."""
     for node in ast.walk(module):
-        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or) and isinstance(node.values[-1], ast.Call):
-            if _name(node.values[-1].func) in classes:
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+            last = node.values[-1]
+            if isinstance(last, ast.Call) and _name(last.func) in classes:
                 yield node.lineno, ast.unparse(node)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
