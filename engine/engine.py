@@ -386,9 +386,11 @@ class Engine:
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """`token` was chosen to follow the last one of `sequence`."""
         params, guide = sequence.request.sampling, sequence.guide
-        problem = sequence.dead_end or (guide.error if guide is not None else None)
-        if problem:
-            self._fail(sequence, "invalid_request", problem)
+        if sequence.dead_end is not None:
+            self._fail(sequence, sequence.dead_end.code, sequence.dead_end.message)
+            return
+        if guide is not None and guide.error:
+            self._fail(sequence, "invalid_request", guide.error)
             return
         output = RequestOutput(sequence.key, start_index=sequence.num_output)
         if sequence.num_output < params.max_tokens:

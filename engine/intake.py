@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from tandem.common.errors import TandemError
+from tandem.common.sampling import check_ids
 from tandem.engine.loader import LoadedModel
 from tandem.engine.request import EngineRequest, Pooling
 from tandem.engine.sampler import Traits
@@ -28,6 +29,7 @@ class Intake:
         self._validate(request)
         params = request.sampling
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        params.check_leaves_a_token(stop_ids, self._vocab_size)
         root = salted(self._namespace, request.cache_salt)
         return Sequence(
             request,
@@ -42,6 +44,7 @@ class Intake:
 
     def _validate(self, request: EngineRequest) -> None:
         prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling
+        params.check(self._vocab_size)
         if not prompt:
             raise TandemError("invalid_request", "the prompt is empty", param="prompt")
         pools = request.pooling is not Pooling.NONE
@@ -65,13 +68,5 @@ class Intake:
                 f"{params.max_tokens} and a context of {self._max_model_len} tokens",
                 param="output_token_ids",
             )
-        for name, ids in (
-            ("prompt", prompt),
-            ("output_token_ids", output),
-            ("logit_bias", params.logit_bias),
-            ("allowed_token_ids", params.allowed_token_ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("bad_words", [token for word in params.bad_words for token in word]),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
-                raise TandemError("invalid_request", f"{name}: token ids are 0 to {self._vocab_size - 1}", param=name)
+        for name, ids in (("prompt", prompt), ("output_token_ids", output)):
+            check_ids(name, ids, self._vocab_size)

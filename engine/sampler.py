@@ -11,12 +11,17 @@ The distribution of one request, in this order:
    dropped. `top_p` is measured on what `top_k` keeps. Tokens tied with the last one kept are kept;
 6. one uniform number per token picks by inverse CDF, in the order of token ids.
 
+A logit that is no finite number is as good as forbidden. A row in which no token is left, or has a finite weight, ends
+its own request (`Sequence.dead_end`) and leaves the others as they are.
+
 The uniform number is an integer hash of (seed, position of the token), so a request's noise depends neither on the
 batch it runs in nor on the worker nor on earlier draws.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -24,11 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.engine.constraint import TokenMasks, allows_only
 from tandem.engine.request import TokenLogprobs
 from tandem.engine.scheduler import Chunk
 from tandem.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 _MASK64 = (1 << 64) - 1
 
@@ -41,7 +49,8 @@ class Traits:
     penalised: bool
     biased: bool
     filtered: bool
-    bad_words: bool
+    bad_words: dict[int, list[tuple[int, ...]]]
+    """Those of several tokens, by the last token but one."""
     min_tokens: int
     """0 where no stop token would have to be masked."""
     logprobs: int | None
@@ -54,14 +63,17 @@ class Traits:
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         penalised = penalties != (1.0, 0.0, 0.0)
         biased = bool(params.logit_bias or params.allowed_token_ids) or any(len(word) == 1 for word in params.bad_words)
-        only_stops = bool(params.allowed_token_ids) and stop_ids.issuperset(params.allowed_token_ids)
-        min_tokens = params.min_tokens if stop_ids and not only_stops else 0
+        min_tokens = params.min_tokens if stop_ids and not params.only_stops(stop_ids) else 0
+        bad_words: dict[int, list[tuple[int, ...]]] = {}
+        for word in params.bad_words:
+            if len(word) > 1:
+                bad_words.setdefault(word[-2], []).append(word)
         return cls(
             greedy=greedy,
             penalised=penalised,
             biased=biased,
             filtered=params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0,
-            bad_words=bool(params.bad_words),
+            bad_words=bad_words,
             min_tokens=min_tokens,
             logprobs=params.logprobs,
             plain_greedy=greedy
@@ -104,6 +116,9 @@ class Sampler:
         self._in_prompt: Tensor | None = None
         self._bias: Tensor | None = None
         """float32: logit_bias, and -inf for bad words of one token and where allowed_token_ids does not allow."""
+        self._stops: dict[int, Tensor] = {}
+        """By row: int64, the stop tokens of a request with min_tokens."""
+        self._told = False
 
     def admit(self, sequence: Sequence) -> None:
         """`sequence` got its row: fills the row's state from the prompt and the output so far."""
@@ -127,6 +142,8 @@ class Sampler:
                 ids = torch.tensor(list(params.logit_bias), device=self._device)
                 bias[ids] += torch.tensor(list(params.logit_bias.values()), device=self._device)
             bias[[word[0] for word in params.bad_words if len(word) == 1]] = -torch.inf
+        if traits.min_tokens:
+            self._stops[row] = torch.tensor(sorted(sequence.stop_ids), device=self._device)
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         """One token per row of `logits` [R, vocab_size] float32, which it may overwrite, for `sequences` [R].
@@ -134,8 +151,12 @@ class Sampler:
         The second value holds log-probabilities for those who want them; None if nobody does.
         """
         if all(sequence.traits.plain_greedy for sequence in sequences):
-            return _argmax(logits), None
+            tokens = _argmax(logits)
+            if all(map(math.isfinite, _values(logits, tokens))):  # the largest: NaN and infinity would be it
+                return tokens, None
         logits = logits.to(self._device)
+        if not math.isfinite(float(logits.sum())):
+            self._mend(logits, sequences)
         scored = [i for i, sequence in enumerate(sequences) if sequence.traits.logprobs is not None]
         raw = logits[torch.tensor(scored, device=self._device)] if scored else None
         self._edit(logits, sequences)
@@ -143,14 +164,29 @@ class Sampler:
             tokens = [self._choose(logits[i : i + 1], sequences[i : i + 1])[0] for i in range(len(sequences))]
         else:
             tokens = self._choose(logits, sequences)
-        self._count(tokens, sequences)
         if raw is None:
+            self._count(tokens, sequences)
             return tokens, None
         logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
         wanted = [sequences[i].traits.logprobs or 0 for i in scored]
         for i, entry in zip(scored, token_logprobs(raw, [tokens[i] for i in scored], wanted), strict=True):
             logprobs[i] = entry
+        self._count(tokens, sequences)
         return tokens, logprobs
+
+    def _mend(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
+        """Takes what is not finite out of the model's logits: a token for which they hold no number, because its row of
+        the last layer is damaged, is never chosen; a request for which they hold none at all ends."""
+        finite = torch.isfinite(logits)
+        logits.masked_fill_(~finite, -torch.inf)
+        some = finite.any(dim=1).tolist()
+        for i, sequence in enumerate(sequences):
+            if not some[i]:
+                sequence.dead_end = _nothing_finite()
+                logits[i] = 0.0
+        if not self._told and not all(finite[i].all() for i, each in enumerate(some) if each):
+            self._told = True
+            logger.warning("the model's logits are not all finite: these tokens are never chosen (said once)")
 
     def _edit(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
         penalised = [i for i, sequence in enumerate(sequences) if sequence.traits.penalised]
@@ -169,27 +205,13 @@ class Sampler:
         if biased and self._bias is not None:
             index, rows = self._rows(biased, sequences)
             logits[index] += self._bias[rows]
-        wordy = [i for i, sequence in enumerate(sequences) if sequence.traits.bad_words]
-        self._mask(logits, [(i, token) for i in wordy for token in _word_endings(sequences[i])])
+        for i, sequence in enumerate(sequences):
+            if sequence.traits.bad_words and (endings := _word_endings(sequence)):
+                logits[i, torch.tensor(endings, device=self._device)] = -torch.inf
         must_stop = self._constrain(logits, sequences)
-        masked = [
-            (i, token)
-            for i, sequence in enumerate(sequences)
-            if sequence.num_output < sequence.traits.min_tokens and i not in must_stop
-            for token in sequence.stop_ids
-        ]
-        self._mask(logits, masked)
-        if wordy:
-            for i, highest in zip(wordy, logits[wordy].amax(dim=1).tolist(), strict=True):
-                if highest == -torch.inf:
-                    sequences[i].dead_end = "bad_words and the request's other settings leave no token to choose"
-                    logits[i] = 0.0
-
-    def _mask(self, logits: Tensor, tokens: list[tuple[int, int]]) -> None:
-        """`tokens`: rows and ids."""
-        if tokens:
-            pairs = torch.tensor(tokens, device=self._device)
-            logits[pairs[:, 0], pairs[:, 1]] = -torch.inf
+        for i, sequence in enumerate(sequences):
+            if sequence.num_output < sequence.traits.min_tokens and i not in must_stop:
+                logits[i, self._stops[sequence.row]] = -torch.inf
 
     def _constrain(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
         """Masks what constraints forbid. Returns the rows in which only stop tokens are left.
@@ -213,10 +235,11 @@ class Sampler:
 
     def _choose(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
         random = [i for i, sequence in enumerate(sequences) if not sequence.traits.greedy]
-        if not random:
-            return _argmax(logits)
         everybody = len(random) == len(sequences)
         tokens = [0] * len(sequences) if everybody else _argmax(logits)
+        weights = [1.0] * len(sequences) if everybody else _values(logits, tokens)
+        if not random:
+            return self._without_dead_ends(tokens, weights, logits, sequences)
         x = logits if everybody else logits[torch.tensor(random, device=self._device)]
         chosen = [sequences[i] for i in random]
         scale = self._column([1.0 / max(sequence.request.sampling.temperature, 1e-5) for sequence in chosen])
@@ -228,8 +251,20 @@ class Sampler:
             index = torch.tensor(filtered, device=self._device)
             probs[index] = self._drop_unlikely(probs[index], [chosen[i].request.sampling for i in filtered])
         noise = self._column([uniform(sequence.seed, len(sequence.tokens)) for sequence in chosen])
-        for i, token in zip(random, _inverse_cdf(probs, noise), strict=True):
-            tokens[i] = token
+        for i, token, total in zip(random, *_inverse_cdf(probs, noise), strict=True):
+            tokens[i], weights[i] = token, total if total > 0.0 else math.nan
+        return self._without_dead_ends(tokens, weights, logits, sequences)
+
+    def _without_dead_ends(
+        self, tokens: list[int], weights: list[float], logits: Tensor, sequences: Seq[Sequence]
+    ) -> list[int]:
+        """`tokens`, where the weight that a token was chosen by is finite. The others could not be chosen at all: their
+        requests end, and the token in their place means nothing."""
+        for i, weight in enumerate(weights):
+            if not math.isfinite(weight):
+                tokens[i] = 0
+                if sequences[i].dead_end is None:
+                    sequences[i].dead_end = _dead_end(sequences[i], float(logits[i].max()))
         return tokens
 
     def _drop_unlikely(self, probs: Tensor, params: Seq[SamplingParams]) -> Tensor:
@@ -274,8 +309,28 @@ class Sampler:
 
 def _word_endings(sequence: Sequence) -> list[int]:
     """Tokens that would complete a bad word of several tokens in the output of `sequence`."""
-    words = [word for word in sequence.request.sampling.bad_words if 1 < len(word) <= sequence.num_output + 1]
-    return [word[-1] for word in words if tuple(sequence.tokens[1 - len(word) :]) == word[:-1]]
+    words = sequence.traits.bad_words.get(sequence.last_token, ())
+    fitting = [word for word in words if len(word) <= sequence.num_output + 1]
+    return [word[-1] for word in fitting if tuple(sequence.tokens[1 - len(word) :]) == word[:-1]]
+
+
+def _nothing_finite() -> TandemError:
+    return TandemError("computation_failed", "the model computed no finite number for any token")
+
+
+def _dead_end(sequence: Sequence, highest: float) -> TandemError:
+    """Why none of the logits of `sequence`, as its settings left them, can be chosen."""
+    if highest != -math.inf:
+        return TandemError("computation_failed", "the logits, as the request's settings change them, are not finite")
+    params = sequence.request.sampling
+    settings = {
+        "allowed_token_ids": bool(params.allowed_token_ids),
+        "bad_words": bool(params.bad_words),
+        "min_tokens with its stop tokens": sequence.num_output < sequence.traits.min_tokens,
+        "the constraint": params.constraint is not None,
+    }
+    named = ", ".join(name for name, used in settings.items() if used)
+    return TandemError("invalid_request", f"{named} leave no token to choose at token {sequence.num_output}")
 
 
 def token_logprobs(raw: Tensor, tokens: Seq[int], wanted: Seq[int]) -> list[TokenLogprobs]:
@@ -307,6 +362,9 @@ def score_prompts(chunks: Seq[Chunk], logits: Tensor) -> None:
 
     `logits` [rows of those chunks, vocab_size]; to be called before the chunks count as computed.
     """
+    finite = math.isfinite(float(logits.sum()))
+    if not finite:
+        logits = logits.masked_fill(~torch.isfinite(logits), -torch.inf)
     row = 0
     for chunk in chunks:
         sequence = chunk.sequence
@@ -316,7 +374,10 @@ def score_prompts(chunks: Seq[Chunk], logits: Tensor) -> None:
         targets = sequence.tokens[start : min(start + chunk.num_tokens, sequence.num_prompt)]
         if targets:
             wanted = [sequence.request.sampling.prompt_logprobs or 0] * len(targets)
-            sequence.prompt_logprobs += token_logprobs(logits[row : row + len(targets)], targets, wanted)
+            scores = token_logprobs(logits[row : row + len(targets)], targets, wanted)
+            sequence.prompt_logprobs += scores
+            if not finite and any(math.isnan(score.logprob) for score in scores):
+                sequence.dead_end = _nothing_finite()
         row += chunk.num_tokens
 
 
@@ -330,6 +391,16 @@ def _argmax(logits: Tensor) -> list[int]:
     return tokens
 
 
+def _values(logits: Tensor, tokens: list[int]) -> list[float]:
+    """The logit of one token of each row."""
+    values: list[float]
+    if logits.device.type == "cpu":
+        values = logits.numpy()[np.arange(len(tokens)), tokens].tolist()
+    else:
+        values = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    return values
+
+
 def _ascending(probs: Tensor) -> Tensor:
     if probs.device.type == "cpu":
         # numpy sorts floats with vector instructions, 25 times faster than torch on one thread.
@@ -337,11 +408,13 @@ def _ascending(probs: Tensor) -> Tensor:
     return torch.sort(probs, dim=-1).values
 
 
-def _inverse_cdf(probs: Tensor, noise: Tensor) -> list[int]:
-    """Picks from `probs` [R, vocab_size], not normalised, with `noise` [R, 1] in [0, 1)."""
+def _inverse_cdf(probs: Tensor, noise: Tensor) -> tuple[list[int], list[float]]:
+    """Picks from `probs` [R, vocab_size], not normalised, with `noise` [R, 1] in [0, 1). The second value is each row's
+    sum: where that is not finite and above 0, the pick means nothing and may lie outside the vocabulary."""
     cdf = probs.cumsum(dim=-1)
     total = cdf[:, -1:].contiguous()
     picked = torch.searchsorted(cdf, noise * total, right=True)
     # Where rounding reaches the total, the last token of any probability.
     tokens: list[int] = torch.minimum(picked, torch.searchsorted(cdf, total)).squeeze(1).tolist()
-    return tokens
+    sums: list[float] = total.squeeze(1).tolist()
+    return tokens, sums

@@ -10,6 +10,7 @@ from tandem.engine.request import EngineRequest, Pooling, Preemption, PromptRepo
 from tandem.kvstore.identity import BlockHash
 
 if TYPE_CHECKING:
+    from tandem.common.errors import TandemError
     from tandem.common.fairness import Account
     from tandem.engine.constraint import Guide
     from tandem.engine.reservation import Reservation
@@ -121,7 +122,7 @@ class Sequence:
         self.seed = seed
         self.stop_ids = stop_ids
         self.traits = traits
-        self.dead_end = ""
+        self.dead_end: TandemError | None = None
         """Why no token can follow; the sampler says so."""
         self.guide: Guide | None = None
         """Of a request with a constraint, once that is compiled."""

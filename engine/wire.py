@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import struct
 import time
 
 from google.protobuf.message import DecodeError
 
 from tandem.common.errors import ERROR_KINDS, TandemError
+from tandem.common.fairness import MAX_WEIGHT
 from tandem.common.sampling import SamplingParams
 from tandem.engine.request import (
     EngineRequest,
@@ -22,6 +22,11 @@ from tandem.engine.request import (
 )
 from tandem.proto import worker_pb2
 
+MAX_NAME = 256
+"""Characters of a request's id, and of a tenant."""
+MAX_SALT = 8192
+"""Bytes."""
+MAX_TIMEOUT_S = 30 * 86_400.0
 _STAMP = struct.Struct("<Hd")
 """Length of the clock's name, seconds."""
 _PREEMPTIONS = {
@@ -143,24 +148,21 @@ def error_output(key: RequestKey, code: str, text: str) -> RequestOutput:
 
 
 def request_from_proto(submit: worker_pb2.Submit) -> EngineRequest:
-    """Raises TandemError for numbers that would upset a whole step; the engine itself checks tokens and lengths."""
+    """Raises TandemError for what is out of range; the engine itself checks tokens and lengths."""
     sampling = SamplingParams.from_proto(submit.sampling)
     timeout_s = submit.timeout_s if submit.HasField("timeout_s") else None
     ranges = (
-        ("temperature", 0.0 <= sampling.temperature < math.inf),
-        ("top_p", 0.0 < sampling.top_p <= 1.0),
-        ("min_p", 0.0 <= sampling.min_p <= 1.0),
-        ("repetition_penalty", 0.0 < sampling.repetition_penalty < math.inf),
-        ("presence_penalty", math.isfinite(sampling.presence_penalty)),
-        ("frequency_penalty", math.isfinite(sampling.frequency_penalty)),
-        ("logit_bias", not any(map(math.isnan, sampling.logit_bias.values()))),
-        ("timeout_s", timeout_s is None or math.isfinite(timeout_s)),
-        ("weight", 0.0 <= submit.weight < math.inf),
+        ("request_id", len(submit.key.request_id) <= MAX_NAME),
+        ("tenant", len(submit.tenant) <= MAX_NAME),
+        ("cache_salt", len(submit.cache_salt) <= MAX_SALT),
+        ("timeout_s", timeout_s is None or abs(timeout_s) <= MAX_TIMEOUT_S),
+        ("weight", submit.weight == 0.0 or 1 / MAX_WEIGHT <= submit.weight <= MAX_WEIGHT),
         ("pooling", int(submit.pooling) in tuple(map(int, Pooling))),
     )
     for name, fits in ranges:
         if not fits:
             raise TandemError("invalid_request", f"{name} is out of range", param=name)
+    sampling.check_ranges()
     return EngineRequest(
         key=key_from_proto(submit.key),
         prompt_token_ids=list(submit.prompt_token_ids),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tandem.common.sampling import MAX_LOGPROBS
 from tandem.router.bad_words import bad_word_tokens
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
@@ -13,7 +14,7 @@ from tandem.router.constraints import CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_errors import renamed
 from tandem.router.http_types import ChatBody, template_variables
-from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid, output_tokens, sampling_params, stop_strings
+from tandem.router.sampling_fields import in_range, invalid, output_tokens, sampling_params, stop_strings
 from tandem.router.served_model import Prompt, ServedModel
 from tandem.router.service import Service
 from tandem.router.tools.choice import ToolUse, tool_use

@@ -15,7 +15,7 @@ from tandem.proto import worker_pb2
 from tandem.router.caller import Caller
 from tandem.router.choice import Choice, ChoiceSpec
 from tandem.router.dispatch import SequenceSpec
-from tandem.router.sampling_fields import in_range, invalid, output_tokens
+from tandem.router.sampling_fields import check_salt, in_range, invalid, output_tokens
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
 from tandem.router.truncation import Side, truncation_of
@@ -49,6 +49,7 @@ async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller
     """Groups of inputs, each to be run as one call. Raises TandemError naming the field."""
     service.model.check_name(body.model)
     in_range("priority", body.priority, -(2**31), 2**31 - 1)
+    check_salt(body.cache_salt)
     prompts = await _prompts(body, service)
     specs = [_spec(prompt, body, service, caller) for prompt in prompts]
     return (specs[start : start + AT_ONCE] for start in range(0, len(specs), AT_ONCE))

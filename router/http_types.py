@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from tandem.common.sampling import MAX_LOGPROBS
 from tandem.router.constraints import ConstraintFields
-from tandem.router.sampling_fields import MAX_LOGPROBS, in_range, invalid
+from tandem.router.sampling_fields import check_salt, in_range, invalid
 from tandem.router.tools.arguments import arguments_of
 from tandem.router.tools.choice import Tool, ToolChoice
 from tandem.router.truncation import Side
@@ -59,6 +60,7 @@ class GenerationBody(ConstraintFields, kw_only=True):
     def check(self) -> None:
         """Raises TandemError `invalid_request` on what is not supported."""
         in_range("n", self.n, 1, MAX_N)
+        check_salt(self.cache_salt)
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "is only allowed with stream: true")
         in_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)

@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tandem.common.errors import TandemError
-from tandem.common.sampling import Constraint, SamplingParams
+from tandem.common.sampling import (
+    MAX_BIAS,
+    MAX_LISTED_TOKENS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+    Constraint,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     from tandem.router.served_model import SamplingDefaults
 
-MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
-MAX_LISTED_TOKENS = 4096
-"""Entries in `stop_token_ids` and `logit_bias`."""
-MIN_REPETITION_PENALTY = 0.01
-"""Logits are divided by it; close to 0 they would overflow."""
+MAX_SALT_CHARACTERS = 1024
 ECHO_CHARACTERS = 64
 
 
@@ -136,16 +142,17 @@ def sampling_params(
 ) -> SamplingParams:
     """`bad_words`: as tokens, see bad_words.py.
 
-    Raises TandemError `invalid_request` naming the first field that is out of range.
+    Raises TandemError `invalid_request` naming the first field that is out of range, and where no token is
+    left to choose.
     """
-    in_range("temperature", fields.temperature, 0, 2)
+    in_range("temperature", fields.temperature, 0, MAX_TEMPERATURE)
     if fields.top_p is not None and not 0 < fields.top_p <= 1:
         raise invalid("top_p", f"must be above 0 and at most 1, got {shown(fields.top_p)}")
-    in_range("top_k", fields.top_k, -1, 2**31 - 1)
+    in_range("top_k", fields.top_k, -1, MAX_TOP_K)
     in_range("min_p", fields.min_p, 0, 1)
-    in_range("repetition_penalty", fields.repetition_penalty, MIN_REPETITION_PENALTY, 10)
-    in_range("presence_penalty", fields.presence_penalty, -2, 2)
-    in_range("frequency_penalty", fields.frequency_penalty, -2, 2)
+    in_range("repetition_penalty", fields.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+    in_range("presence_penalty", fields.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    in_range("frequency_penalty", fields.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     in_range("seed", fields.seed, -(2**63), 2**64 - 1)
     in_range("priority", fields.priority, -(2**31), 2**31 - 1)
     in_range("min_tokens", fields.min_tokens, 0, max_tokens)
@@ -153,7 +160,7 @@ def sampling_params(
         _check_ids(name, ids, vocab_size)
     if fields.allowed_token_ids is not None and not fields.allowed_token_ids:
         raise invalid("allowed_token_ids", "must not be empty")
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=fields.min_tokens or 0,
         temperature=_or(fields.temperature, defaults.temperature),
@@ -173,6 +180,15 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         constraint=constraint,
     )
+    params.check(vocab_size)
+    params.check_leaves_a_token(params.stop_token_ids, vocab_size)
+    return params
+
+
+def check_salt(salt: str | None) -> None:
+    """Raises TandemError."""
+    if salt is not None and len(salt) > MAX_SALT_CHARACTERS:
+        raise invalid("cache_salt", f"may have at most {MAX_SALT_CHARACTERS} characters, got {len(salt)}")
 
 
 def _or(value: float | None, default: float) -> float:
@@ -183,9 +199,9 @@ def _check_ids(name: str, ids: list[int] | None, vocab_size: int) -> None:
     limit = MAX_LISTED_TOKENS if name == "stop_token_ids" else vocab_size
     if ids is not None and len(ids) > limit:
         raise invalid(name, f"may hold at most {limit} ids, got {len(ids)}")
-    for token_id in ids or ():
-        if not 0 <= token_id < vocab_size:
-            raise invalid(name, f"holds {shown(token_id)}, which is not in the vocabulary of {vocab_size} tokens")
+    wrong = next((extreme for extreme in (min(ids), max(ids)) if not 0 <= extreme < vocab_size), None) if ids else None
+    if wrong is not None:
+        raise invalid(name, f"holds {shown(wrong)}, which is not in the vocabulary of {vocab_size} tokens")
 
 
 def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
@@ -197,7 +213,7 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, flo
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
             raise invalid("logit_bias", f"has the key {shown(key)}, which is not a token id")
-        if not -100 <= value <= 100:
-            raise invalid("logit_bias", f"must hold values between -100 and 100, got {shown(value)}")
+        if not -MAX_BIAS <= value <= MAX_BIAS:
+            raise invalid("logit_bias", f"must hold values between {-MAX_BIAS:g} and {MAX_BIAS:g}, got {shown(value)}")
         result[int(key)] = value
     return result

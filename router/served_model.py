@@ -11,10 +11,10 @@ from typing import Any
 
 from tandem.common.checkpoint import read_json, resolve_model
 from tandem.common.errors import ConfigError, TandemError
+from tandem.common.sampling import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MAX_TOP_K, MIN_REPETITION_PENALTY
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.chat_template import ChatTemplate
 from tandem.router.literal_text import Hidden, RenderedChat
-from tandem.router.sampling_fields import MIN_REPETITION_PENALTY
 from tandem.router.settings import RouterConfig
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
@@ -33,11 +33,11 @@ CUT_TOKENS = 16
 
 
 DEFAULTS_WITHIN = {
-    "temperature": (0.0, 2.0),
+    "temperature": (0.0, MAX_TEMPERATURE),
     "top_p": (1e-9, 1.0),
-    "top_k": (-1, 1 << 31),
+    "top_k": (-1, MAX_TOP_K),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (MIN_REPETITION_PENALTY, 10.0),
+    "repetition_penalty": (MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     "max_new_tokens": (1, 1 << 31),
 }
 """Fields of `generation_config.json` that count, with the least and the greatest value."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.fairness import MAX_WEIGHT
 from tandem.common.yaml_fields import Fields
 from tandem.router import jwt_issuer
 from tandem.router.caller import ANYBODY, HIGHEST_PRIORITY, LOWEST_PRIORITY, Caller, Rates
@@ -16,7 +17,6 @@ from tandem.router.jwt_issuer import Issuer
 
 MAX_TENANTS = 10_000
 MAX_RATE = 10**12
-MAX_WEIGHT = 1000.0
 
 _NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")

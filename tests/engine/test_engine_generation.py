@@ -118,12 +118,12 @@ def test_without_a_seed_each_request_draws_its_own(engine: EngineUnderTest) -> N
 
 
 def test_penalties_see_the_output_so_far(engine: EngineUnderTest) -> None:
-    tokens = engine.generate("a", PROMPT[:20], presence_penalty=100.0, max_tokens=60)
-    assert len(set(tokens)) == 60, "no token twice under an overwhelming penalty"
+    tokens = engine.generate("a", PROMPT[:20], presence_penalty=2.0, repetition_penalty=10.0, max_tokens=60)
+    assert len(set(tokens)) == 60, "no token twice under an the greatest penalties"
 
 
 def test_end_of_sequence_stops_and_is_reported(engine: EngineUnderTest) -> None:
-    key = engine.submit("a", PROMPT, ignore_eos=False, logit_bias={2: 1000.0}, min_tokens=4, max_tokens=20)
+    key = engine.submit("a", PROMPT, ignore_eos=False, logit_bias={2: 100.0}, min_tokens=4, max_tokens=20)
     last = engine.last(key)
     assert last.finish_reason is FinishReason.STOP
     assert last.stop_token_id == 2
@@ -132,7 +132,7 @@ def test_end_of_sequence_stops_and_is_reported(engine: EngineUnderTest) -> None:
 
 
 def test_stop_tokens_stop_even_when_eos_is_ignored(engine: EngineUnderTest) -> None:
-    key = engine.submit("a", PROMPT, logit_bias={9: 1000.0}, stop_token_ids=(9,), max_tokens=20)
+    key = engine.submit("a", PROMPT, logit_bias={9: 100.0}, stop_token_ids=(9,), max_tokens=20)
     assert engine.last(key).stop_token_id == 9
     assert engine.tokens(key) == [9]
 

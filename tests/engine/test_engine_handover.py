@@ -174,7 +174,7 @@ def test_a_first_output_can_be_the_last(prefill: EngineUnderTest, decode: Engine
     key, _, _ = hand_over(prefill, decode, "one", PROMPT, max_tokens=1)
     assert len(decode.tokens(key)) == 1
     assert decode.last(key).finish_reason is FinishReason.LENGTH
-    key, _, _ = hand_over(prefill, decode, "stop", PROMPT, logit_bias={9: 1000.0}, stop_token_ids=(9,))
+    key, _, _ = hand_over(prefill, decode, "stop", PROMPT, logit_bias={9: 100.0}, stop_token_ids=(9,))
     assert decode.tokens(key) == [9]
     assert decode.last(key).stop_token_id == 9
 

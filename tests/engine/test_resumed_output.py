@@ -186,7 +186,7 @@ def test_goes_on_from_the_store(folder: Path, whole: EngineUnderTest, monkeypatc
 
 
 def test_limits_count_from_the_beginning(whole: EngineUnderTest, engine: EngineUnderTest) -> None:
-    options = {"ignore_eos": False, "logit_bias": {2: 1000.0}, "min_tokens": 6, "max_tokens": 20}
+    options = {"ignore_eos": False, "logit_bias": {2: 100.0}, "min_tokens": 6, "max_tokens": 20}
     first = whole.submit("whole", PROMPT, **options)
     tokens = whole.tokens(first)
     assert len(tokens) == 7

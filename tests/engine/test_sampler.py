@@ -80,7 +80,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "plain": {},
     "cold": {"temperature": 0.5},
-    "hot": {"temperature": 2.5},
+    "hot": {"temperature": 2.0},
     "top_k": {"top_k": 4},
     "top_k of one": {"top_k": 1},
     "top_k beyond the vocabulary": {"top_k": 500},
@@ -197,8 +197,10 @@ def test_no_token_left_beside_bad_words_is_a_dead_end_of_that_request_alone() ->
     sampler = Sampler(2, VOCAB, CPU)
     admit(sampler, [stuck, free])
     tokens, _ = sampler.sample(torch.zeros(2, VOCAB), [stuck, free])
-    assert "bad_words" in stuck.dead_end
-    assert (tokens[1], free.dead_end) == (5, "")
+    assert stuck.dead_end is not None
+    assert stuck.dead_end.code == "invalid_request"
+    assert "bad_words" in stuck.dead_end.message
+    assert (tokens[1], free.dead_end) == (5, None)
 
 
 def test_the_noise_is_fixed_for_ever() -> None:
@@ -289,3 +291,75 @@ def test_tables_exist_only_once_somebody_needs_them() -> None:
     sampler = Sampler(4, VOCAB, CPU)
     admit(sampler, [sequence(i) for i in range(4)])
     assert sampler._counts is sampler._bias is None
+
+
+NOTHING_LEFT: dict[str, dict[str, Any]] = {
+    "stop tokens": {"stop_token_ids": tuple(range(VOCAB)), "min_tokens": 5},
+    "bad words": {"bad_words": tuple((token,) for token in range(VOCAB))},
+    "allowed tokens": {"allowed_token_ids": (4, 5), "bad_words": ((4,), (5,))},
+    "words of two tokens": {"bad_words": tuple((9, token) for token in range(VOCAB))},
+}
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.5}])
+@pytest.mark.parametrize("logprobs", [None, 3])
+@pytest.mark.parametrize("settings", NOTHING_LEFT)
+def test_a_row_without_a_permitted_token_ends_its_request_and_changes_no_other(
+    settings: str, drawn: dict[str, Any], logprobs: int | None
+) -> None:
+    def rows() -> list[Sequence]:
+        stuck = sequence(1, **drawn, logprobs=logprobs, **NOTHING_LEFT[settings])
+        if settings == "words of two tokens":
+            stuck.append(9)
+        return [sequence(0, temperature=0.0), stuck, sequence(2, seed=8), sequence(3, presence_penalty=1.0, logprobs=2)]
+
+    sampler, sequences = Sampler(4, VOCAB, CPU), rows()
+    admit(sampler, sequences)
+    logits = logits_of(3, 4)
+    tokens, scores = sampler.sample(logits.clone(), sequences)
+    assert all(0 <= token < VOCAB for token in tokens)
+    stuck = sequences.pop(1)
+    assert stuck.dead_end is not None
+    assert stuck.dead_end.code == "invalid_request"
+    assert "leave no token" in stuck.dead_end.message
+    assert not any(each.dead_end for each in sequences)
+    alone, others = Sampler(4, VOCAB, CPU), rows()
+    admit(alone, others)
+    del others[1]
+    expected, expected_scores = alone.sample(logits[[0, 2, 3]].clone(), others)
+    assert tokens[:1] + tokens[2:] == expected
+    assert scores is not None
+    assert expected_scores is not None
+    assert scores[3] == expected_scores[2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("others", [{"temperature": 0.0}, {"seed": 4, "top_p": 0.9}, {"logprobs": 2}])
+def test_a_row_of_no_finite_logits_ends_its_request_and_changes_no_other(value: float, others: dict[str, Any]) -> None:
+    sequences = [sequence(0, **others), sequence(1, **others), sequence(2, **others)]
+    sampler = Sampler(3, VOCAB, CPU)
+    admit(sampler, sequences)
+    logits = logits_of(2, 3)
+    expected, _ = sampler.sample(logits.clone(), sequences)
+    logits[1] = value
+    tokens, scores = sampler.sample(logits, sequences)
+    assert (tokens[0], tokens[2]) == (expected[0], expected[2])
+    assert 0 <= tokens[1] < VOCAB
+    assert [each.dead_end.code if each.dead_end else "" for each in sequences] == ["", "computation_failed", ""]
+    assert scores is None or all(math.isfinite(entry.logprob) for entry in scores if entry)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"seed": 4}, {"logprobs": 2, "top_k": 5}])
+def test_a_token_whose_logit_is_no_number_is_never_chosen(value: float, options: dict[str, Any]) -> None:
+    sequences = [sequence(i, **options) for i in range(3)]
+    sampler = Sampler(3, VOCAB, CPU)
+    admit(sampler, sequences)
+    logits = logits_of(2, 3)
+    logits[:, 7] = -1e30
+    expected, _ = sampler.sample(logits.clone(), sequences)
+    logits[:, 7] = value
+    tokens, scores = sampler.sample(logits, sequences)
+    assert tokens == expected
+    assert not any(each.dead_end for each in sequences)
+    assert scores is None or all(math.isfinite(entry.logprob) for entry in scores if entry)

@@ -182,6 +182,14 @@ async def test_prompt_logprobs_are_told_as_vllm_tells_them(house: House, text: M
         ({"request_id": "a b"}, "request_id"),
         ({"request_id": ""}, "request_id"),
         ({"min_tokens": -1}, "min_tokens"),
+        ({"max_tokens": 3, "repetition_penalty": 1e-40}, "repetition_penalty"),
+        ({"max_tokens": 3, "temperature": -1e-40}, "temperature"),
+        ({"max_tokens": 3, "min_tokens": 2, "stop_token_ids": list(range(512))}, "stop_token_ids"),
+        (
+            {"max_tokens": 3, "min_tokens": 2, "allowed_token_ids": [4, 5], "stop_token_ids": [4, 5, 600]},
+            "stop_token_ids",
+        ),
+        ({"cache_salt": "x" * 1025}, "cache_salt"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(
