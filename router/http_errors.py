@@ -45,7 +45,8 @@ def error_body(error: TandemError) -> dict[str, Any]:
 
 
 def anthropic_error(error: TandemError, request_id: str) -> dict[str, Any]:
-    kind = _ANTHROPIC_TYPES.get(error.kind.http_status, "api_error")
+    status = error.kind.http_status
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     message = error.message[:MAX_MESSAGE_CHARACTERS]
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 

@@ -1,15 +1,20 @@
-"""uvicorn's HTTP/1.1 connection with the bounds that it leaves to a proxy in front: size of headers, slow senders.
+"""uvicorn's HTTP/1.1 connection with what it leaves to a proxy in front: size of headers, slow senders, offers of other
+protocols, clients that end their side.
 
 The parser joins what it gets of a header to what it has, so that a header of many megabytes would stop the event loop
-for seconds; and a client that never ends its request would be waited for without end.
+for seconds; and a client that never ends its request would be waited for without end. Of a request that offers to go on
+in another protocol it skips the body, and would take it for the next request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
+import time
 from typing import TYPE_CHECKING
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -18,6 +23,8 @@ from tandem.router.http_errors import error_body
 
 if TYPE_CHECKING:  # uvicorn keeps it private
     from uvicorn._types import ASGISendEvent
+
+log = logging.getLogger(__name__)
 
 MAX_FRAMING_BYTES = 64 * 1024
 """Of one request, beside its body: request line, headers, sizes of chunks, trailers."""
@@ -28,7 +35,15 @@ RECEIVE_S = 30.0
 MIN_BODY_BYTES = 1024
 """Of a body, every `RECEIVE_S`."""
 
-_ASKS_FOR_HTTP_2 = b"\r\nUpgrade: h2c"
+FIRST_PROBE_S = 0.1
+"""Between the first two questions whether a client that ended its side is still there; twice as long each time."""
+LONGEST_PROBE_S = 5.0
+OLD_CLIENT_S = 10.0
+"""A client of HTTP/1.0 that ended its side cannot be asked; it is taken to be there for so long."""
+TELL_S = 10.0
+"""Between two lines about requests that are none."""
+
+_PROBE = STATUS_LINE[100] + b"\r\n"
 _FRAMING_OF_LINE = len(b"  HTTP/1.1\r\n")
 _FRAMING_OF_HEADER = len(b": \r\n")
 
@@ -48,6 +63,24 @@ class _UntilClosed(RequestResponseCycle):
         await super().send(message)
 
 
+class _Refusals:
+    """One line for many: a client that sends rubbish must not fill the log."""
+
+    def __init__(self) -> None:
+        self._untold = 0
+        self._next = 0.0
+
+    def note(self, status: int, problem: str) -> None:
+        self._untold += 1
+        now = time.monotonic()
+        if now >= self._next:
+            log.info("refused %d requests that were none, the last with %d: %s", self._untold, status, problem)
+            self._untold, self._next = 0, now + TELL_S
+
+
+_refusals = _Refusals()
+
+
 class BoundedHttp(HttpToolsProtocol):
     _framing = 0
     """Bytes of the current request that were no body; 0 between two requests."""
@@ -59,6 +92,9 @@ class BoundedHttp(HttpToolsProtocol):
     """uvicorn's `cycle` of the last request that was read to its end. The next one has a cycle of its own as soon as
     its headers are complete."""
     _timer: asyncio.TimerHandle | None = None
+    _ended = 0.0
+    """When the client ended its side; 0: it has not."""
+    _probe: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -67,15 +103,28 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
         super().connection_lost(exc)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """True: the connection stays, for the answers to what was asked in full."""
+        if self.cycle is None or not self._in_head or self.cycle.response_complete:
+            return False
+        if not self._ended:
+            self._ended = time.monotonic()
+            self._ask_whether_there(FIRST_PROBE_S)
+        return True
+
     def data_received(self, data: bytes) -> None:
-        if _ASKS_FOR_HTTP_2 in data and self._in_head:
-            head, end, rest = data.partition(b"\r\n\r\n")  # the parser would pass over the body of such a request
-            data = head.replace(_ASKS_FOR_HTTP_2, b"\r\nX-Upgrade: h2c") + end + rest
         self._piece = len(data)
         self._framing += len(data)
-        HttpToolsProtocol.data_received(self, data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
         if self._framing > MAX_FRAMING_BYTES:
             self._refuse_headers()
         elif self._timer is not None:
@@ -84,10 +133,32 @@ class BoundedHttp(HttpToolsProtocol):
             self._received = 0
             self._timer = self.loop.call_later(RECEIVE_S, self._look)
 
+    def _parse(self, data: bytes) -> None:
+        """Raises HttpParserError. A request that offers to go on in another protocol (Java's client does, with its
+        first request) is parsed again without the offer: as one of HTTP/1.1, which has a body."""
+        rest = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                rest = rest[offer.args[0] :]
+            method, version = self.parser.get_method(), self.parser.get_http_version()
+            if method == b"CONNECT":
+                self._refuse(405, "CONNECT is for proxies, and this is none")
+                return
+            head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version.encode())]
+            head += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"".join(head) + b"\r\n")
+
     def on_headers_complete(self) -> None:
         if max(self._framing, self._piece) > MAX_FRAMING_BYTES and self._head_bytes() > MAX_FRAMING_BYTES:
             self._refuse_headers()
             raise ValueError("the parser may stop")
+        if self.parser.should_upgrade():
+            return
         HttpToolsProtocol.on_headers_complete(self)
         if self.scope["http_version"] == "1.0":
             self.cycle.__class__ = _UntilClosed
@@ -97,12 +168,38 @@ class BoundedHttp(HttpToolsProtocol):
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._framing = 0
         self._read = self.cycle
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         HttpToolsProtocol.on_message_complete(self)
+
+    def on_response_complete(self) -> None:
+        HttpToolsProtocol.on_response_complete(self)
+        if self._ended and self.cycle.response_complete:
+            self.transport.close()
+
+    def _ask_whether_there(self, pause_s: float) -> None:
+        """A client that is gone looks like one that only ended its side, until something is sent to it. Once an answer
+        has begun, its parts do that."""
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if self.scope["http_version"] != "1.1":
+            if not self._answering and time.monotonic() > self._ended + OLD_CLIENT_S:
+                self.transport.close()
+                return
+        elif not self._answering:
+            self.transport.write(_PROBE)
+        self._probe = self.loop.call_later(pause_s, self._ask_whether_there, min(2 * pause_s, LONGEST_PROBE_S))
+
+    @property
+    def _answering(self) -> bool:
+        """Whether an answer has begun and not ended. Those before the last request's are not looked at: they are
+        answered first, so the next question comes too early at worst."""
+        return self.cycle.response_started or bool(self.pipeline)
 
     @property
     def _in_head(self) -> bool:
@@ -137,6 +234,7 @@ class BoundedHttp(HttpToolsProtocol):
         """Closes the connection; says why where no other answer is under way."""
         if self.transport.is_closing():
             return
+        _refusals.note(status, problem)
         if self._in_head:
             free = self.cycle is None or self.cycle.response_complete
         else:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import logging
+from pathlib import Path
 
 import pytest
 
 from tandem.router import http_protocol
 from tandem.router.app import Router
-from tests.router.conftest import House
+from tests.router.conftest import House, until
 from tests.router.fake_worker import Script
 
 BODY = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
@@ -22,26 +25,27 @@ async def router(house: House) -> Router:
     return await house.router(await house.decode(script=Script()))
 
 
-async def exchanged(router: Router, *parts: bytes, until: bytes = b"") -> bytes:
-    """What comes back up to `until`, or to the end of the connection."""
+async def exchanged(
+    router: Router, *parts: bytes, until: bytes = b"", pause_s: float = 0.01, patience_s: float = 30.0
+) -> bytes:
+    """What comes back up to `until`, or to the end of the connection, or to a silence of `patience_s`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
     try:
         for part in parts:
             writer.write(part)
             await writer.drain()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause_s)
     except ConnectionError:
         pass
     answer = b""
-    async with asyncio.timeout(30):
-        while not until or until not in answer:
-            try:
-                part = await reader.read(65536)
-            except ConnectionError:
-                break
-            if not part:
-                break
-            answer += part
+    while not until or until not in answer:
+        try:
+            part = await asyncio.wait_for(reader.read(65536), patience_s)
+        except (ConnectionError, TimeoutError):
+            break
+        if not part:
+            break
+        answer += part
     writer.close()
     return answer
 
@@ -112,12 +116,121 @@ async def test_a_slow_answer_is_no_slow_request(house: House, monkeypatch: pytes
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
-async def test_an_offer_of_http_2_is_passed_over(router: Router) -> None:
-    """Java's client makes it with every first request."""
-    head = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
-    request = head + b"Content-Length: %d\r\n\r\n" % len(BODY)
-    assert (await exchanged(router, request + BODY, until=b"usage")).startswith(b"HTTP/1.1 200 ")
-    assert (await exchanged(router, request, BODY, until=b"usage")).startswith(b"HTTP/1.1 200 ")
+OFFERS = [
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n",  # as Java's client
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n",
+    b"Connection: upgrade\r\nUpgrade: rubbish/9\r\n",
+    b"Connection: keep-alive,  uPgRaDe\r\nUPGRADE:h2c, websocket\r\n",
+    b"Upgrade: h2c\r\nConnection: close\r\nConnection: upgrade\r\n",
+    b"Upgrade: a\r\nUpgrade: b\r\nConnection: Upgrade\r\n",
+    b"Upgrade:\r\nConnection: Upgrade\r\n",
+    b"Upgrade: h2c\r\n",
+    b"Connection: Upgrade\r\n",
+]
+HIDDEN = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def in_pieces(request: bytes, head: int) -> list[list[bytes]]:
+    """As it may arrive: whole, cut where the head ends, in the middle of the offer, in the body, byte by byte."""
+    cuts = ([], [head], [head // 2], [head // 2, head], [head + 9], range(1, len(request)))
+    return [[request[a:b] for a, b in zip((0, *cut), (*cut, len(request)), strict=True)] for cut in cuts]
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("framing", ["length", "chunks", "expect"])
+@pytest.mark.parametrize("offer", OFFERS)
+async def test_the_body_of_an_offer_to_upgrade_is_a_body(
+    house: House, tmp_path: Path, offer: bytes, framing: str, keyed: bool
+) -> None:
+    """The parser skips it, and would take it for the next request."""
+    (tmp_path / "keys").write_text(f"alice:{hashlib.sha256(b'secret').hexdigest()}\n")
+    settings = {"api_keys_file": tmp_path / "keys"} if keyed else {}
+    router = await house.router(await house.decode(script=Script()), **settings)
+    key = b"Authorization: Bearer secret\r\n" if keyed else b""
+    for body, status in ((HIDDEN, b"400"), (BODY, b"200"), (HIDDEN, b"401" if keyed else b"400")):
+        head = POST + offer + (b"" if status == b"401" else key)
+        if framing == "chunks":
+            head, content = head + b"Transfer-Encoding: chunked\r\n\r\n", chunked(body) + b"0\r\n\r\n"
+        else:
+            expects = b"Expect: 100-continue\r\n" if framing == "expect" else b""
+            head, content = head + expects + b"Content-Length: %d\r\n\r\n" % len(body), body
+        closes = b"Connection: close" in head
+        for pieces in in_pieces(head + content, len(head)):
+            after = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            answer = await exchanged(router, *pieces, after, pause_s=0.0)
+            answer = answer.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+            statuses = [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]]
+            if closes and not statuses and status == b"401":
+                continue  # the rest of the body met a closed connection, whose reset overtook the answer
+            assert statuses == ([status] if closes else [status, b"200"]), (pieces, answer)
+            assert closes or answer.endswith(b'{"status":"ok"}')
+
+
+async def test_offers_to_upgrade_in_one_piece_with_other_requests(router: Router) -> None:
+    offer = POST + OFFERS[2] + b"Content-Length: %d\r\n\r\n"
+    mixed = (HEALTH + offer % len(HIDDEN) + HIDDEN + offer % len(BODY) + BODY) * 3 + HEALTH
+    for pieces in ([mixed], [mixed[at : at + 100] for at in range(0, len(mixed), 100)]):
+        answer = await exchanged(router, *pieces, pause_s=0.0, until=b"nothing", patience_s=1.0)
+        assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400", b"200"] * 3 + [b"200"]
+
+
+async def test_what_follows_connect_is_not_executed(router: Router) -> None:
+    connect = b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(HIDDEN)
+    for pieces in ((connect, HIDDEN), (connect + HIDDEN,)):
+        answer = await exchanged(router, *pieces)
+        assert answer.startswith(b"HTTP/1.1 405 ")
+        assert answer.count(b"HTTP/1.1 ") == 1
+
+
+async def half_closed(router: Router, request: bytes) -> bytes:
+    """What a client gets that ends its side once it has asked."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+    writer.write(request)
+    writer.write_eof()
+    async with asyncio.timeout(30):
+        answer = await reader.read()
+    writer.close()
+    return answer.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_ends_its_side_gets_its_answer(house: House, version: bytes, stream: bool) -> None:
+    router = await house.router(await house.decode(script=Script(delay_s=0.15)))
+    body = json.dumps({"prompt": "a", "max_tokens": 3, "stream": stream}).encode()
+    head = POST.replace(b"1.1", version) + b"Content-Length: %d\r\n\r\n" % len(body)
+    answer = await half_closed(router, head + body)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert (b"[DONE]" if stream else b"usage") in answer
+    if version == b"1.1":
+        assert (await half_closed(router, (head + body) * 3)).count(b"HTTP/1.1 200 ") == 3
+        assert (await half_closed(router, head + body + b"GET /hea")).count(b"HTTP/1.1 200 ") == 1
+    assert await half_closed(router, head + body[:-1]) == b"", "half a request is none"
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+async def test_a_client_that_is_gone_is_told_from_one_that_ended_its_side(
+    house: House, monkeypatch: pytest.MonkeyPatch, version: bytes
+) -> None:
+    monkeypatch.setattr(http_protocol, "OLD_CLIENT_S", 0.2)
+    worker = await house.decode(script=Script(hold_after=1))
+    router = await house.router(worker)
+    _, writer = await asyncio.open_connection("127.0.0.1", router.port)
+    body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
+    writer.write(POST.replace(b"1.1", version) + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    await until(lambda: bool(worker.submits))
+    writer.close()
+    await until(lambda: bool(worker.cancels))
+
+
+async def test_rubbish_leaves_one_line_for_many(
+    router: Router, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_protocol, "_refusals", http_protocol._Refusals())
+    with caplog.at_level(logging.INFO):
+        for _ in range(50):
+            assert (await exchanged(router, b"\x16\x03\x01\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+    assert len([record for record in caplog.records if record.name != "asyncio"]) == 1
 
 
 @pytest.mark.parametrize(

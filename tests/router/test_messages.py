@@ -261,6 +261,10 @@ async def test_anthropics_clients_get_their_shapes_everywhere(bare_client: httpx
         assert (missing.status_code, missing.json()["type"]) == (404, "error")
         assert missing.json()["error"]["type"] == "not_found_error"
         assert missing.json()["request_id"] == missing.headers["request-id"] == missing.headers["x-request-id"]
+    for path in (URL, f"{URL}/count_tokens"):
+        refused = await bare_client.get(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST, OPTIONS")
+        assert (refused.json()["type"], refused.json()["error"]["type"]) == ("error", "invalid_request_error")
     listed = (await bare_client.get("/v1/models", headers=version)).json()
     assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "tiny", "tiny")
     (model,) = listed["data"]
