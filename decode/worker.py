@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.secret import check_reachable
 from tandem.decode.importer import Importer
 from tandem.decode.settings import DecodeConfig
 from tandem.engine.worker_process import WorkerProcess
@@ -23,6 +24,7 @@ HANDOVER_TIMEOUT_S = 3.0
 async def serve(config: DecodeConfig) -> None:
     """Runs until SIGTERM. Raises ConfigError for what cannot be loaded or bound."""
     process = WorkerProcess(config, "decode")
+    check_reachable(process.secret, "kv_listen", config.kv_listen)
     await process.load()
     with contextlib.ExitStack() as stack:
         if config.listen.startswith("unix:"):  # beside it, so that who removes one after a kill removes both

@@ -20,7 +20,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 import tandem
+from tandem.common.credentials import add_port
 from tandem.common.errors import ConfigError
+from tandem.common.secret import check_reachable, is_local, read_secret
 from tandem.common.telemetry import serve_metrics, set_up_logging, set_up_tracing
 from tandem.engine.block_manager import IntegrityError
 from tandem.engine.engine import Engine
@@ -31,7 +33,7 @@ from tandem.engine.worker_metrics import WorkerMetrics
 from tandem.engine.worker_server import Handover, OutputBridge, WorkerServer
 from tandem.engine.worker_settings import WorkerConfig
 from tandem.kvstore.open import OpenStore, open_home
-from tandem.kvstore.transport import PeerIdentity
+from tandem.kvstore.transport import PeerIdentity, hand_over_key
 from tandem.proto import worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -65,11 +67,13 @@ class WorkerProcess:
     _store: EngineStore | None = None
 
     def __init__(self, config: WorkerConfig, role: str) -> None:
-        """`role` is prefill or decode."""
+        """`role` is prefill or decode. Raises ConfigError."""
         self.config = config
         self.role = role
         self.worker_id = config.named(role)
         self.epoch = time.time_ns()
+        self.secret = read_secret(config.secret_file)
+        check_reachable(self.secret, "listen", config.listen)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
 
     async def load(self) -> None:
@@ -79,7 +83,7 @@ class WorkerProcess:
         signal.signal(signal.SIGTERM, _leave_at_once)
         signal.signal(signal.SIGINT, _leave_at_once)
         try:
-            port = self._server.add_insecure_port(self.config.listen)
+            port = add_port(self._server, self.config.listen, self.secret)
         except RuntimeError as error:
             raise ConfigError(f"--listen {self.config.listen}: cannot be bound; is another process there?") from error
         self.address = self.config.listen
@@ -108,7 +112,8 @@ class WorkerProcess:
 
     @property
     def identity(self) -> PeerIdentity:
-        return PeerIdentity(self.worker_id, self.epoch, self.engine.loaded.compatibility)
+        key = hand_over_key(self.secret)
+        return PeerIdentity(self.worker_id, self.epoch, self.engine.loaded.compatibility, key)
 
     async def serve(self, handover: Handover, kv_endpoint: worker_pb2.KvEndpoint | None) -> None:
         """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once."""
@@ -116,7 +121,7 @@ class WorkerProcess:
         stats = self._store.stats if self._store else None
         service.metrics = WorkerMetrics(service.status, service.registry, stats)
         if self.config.metrics_port:
-            host = "127.0.0.1" if self.config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
+            host = "127.0.0.1" if is_local(self.config.listen) else "0.0.0.0"
             serve_metrics(host, self.config.metrics_port, service.registry)
         self._bridge.deliver = service.deliver
         health = HealthServicer()

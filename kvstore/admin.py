@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from tandem.common.credentials import open_channel, remedy
 from tandem.common.errors import ConfigError
-from tandem.kvstore import grpc_auth
-from tandem.kvstore.dataplane.auth import read_secret
+from tandem.common.secret import VARIABLE, read_secret
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 
 DEFAULT_NODE = "127.0.0.1:9300"
@@ -50,21 +50,21 @@ _Run = Callable[[kvnode_pb2_grpc.KvNodeStub, argparse.Namespace], tuple[Message,
 """Asks the node: the answer, its lines for people, and whether all is well."""
 
 
-def main(argv: Sequence[str], find_node: Callable[[], tuple[str, str] | None] = lambda: None) -> int:
+def main(argv: Sequence[str], find_node: Callable[[str | None], tuple[str, str] | None] = lambda named: None) -> int:
     """Exit status: 0, or 1 when the node says no or cannot be reached. Raises ConfigError for a wrong command line.
 
-    `find_node` is asked where no node is named; it returns address and secret file, or None.
+    `find_node` is asked for the node that is named, or None; it returns address and secret file, or None.
     """
     options = _parser().parse_args(list(argv))
-    if options.node is None:
-        options.node, secret_file = find_node() or (DEFAULT_NODE, "")
-        options.secret_file = options.secret_file or secret_file
-    with grpc_auth.channel(options.node, read_secret(options.secret_file)) as channel:
+    node, secret_file = find_node(options.node) or (options.node or DEFAULT_NODE, "")
+    options.node = node
+    secret = read_secret(options.secret_file or secret_file)
+    with open_channel(options.node, secret) as channel:
         try:
             answer, lines, well = options.run(kvnode_pb2_grpc.KvNodeStub(channel), options)
         except grpc.RpcError as error:
-            details = error.details() if isinstance(error, grpc.Call) else str(error)
-            print(f"tandem kv: the node at {options.node}: {details}", file=sys.stderr)
+            details = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
+            print(f"tandem kv: the node at {options.node}: {details}{remedy(details, secret)}", file=sys.stderr)
             return 1
     if options.json:
         print(json.dumps(_plain(answer), indent=2))
@@ -87,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "--node",
         help=f"gRPC address of the node (default: that of the `tandem serve` that runs here, or {DEFAULT_NODE})",
     )
-    common.add_argument("--secret-file", default="", help="the store's kv_secret_file, if it has one")
+    common.add_argument(
+        "--secret-file",
+        default="",
+        help=f"the deployment's secret (default: {VARIABLE}, or that of the `tandem serve` that runs here)",
+    )
     common.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     common.add_argument("--timeout-s", type=float, default=30.0, help="give up after this long (default 30)")
     parser = _Parser(

@@ -16,7 +16,7 @@ EXAMPLES = (
     ("a worker that uses it", "tandem prefill --model DIR --kv-node /run/tandem-kv.sock"),
     (
         "one of several nodes, with a directory in Redis",
-        "tandem kvstore --kv-directory redis://10.0.0.2:6379/0 --store-listen 10.0.0.5:9301 --kv-secret-file secret",
+        "tandem kvstore --kv-directory redis://10.0.0.2:6379/0 --store-listen 10.0.0.5:9301 --secret-file secret",
     ),
 )
 

@@ -29,6 +29,8 @@ _PREFIX_KEY = blake3(b"tandem kv prefix chain v1").digest()
 _PASSAGE_KEY = blake3(b"tandem kv passage v1").digest()
 _TOKENS_KEY = blake3(b"tandem kv tokens v1").digest()
 _SALT_KEY = blake3(b"tandem kv tenant salt v1").digest()
+SALT_PURPOSE = "tenant salts"
+"""What the key of `keyed_salt` is derived from the deployment's secret for."""
 _SEGMENT_TOKENS = 512
 _SEGMENTS = 8192
 """Remembered; with blocks of 16 tokens about 40 MB for 4M tokens."""
@@ -68,6 +70,12 @@ def _encode(values: Iterable[bytes | str | int]) -> bytes:
 def namespace(identity: KvIdentity) -> Namespace:
     values = [SCHEMA_VERSION, *(getattr(identity, item.name) for item in fields(identity))]
     return Namespace(blake3(_encode(values), key=_NAMESPACE_KEY).digest())
+
+
+@lru_cache(maxsize=1024)
+def keyed_salt(key: bytes, name: bytes) -> bytes:
+    """The salt of whom `name` names. Who does not have the deployment's `key` (32 bytes) cannot compute it."""
+    return blake3(name, key=key).digest()
 
 
 @lru_cache(maxsize=1024)  # a router asks for the same few with every request

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.secret import check_reachable, read_secret
 from tandem.kvstore.codecs import Fidelity, get_codec
-from tandem.kvstore.dataplane.auth import ServerIdentity, read_secret
+from tandem.kvstore.dataplane.auth import ServerIdentity
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
@@ -75,7 +76,7 @@ def open_home(settings: StoreSettings, node_id: str, epoch: int, *, on_load: OnL
     """The store that a worker's settings ask for; None if they ask for none. `node_id` is the worker's id; `on_load` is
     told (link, bytes, objects, seconds) of everything that an embedded node reads. Raises ConfigError."""
     if settings.kv_node:
-        return OpenStore(RemoteHomeNode(settings.kv_node, node_id, secret=read_secret(settings.kv_secret_file)), None)
+        return OpenStore(RemoteHomeNode(settings.kv_node, node_id, secret=read_secret(settings.secret_file)), None)
     if not settings.kv_host_bytes:
         return None
     embedded = open_node(settings, node_id, epoch, on_load=on_load)
@@ -96,7 +97,8 @@ def open_node(
     with contextlib.ExitStack() as opened:  # closed in reverse, also when one of the next steps fails
         if directory is not None:
             opened.callback(directory.close)
-        secret = read_secret(settings.kv_secret_file)
+        secret = read_secret(settings.secret_file)
+        check_reachable(secret, "store_listen", settings.store_listen)
         if directory is None and settings.kv_directory:
             directory = open_directory(settings.kv_directory, secret)
             opened.callback(directory.close)

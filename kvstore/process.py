@@ -23,13 +23,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from tandem.common.credentials import add_port
 from tandem.common.errors import ConfigError
+from tandem.common.secret import check_reachable, is_local, read_secret
 from tandem.common.settings import Group
 from tandem.common.telemetry import process_registry, serve_metrics, set_up_logging
 from tandem.kvstore.contexts import open_shelf
-from tandem.kvstore.dataplane.auth import read_secret
 from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
-from tandem.kvstore.grpc_auth import RequireSecret
 from tandem.kvstore.metrics import StoreMetrics
 from tandem.kvstore.open import open_node, read_encryption_key
 from tandem.kvstore.service import KvNodeService
@@ -90,13 +90,10 @@ def serve(config: KvStoreConfig) -> None:
     node_id = config.node_id or f"kvstore-{socket.gethostname()}-{os.getpid()}"
     set_up_logging(node_id, config.log_level)
     stopping = _signals()
-    secret = read_secret(config.kv_secret_file)
-    server = grpc.server(
-        ThreadPoolExecutor(_THREADS, "kv-control"),
-        interceptors=[RequireSecret(secret)] if secret else [],
-        options=_OPTIONS,
-    )
-    address = _bind(server, config.listen)
+    secret = read_secret(config.secret_file)
+    check_reachable(secret, "listen", config.listen)
+    server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=_OPTIONS)
+    address = _bind(server, config.listen, secret)
     with tempfile.TemporaryDirectory(prefix="tandem-kv-") as folder:
         unix_path = config.kv_node or str(Path(folder) / "node.sock")
         embeds = config.kv_directory in ("", config.listen, address)
@@ -112,7 +109,7 @@ def serve(config: KvStoreConfig) -> None:
             registry = process_registry()
             StoreMetrics(store.stats, registry)
             if config.metrics_port:
-                host = "127.0.0.1" if config.listen.startswith(("unix:", "127.", "localhost")) else "0.0.0.0"
+                host = "127.0.0.1" if is_local(config.listen) else "0.0.0.0"
                 serve_metrics(host, config.metrics_port, registry)
             kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory, contexts, registry), server)
             if isinstance(directory, EmbeddedDirectory):
@@ -139,10 +136,10 @@ def serve(config: KvStoreConfig) -> None:
             store.close()
 
 
-def _bind(server: grpc.Server, listen: str) -> str:
+def _bind(server: grpc.Server, listen: str, secret: bytes) -> str:
     """Before anything else, so that a mistake shows at once. The address for clients."""
     try:
-        port = server.add_insecure_port(listen)
+        port = add_port(server, listen, secret)
     except RuntimeError as error:
         raise ConfigError(f"--listen {listen}: cannot be bound; is another process there?") from error
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"

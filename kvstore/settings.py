@@ -39,9 +39,9 @@ class StoreSettings:
     store_listen: str = ""
     """HOST:PORT where store nodes of other hosts read from this one; they are told this very address. Empty: this host
     only."""
-    kv_secret_file: str = ""
-    """File with a secret (16 bytes or more) that every node and worker of the store must know. Empty: everybody who can
-    reach the addresses is trusted."""
+    secret_file: str = ""
+    """File with the deployment's secret (16 bytes or more), the same for routers, workers and store nodes. Empty: the
+    variable TANDEM_SECRET holds it; without either nobody on another machine is listened to."""
     kv_chunk_tokens: int = 256
     """Tokens of one stored object; a multiple of the engine's block size, and the same on all workers that share."""
     kv_eviction: str = ""

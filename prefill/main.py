@@ -9,7 +9,7 @@ from tandem.prefill.settings import PrefillConfig
 
 EXAMPLES = (
     ("a worker on this machine", "tandem prefill --model DIR --listen unix:/tmp/prefill-0.sock"),
-    ("for routers on other machines", "tandem prefill --model DIR --listen 10.0.0.4:9100 --metrics-port 9400"),
+    ("for routers on other machines", "tandem prefill --model DIR --listen 10.0.0.4:9100 --secret-file secret"),
     ("settings from the environment", "TANDEM_MODEL=DIR TANDEM_NUM_THREADS=4 tandem prefill"),
 )
 

@@ -13,6 +13,7 @@ import uvicorn
 
 from tandem.common.errors import ConfigError
 from tandem.common.fairness import ServiceCounters
+from tandem.common.secret import read_secret
 from tandem.router.accounts import Accounts
 from tandem.router.batch.lane import BatchLane
 from tandem.router.caller import ANYBODY, Caller
@@ -57,10 +58,13 @@ class Router:
             SharedService(config.redis, counters, prefix=f"tandem:{self.model.name}") if config.redis else None
         )
         self.accounts = Accounts(self.metrics.registry, self._shared.buckets if self._shared is not None else None)
-        self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s)
+        secret = read_secret(config.secret_file)
+        self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s, secret)
         self.metrics.watch(self.fleet)
         self.siblings = Siblings(replica.folder, replica.index, replica.count)
-        self.service = Service(config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings)
+        self.service = Service(
+            config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings, secret
+        )
         if config.storage is not None:
             handlers = {path: methods["POST"] for path, methods in ROUTES.items() if "POST" in methods}
             self.service.batches = BatchLane(

@@ -12,8 +12,8 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from tandem.common.credentials import open_aio_channel
 from tandem.common.errors import TandemError
-from tandem.kvstore.grpc_auth import aio_channel
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 
 CALL_S = 2.0
@@ -105,7 +105,7 @@ class ContextClient:
     def _node(self) -> kvnode_pb2_grpc.KvNodeAsyncStub:
         """Connects in the background; a channel belongs to the loop on which it is made."""
         if self._stub is None:
-            self._channel = aio_channel(self._address, self._secret, _OPTIONS)
+            self._channel = open_aio_channel(self._address, self._secret, _OPTIONS)
             self._stub = kvnode_pb2_grpc.KvNodeStub(self._channel)
         return self._stub
 

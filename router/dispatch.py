@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain, salted
+from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, salted
 from tandem.kvstore.interfaces import ObjectKey
 from tandem.proto import worker_pb2
 from tandem.router.attempt import Attempt, Listener
@@ -52,14 +52,21 @@ class SequenceSpec:
 
 class Dispatcher:
     def __init__(
-        self, fleet: Fleet, metrics: RouterMetrics, disaggregate: Disaggregate, store: StoreView | None = None
+        self,
+        fleet: Fleet,
+        metrics: RouterMetrics,
+        disaggregate: Disaggregate,
+        store: StoreView | None = None,
+        salt_key: bytes = bytes(32),
     ) -> None:
-        """`store`: what the KV store holds; without it only the workers' own caches count."""
+        """`store`: what the KV store holds; without it only the workers' own caches count. `salt_key`: of
+        `keyed_salt`."""
         self.fleet = fleet
         self.pool = Pool()
         self._metrics = metrics
         self._disaggregate = disaggregate
         self._store = store
+        self._salt_key = salt_key
         self._turn = 0
 
     def start(
@@ -106,7 +113,7 @@ class Dispatcher:
         submit.sampling.CopyFrom(sequence.sampling.to_proto())
         submit.priority = sequence.priority
         submit.timeout_s = timeout_s
-        submit.cache_salt = sequence.cache_salt
+        submit.cache_salt = self._salt(sequence)
         submit.tenant = sequence.caller.tenant
         submit.traceparent = traceparent
         submit.weight = sequence.caller.weight
@@ -172,7 +179,7 @@ class Dispatcher:
         chunk_tokens = max(state.session.info.chunk_tokens for state in states)
         if not nodes or not chunk_tokens:
             return {}
-        root = _root(states[0].session.info.namespace, sequence.cache_salt)
+        root = _root(states[0].session.info.namespace, self._salt(sequence))
         keys = [ObjectKey(key) for key in prefix_chain(root, sequence.prompt.token_ids, chunk_tokens)]
         return self._store.reach(keys, chunk_tokens, nodes)
 
@@ -207,7 +214,10 @@ class Dispatcher:
             state.session.watch(key, placed)
 
     def _chain(self, sequence: SequenceSpec, worker: WorkerSession) -> list[BlockHash]:
-        return sequence.prompt.chain(_root(worker.info.namespace, sequence.cache_salt), worker.info.block_size)
+        return sequence.prompt.chain(_root(worker.info.namespace, self._salt(sequence)), worker.info.block_size)
+
+    def _salt(self, sequence: SequenceSpec) -> bytes:
+        return keyed_salt(self._salt_key, sequence.cache_salt)
 
 
 @lru_cache(maxsize=1024)

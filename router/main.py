@@ -19,7 +19,7 @@ EXAMPLES = (
     ),
     (
         "decode workers only, with API keys",
-        "tandem router --model DIR --decode-workers 10.0.0.5:9200 --api-keys-file keys",
+        "tandem router --model DIR --decode-workers 10.0.0.5:9200 --secret-file secret --api-keys-file keys",
     ),
     (
         "four processes that share the port, and limits and fairness that they share with routers elsewhere",

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import Namespace, salted
+from tandem.kvstore.identity import Namespace, keyed_salt, salted
 from tandem.proto import kvnode_pb2
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
@@ -111,4 +111,5 @@ def contexts_of(service: Service) -> ContextClient:
 def _root(service: Service, caller: Caller) -> bytes | None:
     """Root of the caller's prefix chains, as the workers make them; None while no worker is connected."""
     decode = service.fleet.decode
-    return salted(Namespace(decode[0].info.namespace), caller.cache_salt("")) if decode else None
+    salt = keyed_salt(service.salt_key, caller.cache_salt(""))
+    return salted(Namespace(decode[0].info.namespace), salt) if decode else None

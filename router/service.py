@@ -16,7 +16,8 @@ from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
 from tandem.common.fairness import ServiceCounters
-from tandem.kvstore.dataplane.auth import read_secret
+from tandem.common.secret import derive
+from tandem.kvstore.identity import SALT_PURPOSE
 from tandem.router.accounts import Accounts, Charge
 from tandem.router.admission import Admission
 from tandem.router.caller import Caller
@@ -53,12 +54,13 @@ class Service:
         accounts: Accounts,
         counters: ServiceCounters,
         siblings: Siblings,
+        secret: bytes = b"",
     ) -> None:
+        """`secret`: the deployment's; empty: there is none, and whoever knows a tenant's name knows its salt."""
         self.config = config
         self.model = model
         self.fleet = fleet
         self.metrics = metrics
-        secret = read_secret(config.kv_secret_file)
         self.contexts = ContextClient(config.kv_store, secret) if config.kv_store else None
         """None: this router keeps no named contexts."""
         self.accounts = accounts
@@ -79,7 +81,8 @@ class Service:
         siblings.on("metrics", lambda _: metrics.text().decode())
         siblings.on("usage", lambda question: accounts.usage.report(question["tenant"]))
         siblings.on("request", lambda question: _account(self.explain, question))
-        dispatcher = Dispatcher(fleet, metrics, config.disaggregate, self.store)
+        self.salt_key = derive(secret, SALT_PURPOSE)
+        dispatcher = Dispatcher(fleet, metrics, config.disaggregate, self.store, self.salt_key)
         self.admission = Admission(
             counters,
             max_requests=config.max_queued_requests,

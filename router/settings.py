@@ -130,5 +130,6 @@ class RouterConfig(FrontDoorSettings):
     kv_directory: str = ""
     """The KV store's directory, followed to know what is cached where: `redis://...` or the gRPC address of a store
     node. Empty: `kv_store`, where that is set."""
-    kv_secret_file: str = ""
-    """The store's secret, as its nodes have it. Empty: they ask for none."""
+    secret_file: str = ""
+    """File with the deployment's secret, which workers and store nodes have, too. Empty: the variable TANDEM_SECRET
+    holds it; without either they must ask for none."""

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 import tandem
+from tandem.common.credentials import open_aio_channel, remedy
 from tandem.common.errors import TandemError
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.router.health import WorkerHealth, eject_outliers
@@ -59,8 +60,10 @@ class WorkerClient:
         check: Callable[[worker_pb2.WorkerInfo], None],
         changed: Callable[[], None],
         silence_s: float = SILENCE_S,
+        secret: bytes = b"",
     ) -> None:
         self.target = target
+        self._secret = secret
         self.role = role
         self.session: WorkerSession | None = None
         self.health = WorkerHealth()
@@ -94,7 +97,7 @@ class WorkerClient:
         return None
 
     async def _run(self) -> None:
-        async with grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS) as channel:
+        async with open_aio_channel(self.target, self._secret, _CHANNEL_OPTIONS) as channel:
             self._stub = stub = worker_pb2_grpc.WorkerStub(channel)
             pause = RETRY_MIN_S
             said = ""
@@ -111,8 +114,10 @@ class WorkerClient:
                         log.error("worker %s is refused: %s", self.target, error)
                     said, pause = str(error), REFUSED_RETRY_S
                 except grpc.aio.AioRpcError as error:
-                    problem = f"{error.code().name}: {(error.details() or '')[:200]}"
-                    if time.monotonic() < patient_until:
+                    details = error.details() or ""
+                    hint = remedy(details, self._secret)
+                    problem = f"{error.code().name}: {details[:200]}{hint}"
+                    if time.monotonic() < patient_until and not hint:
                         problem = ""
                     elif said != problem:
                         log.info("worker %s cannot be reached (%s); trying on", self.target, problem)
@@ -163,11 +168,20 @@ class Fleet:
         prefill_targets: Iterable[str],
         router_id: str,
         silence_s: float = SILENCE_S,
+        secret: bytes = b"",
     ) -> None:
         targets = [(target, worker_pb2.ROLE_DECODE) for target in decode_targets]
         targets += [(target, worker_pb2.ROLE_PREFILL) for target in prefill_targets]
         self.clients = [
-            WorkerClient(target, role, router_id, check=self._check, changed=self._wake, silence_s=silence_s)
+            WorkerClient(
+                target,
+                role,
+                router_id,
+                check=self._check,
+                changed=self._wake,
+                silence_s=silence_s,
+                secret=secret,
+            )
             for target, role in targets
         ]
         self._by_role = {role: [client for client in self.clients if client.role == role] for role in _ROLE_NAMES}

@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"tandem: there is no command {command[:40]!r}{hint} See `tandem --help`.", file=sys.stderr)
         return 2
+    # Strangers who fail at a handshake would fill the log: the library writes a line for each.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from tandem.runtime.child import ERROR_PREFIX
     from tandem.runtime.parent import exit_with_parent, is_child
 

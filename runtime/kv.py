@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.common.errors import ConfigError
-from tandem.runtime.running import only_running
+from tandem.runtime.running import find_running, only_running
 
 
 def main(argv: Sequence[str]) -> int:
@@ -15,8 +15,11 @@ def main(argv: Sequence[str]) -> int:
     return admin.main(argv, _node_that_runs_here)
 
 
-def _node_that_runs_here() -> tuple[str, str] | None:
-    """Address and secret file. Raises ConfigError where there are several, or a server without a node."""
+def _node_that_runs_here(named: str | None) -> tuple[str, str] | None:
+    """Address and secret file, of the one that is `named` if it runs here, or of the only one. Raises ConfigError where
+    there are several, or a server without a node."""
+    if named is not None:
+        return next(((each.node, each.secret_file) for each in find_running() if each.node == named), None)
     running = only_running("--node")
     if running is None:
         return None

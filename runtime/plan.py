@@ -11,7 +11,7 @@ from tandem.router.settings import FrontDoorSettings
 from tandem.runtime.settings import ServeConfig
 
 BUNDLED_NAME = "tandem-small"
-_KNOWN_TO_WORKERS = ("kv_chunk_tokens", "kv_secret_file", "kv_near")
+_KNOWN_TO_WORKERS = ("kv_chunk_tokens", "secret_file", "kv_near")
 """Of the store's settings; the rest is between the node and its tiers."""
 
 
@@ -54,12 +54,12 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
         "model": config.model_folder,
         "served_model_name": served_name(config),
         "port": port,
+        "secret_file": config.secret_file,
         "prefill_workers": [worker.settings["listen"] for worker in workers if worker.command == "prefill"],
         "decode_workers": [worker.settings["listen"] for worker in workers if worker.command == "decode"],
     }
     if store:
         router["kv_store"] = store[0].settings["listen"]
-        router["kv_secret_file"] = config.kv_secret_file
     return [*store, *workers, ChildPlan("router", "router", router)]
 
 

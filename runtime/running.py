@@ -23,7 +23,7 @@ class Running:
     node: str
     """gRPC address of its store node; empty: it runs none."""
     secret_file: str
-    """File with the store's secret; empty: it has none."""
+    """File with its secret."""
     pid: int
     started: float
     """Tells a process from a later one with its number."""

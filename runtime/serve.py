@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from tandem.common.errors import ConfigError
 from tandem.common.settings import parse_settings
 from tandem.runtime.preflight import checked
+from tandem.runtime.secret import secret_of
 from tandem.runtime.settings import ServeConfig
 from tandem.runtime.vllm_flags import SHORT_FLAGS, VLLM_FLAGS
 
@@ -47,10 +48,11 @@ def main(argv: Sequence[str]) -> int:
     )
     port = free_port(config.host, config.port)
     config = checked(config)
+    secret = secret_of(config)
     from tandem.runtime.supervisor import Supervisor
 
     async def run() -> int:
-        return await Supervisor(config, port).run()
+        return await Supervisor(config, port, secret).run()
 
     return asyncio.run(run())
 

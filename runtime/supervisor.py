@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from tandem.common.secret import write_secret
 from tandem.common.settings import CONFIG_VARIABLE, plain, settings_of
 from tandem.runtime.child import Child, ChildFailed
 from tandem.runtime.parent import RUN_DIRECTORY_VARIABLE
 from tandem.runtime.plan import ChildPlan, plan_children, ready_text, served_name
 from tandem.runtime.running import RUN_PREFIX, announce, run_folders
+from tandem.runtime.secret import FILE
 from tandem.runtime.settings import ServeConfig
 
 READY_POLL_S = 0.05
@@ -36,8 +39,9 @@ _LONGEST_DIRECTORY = 70
 
 
 class Supervisor:
-    def __init__(self, config: ServeConfig, port: int) -> None:
+    def __init__(self, config: ServeConfig, port: int, secret: bytes) -> None:
         self._config = config
+        self._secret = secret
         self._port = port
         self._url = f"http://{_reachable(config.host)}:{port}"
         self._children: list[Child] = []
@@ -59,9 +63,12 @@ class Supervisor:
             shutil.rmtree(run_directory, ignore_errors=True)
 
     async def _supervise(self, run_directory: Path, stdin: int) -> int:
+        secret_file = run_directory / FILE
+        write_secret(secret_file, self._secret)
+        self._config = replace(self._config, secret_file=str(secret_file))
         plans = plan_children(self._config, run_directory, self._port)
         node = next((str(plan.settings["listen"]) for plan in plans if plan.command == "kvstore"), "")
-        announce(run_directory, self._url, served_name(self._config), node, self._config.kv_secret_file)
+        announce(run_directory, self._url, served_name(self._config), node, str(secret_file))
         self._children = [self._child(plan, run_directory, stdin) for plan in plans]
         runs = [asyncio.create_task(child.run(), name=child.name) for child in self._children]
         announcer = asyncio.create_task(self._announce())

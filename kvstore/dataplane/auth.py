@@ -1,41 +1,29 @@
-"""The handshake: who is there, and that both know the secret where one is set.
+"""The handshake: that both know the secret, where there is one, and who is there.
 
-    client                                     server
-    Hello {name, nonce}                 ->
-                                        <-     Challenge {node id, epoch, host id, nonce, proof}
-    Proof {proof}                       ->
-                                        <-     Welcome {arena size} + descriptor, or Refuse
-
-A proof is HMAC-SHA256 over the role, both nonces and the names: a recorded one is of no use, and neither side's proof
-can be sent back as the other's. The secret keeps strangers out; it does not encrypt. Run TCP inside a trusted network.
+client                                     server
+(kvstore/challenge.py, where there is a secret)
+Hello {name}                        ->
+                                    <-     Welcome {node id, epoch, host id, arena size} + descriptor, or Refuse
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
-
-from tandem.common.errors import ConfigError
+from tandem.common.secret import derive
+from tandem.kvstore.challenge import Unproven, demand, prove
 from tandem.kvstore.dataplane.link import CONNECT_S, Link, expect
 from tandem.kvstore.dataplane.protocol import (
     Body,
-    Challenge,
     Hello,
     Kind,
-    Proof,
     ProtocolError,
     Refuse,
     VersionMismatch,
     Welcome,
 )
-
-MIN_SECRET_BYTES = 16
-_NONCE_BYTES = 32
 
 
 class HandshakeRefused(Exception):
@@ -59,42 +47,32 @@ class Greeting:
     """Of the arena, owned by the caller. None over TCP."""
 
 
-def read_secret(path: str) -> bytes:
-    """The shared secret in `path`, without white space around it; empty for an empty path. Raises ConfigError."""
-    if not path:
-        return b""
-    try:
-        secret = Path(path).read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"kv_secret_file {path}: cannot be read ({error.strerror})") from error
-    if len(secret) < MIN_SECRET_BYTES:
-        raise ConfigError(
-            f"kv_secret_file {path}: {len(secret)} bytes are too few, write at least {MIN_SECRET_BYTES} into it "
-            "(`openssl rand -hex 32`)"
-        )
-    return secret
+def data_plane_key(secret: bytes) -> bytes:
+    """Empty without a secret."""
+    return derive(secret, "data plane") if secret else b""
 
 
-def greet(link: Link, name: str, secret: bytes) -> Greeting:
-    """The client's half. Raises HandshakeRefused, ProtocolError, OSError. Leaves closing `link` to the caller."""
-    hello = Hello(name, os.urandom(_NONCE_BYTES))
-    with contextlib.suppress(BrokenPipeError):  # turned away already: the reason can still be read
-        link.send(Kind.HELLO, 0, hello)
+def greet(link: Link, name: str, key: bytes) -> Greeting:
+    """The client's half. `key` is of `data_plane_key`. Raises HandshakeRefused, ProtocolError, OSError. Leaves closing
+    `link` to the caller."""
     try:
-        challenge = expect(_accepted(link.receive(CONNECT_S)[1]), Challenge)
+        if key:
+            prove(link.sock, key, CONNECT_S)
+        with contextlib.suppress(BrokenPipeError):  # turned away already: the reason can still be read
+            link.send(Kind.HELLO, 0, Hello(name))
+        descriptor: int | None = None
+        if link.is_unix:
+            _, answer, descriptor = link.receive_with_descriptor(CONNECT_S)
+        else:
+            _, answer = link.receive(CONNECT_S)
     except VersionMismatch as error:
         raise HandshakeRefused(str(error)) from error
-    if secret and not hmac.compare_digest(challenge.proof, _proof(secret, b"server", hello, challenge)):
-        raise HandshakeRefused(
-            f"node {challenge.node_id!r} {'has another secret' if challenge.proof else 'has no secret'}: "
-            "give both the same kv_secret_file"
-        )
-    link.send(Kind.PROOF, 0, Proof(_proof(secret, b"client", hello, challenge)))
-    descriptor: int | None = None
-    if link.is_unix:
-        _, answer, descriptor = link.receive_with_descriptor(CONNECT_S)
-    else:
-        _, answer = link.receive(CONNECT_S)
+    except Unproven as error:
+        raise HandshakeRefused(str(error)) from error
+    except ConnectionError as error:
+        if key:
+            raise
+        raise HandshakeRefused(f"it hung up ({error}): it may ask for a secret, and this process has none") from error
     try:
         welcome = expect(_accepted(answer), Welcome)
         if welcome.arena_bytes and descriptor is None:
@@ -103,8 +81,7 @@ def greet(link: Link, name: str, secret: bytes) -> Greeting:
         if descriptor is not None:
             os.close(descriptor)
         raise
-    server = ServerIdentity(challenge.node_id, challenge.epoch, challenge.host_id)
-    return Greeting(server, welcome.arena_bytes, descriptor)
+    return Greeting(ServerIdentity(welcome.node_id, welcome.epoch, welcome.host_id), welcome.arena_bytes, descriptor)
 
 
 def _accepted(body: Body) -> Body:
@@ -113,40 +90,29 @@ def _accepted(body: Body) -> Body:
     return body
 
 
-def admit(link: Link, me: ServerIdentity, secret: bytes) -> str:
-    """The server's half up to the proof; `welcome` or `refuse` comes next. Returns the client's name. Raises
-    HandshakeRefused after telling the client, ProtocolError, OSError."""
+def admit(link: Link, key: bytes) -> str:
+    """The server's half up to the client's name; `welcome` or `refuse` comes next. Raises HandshakeRefused,
+    ProtocolError, OSError. Who does not know the secret is told nothing."""
+    if key:
+        try:
+            demand(link.sock, key, CONNECT_S)
+        except (Unproven, TimeoutError) as error:
+            raise HandshakeRefused(str(error)) from error
     try:
-        hello = expect(link.receive(CONNECT_S)[1], Hello)
+        return expect(link.receive(CONNECT_S)[1], Hello).name
     except VersionMismatch as error:
         raise refuse(link, "version", str(error)) from error
-    unproven = Challenge(me.node_id, me.epoch, me.host_id, os.urandom(_NONCE_BYTES), b"")
-    challenge = msgspec.structs.replace(unproven, proof=_proof(secret, b"server", hello, unproven))
-    link.send(Kind.CHALLENGE, 0, challenge)
-    proof = expect(link.receive(CONNECT_S)[1], Proof)
-    if not hmac.compare_digest(proof.proof, _proof(secret, b"client", hello, challenge)):
-        wrong = (
-            "another secret" if secret and proof.proof else "no secret" if secret else "a secret, this node has none"
-        )
-        raise refuse(link, "unauthenticated", f"the client has {wrong}: give both the same kv_secret_file")
-    return hello.name
 
 
-def welcome(link: Link, arena_bytes: int, descriptor: int | None) -> None:
+def welcome(link: Link, me: ServerIdentity, arena_bytes: int, descriptor: int | None) -> None:
     if descriptor is None or not link.is_unix:
-        link.send(Kind.WELCOME, 0, Welcome(0))
+        link.send(Kind.WELCOME, 0, Welcome(me.node_id, me.epoch, me.host_id, 0))
     else:
-        link.send_with_descriptor(Kind.WELCOME, 0, Welcome(arena_bytes), descriptor)
+        body = Welcome(me.node_id, me.epoch, me.host_id, arena_bytes)
+        link.send_with_descriptor(Kind.WELCOME, 0, body, descriptor)
 
 
 def refuse(link: Link, code: str, message: str) -> HandshakeRefused:
     """Tells the client; returns the exception to raise."""
     link.send(Kind.REFUSE, 0, Refuse(code, message))
     return HandshakeRefused(f"{code}: {message}")
-
-
-def _proof(secret: bytes, role: bytes, hello: Hello, challenge: Challenge) -> bytes:
-    if not secret:
-        return b""
-    names = (role, hello.name, hello.nonce, challenge.node_id, challenge.epoch, challenge.host_id, challenge.nonce)
-    return hmac.digest(secret, msgspec.msgpack.encode(names), "sha256")

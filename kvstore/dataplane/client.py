@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import HandshakeRefused, greet
+from tandem.kvstore.dataplane.auth import HandshakeRefused, data_plane_key, greet
 from tandem.kvstore.dataplane.channel import Channel
 from tandem.kvstore.dataplane.link import Link, connect_unix
 from tandem.kvstore.dataplane.protocol import Kind, ProtocolError
@@ -50,7 +50,7 @@ class RemoteHomeNode:
         """Connects in the background. `name` is the worker's, for the node's log."""
         self._path = unix_path
         self._name = name
-        self._secret = secret
+        self._key = data_plane_key(secret)
         self._node_id = ""
         self._channel: Channel | None = None
         self._changed = threading.Condition()
@@ -139,7 +139,7 @@ class RemoteHomeNode:
         return reason, channel is not None
 
     def _open(self, link: Link) -> Channel:
-        greeting = greet(link, self._name, self._secret)
+        greeting = greet(link, self._name, self._key)
         if greeting.descriptor is None:
             raise ProtocolError("the node has no shared memory, so it cannot be a home node")
         self._node_id = greeting.server.node_id

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import HandshakeRefused, greet
+from tandem.kvstore.dataplane.auth import HandshakeRefused, data_plane_key, greet
 from tandem.kvstore.dataplane.client import map_arena
 from tandem.kvstore.dataplane.link import STALL_S, Link, connect_tcp, connect_unix, expect
 from tandem.kvstore.dataplane.nixl import NixlAgent
@@ -44,26 +44,26 @@ class PeerConnection:
         self._last_id = 0
 
     @classmethod
-    def open(cls, node: NodeInfo, name: str, secret: bytes, agent: NixlAgent | None) -> PeerConnection:
+    def open(cls, node: NodeInfo, name: str, key: bytes, agent: NixlAgent | None) -> PeerConnection:
         """Over the unix socket where node and reader share a host, else TCP, with `agent` for reads. Raises OSError,
         ProtocolError, HandshakeRefused."""
         failures: list[str] = []
         if node.unix_path and node.host_id == local_host_id() and Path(node.unix_path).is_socket():
             try:
-                return cls._greeted(connect_unix(node.unix_path), node, name, secret, None)
+                return cls._greeted(connect_unix(node.unix_path), node, name, key, None)
             except _FAULTS as error:
                 failures.append(f"{node.unix_path}: {error}")
         if node.host and node.port:
             try:
-                return cls._greeted(connect_tcp(node.host, node.port), node, name, secret, agent)
+                return cls._greeted(connect_tcp(node.host, node.port), node, name, key, agent)
             except _FAULTS as error:
                 failures.append(f"{node.host}:{node.port}: {error}")
         raise ConnectionError("; ".join(failures) or "none of its addresses can be used from this host")
 
     @classmethod
-    def _greeted(cls, link: Link, node: NodeInfo, name: str, secret: bytes, agent: NixlAgent | None) -> PeerConnection:
+    def _greeted(cls, link: Link, node: NodeInfo, name: str, key: bytes, agent: NixlAgent | None) -> PeerConnection:
         try:
-            greeting = greet(link, name, secret)
+            greeting = greet(link, name, key)
             arena = None
             if greeting.descriptor is not None:
                 arena = MappedArena(map_arena(greeting.descriptor, greeting.arena_bytes))
@@ -203,7 +203,7 @@ class SocketPeerReader:
         from other hosts, into its own arena."""
         self._nodes = nodes
         self._name = name
-        self._secret = secret
+        self._key = data_plane_key(secret)
         self._agent = agent
         self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}
@@ -258,7 +258,7 @@ class SocketPeerReader:
                 return answer
         if time.monotonic() < peer.blocked_until:
             return None
-        connection = PeerConnection.open(peer.node, self._name, self._secret, self._agent)
+        connection = PeerConnection.open(peer.node, self._name, self._key, self._agent)
         try:
             answer = ask(connection)
         except BaseException:

@@ -18,9 +18,9 @@ from msgspec import Meta
 
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """1: first version. 2: memory is held for puts to come, look-ups may begin the fetch, and
-arenas can be read over NIXL.
+arenas can be read over NIXL. 3: the secret is proved before the first frame.
 
 In every version the first 8 bytes are magic, version and kind, and a server answers a Hello of a version it does not
 speak with a Refuse of its own version, so that both sides can name the two."""
@@ -53,8 +53,6 @@ class VersionMismatch(ProtocolError):
 
 _Key = Annotated[ObjectKey, Meta(min_length=32, max_length=32)]
 _Name = Annotated[str, Meta(max_length=512)]
-_Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
-_Digest = Annotated[bytes, Meta(max_length=64)]
 _Count = Annotated[int, Meta(ge=0, le=MAX_KEYS)]
 _Size = Annotated[int, Meta(ge=0, le=MAX_OBJECT_BYTES)]
 _Offset = Annotated[int, Meta(ge=-1, le=1 << 52)]
@@ -69,28 +67,14 @@ class Hello(Body, frozen=True):
     """First frame, from the client."""
 
     name: _Name
-    nonce: _Nonce
 
 
-class Challenge(Body, frozen=True):
-    """Who the server is, and that it knows the secret (empty: it has none)."""
+class Welcome(Body, frozen=True):
+    """Who the server is. Comes with the descriptor of the arena where `arena_bytes` is not 0."""
 
     node_id: _Name
     epoch: Annotated[int, Meta(ge=0)]
     host_id: _Name
-    nonce: _Nonce
-    proof: _Digest
-
-
-class Proof(Body, frozen=True):
-    """That the client knows the secret (empty: it has none)."""
-
-    proof: _Digest
-
-
-class Welcome(Body, frozen=True):
-    """Comes with the descriptor of the arena where `arena_bytes` is not 0."""
-
     arena_bytes: Annotated[int, Meta(ge=0, le=1 << 52)]
 
 
@@ -244,8 +228,6 @@ ALL_LAYERS = 1 << 30
 
 class Kind(enum.IntEnum):
     HELLO = 1
-    CHALLENGE = 2
-    PROOF = 3
     WELCOME = 4
     REFUSE = 5
     BEGIN_PUT = 10
@@ -282,8 +264,6 @@ class Kind(enum.IntEnum):
 
 _BODIES: dict[Kind, type[Body]] = {
     Kind.HELLO: Hello,
-    Kind.CHALLENGE: Challenge,
-    Kind.PROOF: Proof,
     Kind.WELCOME: Welcome,
     Kind.REFUSE: Refuse,
     Kind.BEGIN_PUT: BeginPut,

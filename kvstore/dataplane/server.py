@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from pathlib import Path
 
-from tandem.kvstore.dataplane.auth import ServerIdentity
+from tandem.common.seldom import Seldom
+from tandem.kvstore.dataplane.auth import ServerIdentity, data_plane_key
 from tandem.kvstore.dataplane.interfaces import ServedNode
 from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.session import Session
 from tandem.kvstore.dataplane.stats import Counters, DataPlaneStats
 from tandem.kvstore.listening import Listener
+
+logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
 """One thread each."""
@@ -20,7 +24,7 @@ _SCRATCH_BUFFERS = 4
 
 class DataServer:
     """Thread-safe. Serves `node` on a unix socket (a path in a private directory), on TCP (port 0 picks one), or both.
-    With a secret it talks only to those who know it; nothing is encrypted."""
+    With a secret it talks only to those who know it; what follows is not encrypted."""
 
     def __init__(
         self,
@@ -35,7 +39,8 @@ class DataServer:
         """`agent`: other hosts may read the arena through it."""
         self._node = node
         self._identity = identity
-        self._secret = secret
+        self._key = data_plane_key(secret)
+        self._complaints = Seldom(logger, logging.WARNING)
         self._counters = Counters()
         self._scratch = threading.Semaphore(_SCRATCH_BUFFERS)
         self._agent = agent
@@ -76,8 +81,9 @@ class DataServer:
             sock,
             self._node,
             self._identity,
-            self._secret,
+            self._key,
             self._counters,
+            self._complaints,
             self._scratch,
             self._agent,
             self._ended,

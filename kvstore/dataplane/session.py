@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from tandem.common.seldom import Seldom
 from tandem.kvstore.bundle import transcode
 from tandem.kvstore.codecs import CODECS
 from tandem.kvstore.dataplane import protocol
@@ -52,8 +53,9 @@ class Session:
         sock: socket.socket,
         node: ServedNode,
         identity: ServerIdentity,
-        secret: bytes,
+        key: bytes,
         counters: Counters,
+        complaints: Seldom,
         scratch: threading.Semaphore,
         agent: NixlAgent | None,
         on_ended: Callable[[Session], None],
@@ -61,8 +63,9 @@ class Session:
         self._link = Link(sock)
         self._node = node
         self._identity = identity
-        self._secret = secret
+        self._key = key
         self._counters = counters
+        self._complaints = complaints
         self._scratch = scratch
         self._agent = agent
         self._on_ended = on_ended
@@ -99,9 +102,10 @@ class Session:
         self._thread.start()
 
     def turn_away(self, code: str, message: str) -> None:
-        """Instead of `start`: the server has no room."""
-        with contextlib.suppress(OSError):
-            refuse(self._link, code, message)
+        """Instead of `start`: the server has no room. Says so where it may be anybody."""
+        if not self._key:
+            with contextlib.suppress(OSError):
+                refuse(self._link, code, message)
         self._link.close()
 
     def stop(self) -> None:
@@ -115,10 +119,11 @@ class Session:
 
     def _run(self) -> None:
         try:
-            self._name = admit(self._link, self._identity, self._secret)
+            self._name = admit(self._link, self._key)
             arena = self._node.arena
             shared = self._link.is_unix and arena.fd >= 0
-            welcome(self._link, arena.capacity_bytes if shared else 0, arena.fd if shared else None)
+            descriptor = arena.fd if shared else None
+            welcome(self._link, self._identity, arena.capacity_bytes if shared else 0, descriptor)
             while True:
                 header, body = self._link.receive()
                 handle = self._handlers.get(header.kind)
@@ -127,10 +132,10 @@ class Session:
                 handle(header, body)
         except HandshakeRefused as error:
             self._counters.add("refused_connections")
-            logger.warning("a client of the data plane was turned away: %s", error)
+            self._complaints.log("a client of the data plane was turned away: %s", error)
         except ProtocolError as error:
             self._counters.add("malformed_frames")
-            logger.warning("the connection of %r broke the protocol: %s", self._name, error)
+            self._complaints.log("the connection of %r broke the protocol: %s", self._name, error)
         except OSError as error:
             logger.debug("the connection of %r ended: %s", self._name, error)
         except Exception:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import grpc
 
-from tandem.kvstore import grpc_auth
+from tandem.common.credentials import open_channel, remedy
 from tandem.kvstore.directory.embedded import EmbeddedDirectory
 from tandem.kvstore.directory.messages import UNREACHABLE, Dump, NodeState, Page, Reply, Update, Verdict
 from tandem.kvstore.directory.remote import CALL_TIMEOUT_S, LOOKUP_TIMEOUT_S, DirectoryFault, RemoteDirectory
@@ -112,7 +112,8 @@ class DirectoryClient(RemoteDirectory):
 
     def __init__(self, address: str, secret: bytes = b"") -> None:
         super().__init__(address)
-        self._channel = grpc_auth.channel(address, secret, _CHANNEL_OPTIONS)
+        self._secret = secret
+        self._channel = open_channel(address, secret, _CHANNEL_OPTIONS)
         self._stub = pb_grpc.KvDirectoryStub(self._channel)
         self._was_refused = False
         self._start()
@@ -143,9 +144,10 @@ class DirectoryClient(RemoteDirectory):
             answer = self._stub.States(pb.StatesRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             if not self._was_refused and isinstance(error, grpc.Call):
-                self._was_refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
-                if self._was_refused:
-                    log.error("the directory at %s refuses this process: %s", self._address, error.details())
+                reason = remedy(error.details() or "", self._secret)
+                self._was_refused = bool(reason)
+                if reason:
+                    log.error("no connection to the directory at %s%s", self._address, reason)
             return None
         return {it.node.node_id: NodeState(_node_from_proto(it.node), it.seq) for it in answer.states}
 

@@ -38,7 +38,7 @@ A Reason has `code`, `message` and `retriable`; `str(reason)` is "code: message"
 
 from tandem.kvstore.transport.client import KvClientPool, KvStream
 from tandem.kvstore.transport.interfaces import Fill, KvSink, Reason, StreamListener, TransportSettings
-from tandem.kvstore.transport.peers import Endpoint, PeerIdentity, local_host_id
+from tandem.kvstore.transport.peers import Endpoint, PeerIdentity, hand_over_key, local_host_id
 from tandem.kvstore.transport.server import Incoming, KvServer
 from tandem.kvstore.transport.stats import TransportStats
 
@@ -55,5 +55,6 @@ __all__ = [
     "StreamListener",
     "TransportSettings",
     "TransportStats",
+    "hand_over_key",
     "local_host_id",
 ]

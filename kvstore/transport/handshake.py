@@ -1,4 +1,5 @@
-"""From a socket to a channel: Hello both ways, and the choice between shared memory and the byte stream."""
+"""From a socket to a channel: the proof of the secret where there is one, Hello both ways, and the choice between
+shared memory and the byte stream."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 
+from tandem.kvstore.challenge import demand, prove
 from tandem.kvstore.transport.arena import ArenaReceiver, ArenaSender
 from tandem.kvstore.transport.frames import (
     Frame,
@@ -21,7 +23,7 @@ from tandem.kvstore.transport.frames import (
 )
 from tandem.kvstore.transport.inline import InlineReceiver, InlineSender
 from tandem.kvstore.transport.interfaces import Reason, TransportSettings
-from tandem.kvstore.transport.link import Link
+from tandem.kvstore.transport.link import Link, PeerClosed
 from tandem.kvstore.transport.payload import PayloadReceiver, PayloadSender
 from tandem.kvstore.transport.peers import Endpoint, PeerIdentity, is_local
 
@@ -127,6 +129,8 @@ def _greet(
     identity: PeerIdentity,
     settings: TransportSettings,
 ) -> SendChannel:
+    if identity.key:
+        prove(sock, identity.key, settings.connect_timeout_s)
     link = Link(sock, settings.connect_timeout_s)
     hello = Hello(identity.worker_id, identity.epoch, identity.compatibility, settings.lease_s)
     if isinstance(payload, ArenaSender):
@@ -141,6 +145,10 @@ def _greet(
         answer = link.receive()
     except VersionMismatch as error:
         raise HandshakeRefused(Reason("incompatible", str(error), retriable=False)) from error
+    except ConnectionError as error:
+        if identity.key:
+            raise
+        raise PeerClosed(f"{error}; it may ask for a secret, and this process has none") from error
     body_in = link.read_body(answer)
     if answer.kind is Kind.REFUSE and answer.stream == 0:
         raise HandshakeRefused(decode_reason(body_in))
@@ -161,6 +169,8 @@ def _greet(
 def welcome(link: Link, identity: PeerIdentity, settings: TransportSettings) -> ReceiveChannel:
     """The server's half. Raises HandshakeRefused after telling the client, OSError, FrameError. Leaves closing `link`
     to the caller."""
+    if identity.key:
+        demand(link.sock, identity.key, settings.connect_timeout_s)
     try:
         frame, descriptor = _receive_first(link)
     except VersionMismatch as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tandem.common.secret import derive
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -16,6 +18,13 @@ class PeerIdentity:
     """Differs for every start of the process."""
     compatibility: bytes
     """Digest of everything both ends must share: model, dtype, layout, version."""
+    key: bytes = field(default=b"", repr=False)
+    """Of `hand_over_key`: both ends prove that they have it. Empty: there is no secret."""
+
+
+def hand_over_key(secret: bytes) -> bytes:
+    """Empty without a secret."""
+    return derive(secret, "hand-over") if secret else b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from tandem.common.seldom import Seldom
 from tandem.kvstore.transport.frames import (
     Frame,
     FrameError,
@@ -45,6 +46,7 @@ class Receiver:
         sink: KvSink,
         registry: StreamRegistry,
         counters: Counters,
+        complaints: Seldom,
         on_ended: Callable[[Receiver], None],
     ) -> None:
         self._link = Link(sock, settings.connect_timeout_s)
@@ -53,6 +55,7 @@ class Receiver:
         self._sink = sink
         self._registry = registry
         self._counters = counters
+        self._complaints = complaints
         self._on_ended = on_ended
         self._stopping = False
         self._streams: dict[int, Incoming] = {}
@@ -72,8 +75,9 @@ class Receiver:
         self._thread.join()
 
     def turn_away(self, reason: Reason) -> None:
-        """Instead of `start`."""
-        self._link.post(Kind.REFUSE, encode_reason(reason))
+        """Instead of `start`. Says why where it may be anybody."""
+        if not self._identity.key:
+            self._link.post(Kind.REFUSE, encode_reason(reason))
         self._link.close()
 
     @property
@@ -101,11 +105,11 @@ class Receiver:
             finally:
                 channel.payload.close()
         except HandshakeRefused as error:
-            logger.warning("refused a connection: %s", error.reason)
+            self._complaints.log("refused a connection: %s", error.reason)
         except Exception as error:
             if not self._stopping:
                 reason = reason_of(error)
-                logger.info("a sender's connection ended: %s", reason)
+                self._complaints.log("a sender's connection ended: %s", reason)
         finally:
             for stream in self._streams.values():
                 self.lose(stream, reason)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from pathlib import Path
 
+from tandem.common.seldom import Seldom
 from tandem.kvstore.listening import Listener
 from tandem.kvstore.transport.frames import Kind, encode_reason
 from tandem.kvstore.transport.handshake import tune_tcp
@@ -18,10 +20,13 @@ from tandem.kvstore.transport.stats import Counters, TransportStats
 
 __all__ = ["Incoming", "KvServer"]
 
+logger = logging.getLogger(__name__)
+
 
 class KvServer:
     """Thread-safe. Needs `listen_unix` (a path in a private directory), `listen_tcp` (host, port; port 0 picks one)
-    or both. TCP is neither encrypted nor authenticated: listen on a network of the cluster only."""
+    or both. With a key in `identity` only those who have it get in; nothing is encrypted, so TCP belongs inside a
+    trusted network."""
 
     def __init__(
         self,
@@ -37,6 +42,7 @@ class KvServer:
         self._sink = sink
         self._settings = settings or TransportSettings()
         self._counters = Counters()
+        self._complaints = Seldom(logger, logging.INFO)
         self._registry = StreamRegistry(self._settings.max_streams, self._counters)
         self._lock = threading.Lock()
         self._receivers: set[Receiver] = set()
@@ -91,7 +97,14 @@ class KvServer:
         if sock.family != socket.AF_UNIX:
             tune_tcp(sock, self._settings)
         receiver = Receiver(
-            sock, self._identity, self._settings, self._sink, self._registry, self._counters, self._receiver_ended
+            sock,
+            self._identity,
+            self._settings,
+            self._sink,
+            self._registry,
+            self._counters,
+            self._complaints,
+            self._receiver_ended,
         )
         with self._lock:
             self._ending = [ending for ending in self._ending if ending.alive]

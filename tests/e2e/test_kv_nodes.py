@@ -99,12 +99,12 @@ def test_without_the_secret_nobody_is_let_in_and_everybody_is_served(cluster: Cl
     on_disk = [cluster.prompt(LENGTH) for _ in range(8)]
     answers = [cluster.ask("a", prompt).tokens for prompt in on_disk]
     cluster.flush("a")
-    right = str(cluster["node-a"].settings["kv_secret_file"])
+    right = str(cluster["node-a"].settings["secret_file"])
     wrong = cluster.folder / "another secret"
     wrong.write_text("another secret of more than sixteen bytes")
     logs = {name: len(cluster[name].log) for name in ("node-a", "prefill-a", "decode-a", "node-b")}
     try:
-        cluster["node-a"].restart(kv_secret_file=str(wrong))
+        cluster["node-a"].restart(secret_file=str(wrong))
         for worker in ("prefill-a", "decode-a"):
             told = partial(cluster[worker].logged, "has another secret", logs[worker])
             eventually(told, what=f"{worker} says why")
@@ -116,12 +116,12 @@ def test_without_the_secret_nobody_is_let_in_and_everybody_is_served(cluster: Cl
         # Host a's disk has it, and the directory says so: host b asks, and is told to go away.
         eventually(lambda: len(cluster.stats("b").known_nodes) == 2, what="both nodes in the directory")
         eventually(b_was_refused, what="host b turned away")
-        assert cluster["node-b"].logged("give both the same kv_secret_file", logs["node-b"])
+        assert cluster["node-b"].logged("give both the same secret_file", logs["node-b"])
         assert cluster.ask("a", tokens).tokens == first.tokens
         assert cluster.ask("a", cluster.prompt(LENGTH)).by_tier == {}
         assert cluster.stats("a").tiers[0].objects == 0
     finally:
-        cluster["node-a"].restart(kv_secret_file=right)
+        cluster["node-a"].restart(secret_file=right)
     cluster.wait_joined()
     cluster.crosses("a", "b")
     cluster.crosses("b", "a")

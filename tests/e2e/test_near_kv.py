@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tandem.kvstore import grpc_auth
+from tandem.common.credentials import open_channel
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 from tests.e2e.cluster import CHUNK, Process, costly_model, free_port
 from tests.e2e.serving import eventually, tandem_command
@@ -89,7 +89,7 @@ class Shared:
     def forget(self, *names: str) -> None:
         """Kills these, and waits until others took their places and all routers know them."""
         if "node" in names:
-            with grpc_auth.channel(self._at("node"), b"") as channel:
+            with open_channel(self._at("node"), b"") as channel:
                 drained = kvnode_pb2_grpc.KvNodeStub(channel).Drain(kvnode_pb2.DrainRequest(grace_s=20), timeout=30)
                 assert drained.flushed
         for name in names:

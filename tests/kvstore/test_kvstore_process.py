@@ -219,7 +219,7 @@ def test_a_node_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], t
     [
         ("kv_eviction", "magic"),
         ("kv_disk_codec", "zip"),
-        ("kv_secret_file", "/nonexistent"),
+        ("secret_file", "/nonexistent"),
         ("kv_directory", "http://x"),
         ("kv_encryption_key_file", "/dev/null"),
         ("kv_disk", "/dev/null/x"),

@@ -47,7 +47,7 @@ def test_objects_of_another_host_come_over_nixl(
     secret = tmp_path / "secret"
     secret.write_text("0123456789abcdef")
     first, second = (
-        open_on_own_host(name, kv_nixl=True, kv_secret_file=str(secret), kv_link_codec="raw") for name in ("a", "b")
+        open_on_own_host(name, kv_nixl=True, secret_file=str(secret), kv_link_codec="raw") for name in ("a", "b")
     )
     for number in range(4):
         assert put(first.node, number, head_dim=64)

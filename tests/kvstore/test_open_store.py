@@ -66,7 +66,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_an_object_comes_from_another_host_layer_by_layer(open_on_own_host: Open, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("0123456789abcdef")
-    first, second = (open_on_own_host(name, kv_secret_file=str(secret)) for name in ("a", "b"))
+    first, second = (open_on_own_host(name, secret_file=str(secret)) for name in ("a", "b"))
     for number in range(4):
         assert put(first.node, number, head_dim=64)
     keys = [key(number) for number in range(4)]
@@ -85,7 +85,7 @@ def test_an_object_comes_from_another_host_layer_by_layer(open_on_own_host: Open
 def test_without_the_secret_nothing_is_read(open_on_own_host: Open, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("0123456789abcdef")
-    first, second = open_on_own_host("a", kv_secret_file=str(secret)), open_on_own_host("b")
+    first, second = open_on_own_host("a", secret_file=str(secret)), open_on_own_host("b")
     assert put(first.node, 0)
     wait_for(lambda: second.node.locate([key(0)]))
     with second.node.fetch(second.node.locate([key(0)])) as fetch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from tandem.common.secret import derive
+from tandem.kvstore.identity import SALT_PURPOSE, keyed_salt
 from tandem.router.caller import ANYBODY
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import House, events, joined
@@ -72,7 +74,8 @@ async def test_every_sampling_field_reaches_the_worker(house: House) -> None:
         got = getattr(submit.sampling, name)
         assert (list(got) if isinstance(value, list) else got) == (2**64 - 1 if name == "seed" else value), name
     assert dict(submit.sampling.logit_bias) == {7: -100.0}
-    assert (submit.sampling.logprobs, submit.priority, submit.cache_salt) == (4, -3, ANYBODY.cache_salt("us"))
+    salt = keyed_salt(derive(b"", SALT_PURPOSE), ANYBODY.cache_salt("us"))
+    assert (submit.sampling.logprobs, submit.priority, submit.cache_salt) == (4, -3, salt)
     assert 0 < submit.timeout_s <= 600
 
 

@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain, salted
+from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, salted
 from tandem.kvstore.interfaces import Location, ObjectKey, TierName
 from tandem.proto import worker_pb2
 from tandem.router.caller import Caller
@@ -22,6 +22,8 @@ from tandem.router.workers import Fleet
 
 NAMESPACE = Namespace(b"n" * 32)
 CALLER = Caller("acme")
+SALT_KEY = b"s" * 32
+ROOT = salted(NAMESPACE, keyed_salt(SALT_KEY, CALLER.cache_salt("")))
 
 
 def session(name: str, **fields: object) -> WorkerSession:
@@ -52,25 +54,27 @@ class Listener:
 
 
 class Bench:
-    def __init__(self, workers: Workers, store: StoreView | None = None) -> None:
-        self.dispatcher = Dispatcher(cast(Fleet, workers), RouterMetrics(), "auto", store)
+    def __init__(self, workers: Workers, store: StoreView | None = None, salt_key: bytes = SALT_KEY) -> None:
+        self.dispatcher = Dispatcher(cast(Fleet, workers), RouterMetrics(), "auto", store, salt_key)
         self.sent = 0
 
-    def start(self, tokens: Sequence[int], output: Sequence[int] = ()):  # type: ignore[no-untyped-def]
+    def start(  # type: ignore[no-untyped-def]
+        self, tokens: Sequence[int], output: Sequence[int] = (), caller: Caller = CALLER
+    ):
         self.sent += 1
         key = worker_pb2.RequestKey(request_id=f"r{self.sent}", epoch=1)
-        return self.dispatcher.start(key, sequence(tokens), Listener(), timeout_s=10, output_token_ids=output)
+        return self.dispatcher.start(key, sequence(tokens, caller), Listener(), timeout_s=10, output_token_ids=output)
 
     def loads(self):  # type: ignore[no-untyped-def]
         return [self.dispatcher.pool.state(worker).load for worker in self.dispatcher.fleet.decode]
 
 
-def sequence(tokens: Sequence[int]) -> SequenceSpec:
-    return SequenceSpec(Prompt(list(tokens)), SamplingParams(max_tokens=32), CALLER)
+def sequence(tokens: Sequence[int], caller: Caller = CALLER) -> SequenceSpec:
+    return SequenceSpec(Prompt(list(tokens)), SamplingParams(max_tokens=32), caller)
 
 
 def blocks(tokens: Sequence[int]) -> bytes:
-    return b"".join(prefix_chain(salted(NAMESPACE, CALLER.cache_salt("")), tokens, 16))
+    return b"".join(prefix_chain(ROOT, tokens, 16))
 
 
 def tell(worker: WorkerSession, **fields: object) -> None:
@@ -168,7 +172,7 @@ async def test_a_handover_promises_on_the_prefill_worker_alone() -> None:
     bench = Bench(Workers([decode], [prefill]))
     attempts = [bench.start(range(4000)) for _ in range(2)]
     assert [attempt.prefill for attempt in attempts] == [prefill, prefill]
-    found = bench.dispatcher.pool.index.match(prefix_chain(salted(NAMESPACE, CALLER.cache_salt("")), range(4000), 16))
+    found = bench.dispatcher.pool.index.match(prefix_chain(ROOT, range(4000), 16))
     assert [(slot, promised) for slot, _, promised in found] == [(bench.dispatcher.pool.state(prefill).load.slot, 250)]
     answer(prefill, attempts[0].key, 0, finish_reason=worker_pb2.FINISH_REASON_HANDED_OVER)
     assert bench.dispatcher.pool.state(prefill).load.requests == 1
@@ -210,8 +214,7 @@ def test_what_each_home_node_can_fetch() -> None:
 
 async def test_the_store_draws_a_prompt_to_the_worker_that_has_it_near() -> None:
     tokens = list(range(8192))
-    root = salted(NAMESPACE, CALLER.cache_salt(""))
-    keys = [ObjectKey(key) for key in prefix_chain(root, tokens, 256)]
+    keys = [ObjectKey(key) for key in prefix_chain(ROOT, tokens, 256)]
     held = {key: at(("near", TierName.HOST)) for key in keys}
     workers = [session(name, store_node=name, chunk_tokens=256) for name in ("far", "near")]
     for worker in workers:
@@ -220,3 +223,17 @@ async def test_the_store_draws_a_prompt_to_the_worker_that_has_it_near() -> None
     attempt = bench.start(tokens)
     assert attempt.decode.name == "near"
     assert attempt.placement.candidates[0].stored_tokens == (("host", 8191),)
+
+
+async def test_a_workers_salts_cannot_be_computed_from_names() -> None:
+    def salt(caller: Caller, salt_key: bytes = SALT_KEY) -> bytes:
+        worker = session("w0")
+        Bench(Workers([worker]), salt_key=salt_key).start(range(32), caller=caller)
+        return bytes(worker._outbox[-1].submit.cache_salt)
+
+    ours, theirs = Caller("acme", "readers"), Caller("initech", "readers")
+    assert salt(CALLER) == salt(CALLER)
+    assert salt(CALLER) != salt(CALLER, b"another deployment's key"[:24] + bytes(8))
+    assert b"acme" not in salt(CALLER)
+    assert salt(CALLER) not in (CALLER.cache_salt(""), salt(ours), salt(Caller("initech")), salt(Caller("readers")))
+    assert salt(ours) == salt(theirs), "a sharing group is one"
