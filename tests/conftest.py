@@ -1,10 +1,12 @@
-"""What holds for all tests: property tests repeat their examples; only tests that drive real processes may run twice.
+"""What holds for all tests: numbers and examples repeat; only tests that drive real processes may run twice.
 
 `make test-random` runs the property tests with examples that nobody has seen.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ settings.register_profile("random", print_blob=True)
 settings.load_profile("repeatable")
 
 END_TO_END = Path(__file__).parent / "e2e"
+
+
+@pytest.fixture(autouse=True)
+def _repeatable_numbers() -> None:
+    random.seed(0)
+    if torch := sys.modules.get("torch"):  # tests without tensors need not wait for its import
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
