@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from tandem.common.errors import ConfigError
@@ -22,6 +23,10 @@ TEXT_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """What is read of a folder besides its weights."""
+MAX_BYTES = 16 << 20
+"""Of a text file of the folder."""
+MAX_LONG_BYTES = 64 << 20
+"""Of a tokenizer or an index of weights. The largest vocabularies take half of it."""
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 _OTHER_KINDS = (
     ("*.gguf", "GGUF files, which are not read; give the original model, with config.json and safetensors"),
@@ -50,17 +55,42 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
     return _fetch(model, weights)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON file of the model folder; {} where there is none. Raises ConfigError if it is malformed."""
+def read_json(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """An optional JSON file of the model folder; {} where there is none. Raises ConfigError if it is malformed, or has
+    more than `most` bytes."""
     if not path.is_file():
         return {}
+    text = read_text(path, most)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a JSON object")
     return content
+
+
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
+    """Raises ConfigError where the file cannot be read, has more than `most` bytes, or is not UTF-8."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ConfigError(f"{path}: has more than {most} bytes; no model needs that")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """A value of such a file as an error quotes it: short, whatever its size or depth."""
+    return _REPR.repr(value)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
@@ -134,12 +164,12 @@ def _weight_names(folder: Path) -> list[str]:
 def weight_map(index: Path) -> set[str]:
     """Names of the weight files that an index lists. Raises ConfigError where it is malformed, or names a path."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_text(index, MAX_LONG_BYTES))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index}: must be a JSON object with a weight_map from tensor to file name") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"{index}: weight_map: {name!r} is not a file name")
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ConfigError(f"{index}: weight_map: {shown(name)} is not a file name")
     return names
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.common.checkpoint import read_json, special_tokens
+from tandem.common.checkpoint import MAX_LONG_BYTES, read_json, shown, special_tokens
 from tandem.common.errors import ConfigError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
@@ -40,6 +40,15 @@ _FAMILIES = {
     ),
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+
+MAX_SIZE = 1 << 24
+"""Of whatever a field counts, unless it says otherwise: more is a mistake."""
+MAX_LAYERS = 4096
+MAX_POSITIONS = (1 << 31) - 1
+LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
+"""A positive number between them is finite in float32, and so are its reciprocal and its products with positions."""
+LEAST_EPS, MOST_EPS = 1e-20, 0.1
+"""Of a norm. Models have 1e-5 to 1e-12; with more, the norm would be most of what a token is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,7 @@ class ModelConfig:
         architecture = _architecture(fields)
         family = _FAMILIES[architecture]
         _refuse_unsupported(fields, family)
-        num_layers = fields.positive_int("num_hidden_layers")
+        num_layers = fields.positive_int("num_hidden_layers", most=MAX_LAYERS)
         num_heads = fields.positive_int("num_attention_heads")
         kv_default = num_heads if family.model_type == "llama" else None
         num_kv_heads = fields.positive_int("num_key_value_heads", kv_default, null=num_heads)
@@ -109,7 +118,7 @@ class ModelConfig:
             raise fields.error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
         hidden_size = fields.positive_int("hidden_size")
         vocab_size = fields.positive_int("vocab_size")
-        max_position_embeddings = fields.positive_int("max_position_embeddings")
+        max_position_embeddings = fields.positive_int("max_position_embeddings", most=MAX_POSITIONS)
         attention_bias = fields.boolean("attention_bias", False)
         mlp_bias = fields.boolean("mlp_bias", False)
         return cls(
@@ -123,7 +132,7 @@ class ModelConfig:
             head_dim=_head_dim(fields, family, hidden_size, num_heads),
             vocab_size=vocab_size,
             max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=fields.positive_float("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.positive_float("rms_norm_eps", 1e-6, least=LEAST_EPS, most=MOST_EPS),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=attention_bias if family.o_bias is None else family.o_bias,
@@ -154,7 +163,9 @@ class _Fields:
     def get(self, name: str) -> Any:
         return self.values.get(name)
 
-    def positive_int(self, name: str, default: int | None = None, *, null: int | None = None) -> int:
+    def positive_int(
+        self, name: str, default: int | None = None, *, null: int | None = None, most: int = MAX_SIZE
+    ) -> int:
         """`default` stands for a missing field, `null` for an explicit null."""
         value = self.values.get(name, default)
         if value is None:
@@ -162,17 +173,23 @@ class _Fields:
         if value is None:
             raise self.error(name, "missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(name, f"must be a positive integer, not {value!r}")
+            raise self.error(name, f"must be a positive integer, not {shown(value)}")
+        if value > most:
+            raise self.error(name, f"must be at most {most}, not {shown(value)}")
         return value
 
-    def positive_float(self, name: str, default: float | None = None) -> float:
+    def positive_float(
+        self, name: str, default: float | None = None, *, least: float = LEAST_NUMBER, most: float = MOST_NUMBER
+    ) -> float:
         value = self.values.get(name)
         if value is None:
             value = default
         if value is None:
             raise self.error(name, "missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.error(name, f"must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.error(name, f"must be a positive number, not {shown(value)}")
+        if not least <= value <= most:
+            raise self.error(name, f"must be {least:g} to {most:g}, not {shown(value)}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -180,7 +197,7 @@ class _Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, not {value!r}")
+            raise self.error(name, f"must be true or false, not {shown(value)}")
         return value
 
     def section(self, name: str) -> _Fields | None:
@@ -188,7 +205,7 @@ class _Fields:
         if not value:
             return None
         if not isinstance(value, dict):
-            raise self.error(name, f"must be an object, not {value!r}")
+            raise self.error(name, f"must be an object, not {shown(value)}")
         return _Fields(value, f"{self.source}: {name}")
 
 
@@ -199,7 +216,8 @@ _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def _other_kind(fields: _Fields, name: str) -> str:
     """What else a model of an architecture that is not supported is, in words; empty where it is not known."""
-    model_type = str(fields.get("model_type") or "").removeprefix("xlm-").removeprefix("xlm_")
+    given = fields.get("model_type")
+    model_type = given.removeprefix("xlm-").removeprefix("xlm_") if isinstance(given, str) else ""
     if name.endswith(_ENCODER_ENDINGS) or model_type.startswith(_ENCODERS):
         return ", an encoder like BERT, which writes no text"
     if fields.get("vision_config") or fields.get("audio_config"):
@@ -214,22 +232,22 @@ def _other_kind(fields: _Fields, name: str) -> str:
 def _architecture(fields: _Fields) -> str:
     names = fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise fields.error("architectures", f"must name exactly one architecture, not {names!r}")
+        raise fields.error("architectures", f"must name exactly one architecture, not {shown(names)}")
     name: str = names[0]
     if name not in _FAMILIES:
         supported = ", ".join(SUPPORTED_ARCHITECTURES)
         kind = _other_kind(fields, name)
-        raise fields.error("architectures", f"{name}{kind}, is not supported; supported are {supported}")
+        raise fields.error("architectures", f"{name[:80]}{kind}, is not supported; supported are {supported}")
     model_type = fields.get("model_type")
     if model_type is not None and model_type != _FAMILIES[name].model_type:
-        raise fields.error("model_type", f"{model_type!r} contradicts architectures [{name}]")
+        raise fields.error("model_type", f"{shown(model_type)} contradicts architectures [{name}]")
     return name
 
 
 def _refuse_unsupported(fields: _Fields, family: _Family) -> None:
     act = fields.get("hidden_act")
     if act not in (None, "silu", "swish"):
-        raise fields.error("hidden_act", f"{act!r} is not supported; only silu is")
+        raise fields.error("hidden_act", f"{shown(act)} is not supported; only silu is")
     if fields.get("quantization_config"):
         raise fields.error(
             "quantization_config", "quantised checkpoints are not supported; give the original weights (--quantization)"
@@ -263,24 +281,26 @@ def _sliding_windows(fields: _Fields, family: _Family, num_layers: int) -> tuple
     if family.model_type == "mistral":
         if "sliding_window" in fields.values and fields.get("sliding_window") is None:
             return everywhere
-        return (fields.positive_int("sliding_window", 4096),) * num_layers
+        return (fields.positive_int("sliding_window", 4096, most=MAX_POSITIONS),) * num_layers
     if not fields.boolean("use_sliding_window", False) or fields.get("sliding_window") is None:
-        layer_types = fields.get("layer_types") or []
-        if "sliding_attention" in layer_types:
+        layer_types = fields.get("layer_types")
+        if isinstance(layer_types, list) and "sliding_attention" in layer_types:
             raise fields.error("layer_types", "has sliding_attention, but use_sliding_window or sliding_window is off")
         return everywhere
-    window = fields.positive_int("sliding_window")
+    window = fields.positive_int("sliding_window", most=MAX_POSITIONS)
     layer_types = fields.get("layer_types")
     if layer_types is None:
         first = fields.get("max_window_layers")
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise fields.error("max_window_layers", f"must be an integer >= 0 with use_sliding_window, not {first!r}")
+            raise fields.error(
+                "max_window_layers", f"must be an integer >= 0 with use_sliding_window, not {shown(first)}"
+            )
         return tuple(window if layer >= first else None for layer in range(num_layers))
     windows: dict[Any, int | None] = {"full_attention": None, "sliding_attention": window}
     if (
         not isinstance(layer_types, list)
         or len(layer_types) != num_layers
-        or any(t not in windows for t in layer_types)
+        or any(not isinstance(kind, str) or kind not in windows for kind in layer_types)
     ):
         raise fields.error("layer_types", f"must list full_attention or sliding_attention for {num_layers} layers")
     return tuple(windows[kind] for kind in layer_types)
@@ -300,12 +320,14 @@ def _rope(fields: _Fields, max_position_embeddings: int) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind not in ROPE_KINDS:
-        raise section.error("rope_type", f"{kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise section.error("rope_type", f"{shown(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
     factor = section.positive_float("factor")
     if kind == "linear":
         return RopeConfig("linear", theta, factor)
     original = fields if fields.get("original_max_position_embeddings") is not None else section
-    original_max = original.positive_int("original_max_position_embeddings", max_position_embeddings)
+    original_max = original.positive_int(
+        "original_max_position_embeddings", max_position_embeddings, most=MAX_POSITIONS
+    )
     if kind == "llama3":
         low, high = section.positive_float("low_freq_factor"), section.positive_float("high_freq_factor")
         if high <= low:
@@ -351,7 +373,7 @@ def _eos_token_ids(folder: Path, fields: _Fields, vocab_size: int) -> tuple[int,
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise source.error("eos_token_id", f"{token!r} is not a token id below vocab_size {vocab_size}")
+            raise source.error("eos_token_id", f"{shown(token)} is not a token id below vocab_size {vocab_size}")
     return tuple(dict.fromkeys([*ids, *_tokenizer_eos(folder, vocab_size)]))
 
 
@@ -359,7 +381,7 @@ def _tokenizer_eos(folder: Path, vocab_size: int) -> list[int]:
     name = special_tokens(folder).get("eos_token")
     if name is None:
         return []
-    added = read_json(folder / "tokenizer.json").get("added_tokens")
+    added = read_json(folder / "tokenizer.json", MAX_LONG_BYTES).get("added_tokens")
     known = added if isinstance(added, list) else []
     ids = [token.get("id") for token in known if isinstance(token, dict) and token.get("content") == name]
     return [token for token in ids if isinstance(token, int) and 0 <= token < vocab_size]

@@ -85,6 +85,7 @@ class Engine:
             batch_invariant=config.batch_invariant,
         )
         self.pool, self.max_model_len = make_pool(config, self.loaded)
+        self.loaded.decoder.reach(self.max_model_len)
         self.blocks = BlockManager(self.pool.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.blocks,

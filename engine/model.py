@@ -23,6 +23,10 @@ from tandem.engine.rope import RotaryTable, rotate
 from tandem.engine.weights import Checkpoint
 
 
+FIRST_POSITIONS = 4096
+"""Sequences of so many tokens can be computed before `Decoder.reach` is told of longer ones."""
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this model holds."""
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -67,6 +71,12 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, quantization: str | No
         shapes = expected_tensors(config)
         size -= sum(math.prod(shapes[n]) for n in shapes if n.endswith("_proj.weight")) * (dtype.itemsize - 1)
     return size
+
+
+def _all_finite(weight: Tensor) -> bool:
+    """A twentieth of the time that copying takes: both ends are NaN where any number is."""
+    least, most = torch.aminmax(weight)
+    return math.isfinite(least) and math.isfinite(most)
 
 
 class RmsNorm:
@@ -139,11 +149,14 @@ class Decoder:
         self._attention = attention
         self.native = native
         self._pads = device.type == "cpu" and not fixed_sums
-        self._rotary = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings, device)
         checkpoint.check(expected_tensors(config), tolerated=("lm_head.weight",) if config.tie_word_embeddings else ())
+        self._rotary = RotaryTable(config.rope, config.head_dim, device)
+        self.reach(FIRST_POSITIONS)
+        not_finite: list[str] = []
 
         def read(*names: str) -> Tensor:
             parts = [checkpoint.read(name).to(device, dtype) for name in names]
+            not_finite.extend(name for name, part in zip(names, parts, strict=True) if not _all_finite(part))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         def linear(prefix: str, *names: str, bias: bool) -> Linear:
@@ -187,6 +200,12 @@ class Decoder:
         self._final_norm = norm("model.norm.weight")
         head = self._embedding if config.tie_word_embeddings else read("lm_head.weight")
         self._head = make_linear(head, None, fixed_sums=fixed_sums)
+        checkpoint.warn_of(not_finite, f"NaN or infinity as {str(dtype).removeprefix('torch.')}: what needs them fails")
+
+    def reach(self, positions: int) -> None:
+        """Makes ready for sequences of so many tokens, where the model is made for them; FIRST_POSITIONS always
+        work."""
+        self._rotary.reach(min(positions, self.config.max_position_embeddings))
 
     @property
     def kernels(self) -> str:

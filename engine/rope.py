@@ -11,11 +11,26 @@ import math
 import torch
 from torch import Tensor
 
+from tandem.common.errors import ConfigError
 from tandem.engine.config import RopeConfig
+
+PIECE = 256
+"""Positions whose rows are computed together, so that a row's bits do not depend on how many there are."""
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """float32 [head_dim / 2]: radians per position of each pair of dimensions."""
+    """float32 [head_dim / 2]: radians per position of each pair of dimensions. Raises ConfigError where the settings
+    say of none."""
+    try:
+        found = _frequencies(rope, head_dim)
+    except (ArithmeticError, ValueError) as error:
+        raise ConfigError(f"config.json: rope_theta and rope_scaling cannot be used together ({error})") from error
+    if not bool(torch.isfinite(found).all()):
+        raise ConfigError("config.json: rope_theta and rope_scaling give rotations that are not finite")
+    return found
+
+
+def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     base = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     plain = 1.0 / base
     if rope.kind == "default":
@@ -58,12 +73,24 @@ def _yarn(rope: RopeConfig, base: Tensor, head_dim: int) -> Tensor:
 
 
 class RotaryTable:
-    """cos and sin of every position, looked up once per step."""
+    """cos and sin of the positions that are in use, looked up once per step."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int, device: torch.device) -> None:
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim))
-        self._cos = (angles.cos() * rope.attention_factor).to(device)
-        self._sin = (angles.sin() * rope.attention_factor).to(device)
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+        """Empty: see `reach`. Raises ConfigError where the settings cannot be used."""
+        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._factor = rope.attention_factor
+        self._device = device
+        self._cos = self._sin = torch.empty(0, head_dim // 2, device=device)
+
+    def reach(self, positions: int) -> None:
+        """Has at least the first `positions` from now on: what a model may be asked for in theory can be more than
+        fits into memory."""
+        if positions <= self._cos.shape[0]:
+            return
+        starts = range(0, positions, PIECE)
+        angles = [torch.outer(torch.arange(s, s + PIECE, dtype=torch.float32), self._frequencies) for s in starts]
+        self._cos = torch.cat([piece.cos() * self._factor for piece in angles]).to(self._device)
+        self._sin = torch.cat([piece.sin() * self._factor for piece in angles]).to(self._device)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each float32 [N, head_dim / 2], of `positions` int64 [N]."""

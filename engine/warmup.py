@@ -23,6 +23,7 @@ def warm_up(loaded: LoadedModel, pool: KvPool, max_num_seqs: int, max_num_batche
     """Decodes and prefills rows of padding; K and V land in block 0, which belongs to nobody. Returns the seconds."""
     device, started = loaded.device, time.monotonic()
     longest_prompt = min(max_num_batched_tokens, loaded.config.max_position_embeddings)
+    loaded.decoder.reach(longest_prompt)
     batches = [_decodes(rows, pool.block_size, device) for rows in row_counts(max_num_seqs)]
     batches += [_prompt(rows, pool.block_size, device) for rows in row_counts(longest_prompt)]
     with torch.inference_mode():

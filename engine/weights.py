@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from tandem.common.checkpoint import INDEX_FILE, WEIGHTS_FILE, weight_map
 from tandem.common.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _TOLERATED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints carry and every implementation computes itself."""
@@ -31,6 +34,7 @@ class Checkpoint:
         self.files = _weight_files(folder)
         self._stack = ExitStack()
         self._handles: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
 
     def __enter__(self) -> Checkpoint:
         for path in self.files:
@@ -45,6 +49,7 @@ class Checkpoint:
                     self._stack.close()
                     raise ConfigError(f"{path}: {name} is in more than one file of {self.folder}")
                 self._handles[name] = handle
+                self._paths[name] = path
         return self
 
     def __exit__(
@@ -79,6 +84,12 @@ class Checkpoint:
         if not tensor.dtype.is_floating_point:
             raise ConfigError(f"{self.folder}: {name} holds {tensor.dtype}; only floating point weights are supported")
         return tensor  # type: ignore[no-any-return]
+
+    def warn_of(self, names: Sequence[str], problem: str) -> None:
+        """Says that these tensors, which are used all the same, hold what they should not."""
+        if names:
+            files = sorted({self._paths[name].name for name in names})
+            logger.warning("%s: %s: %s hold %s", self.folder, _listed(files), _listed(list(names)), problem)
 
     def digest(self) -> bytes:
         """32 bytes that identify the content of the weight files, in the order of their names."""

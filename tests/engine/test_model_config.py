@@ -30,6 +30,11 @@ QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 REMOVED = object()
 
 
+DEEP: Any = []
+for _ in range(600):
+    DEEP = [DEEP]
+
+
 def read(folder: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
     fields = {name: value for name, value in {**BASE, **changes}.items() if value is not REMOVED}
     (folder / "config.json").write_text(json.dumps(fields))
@@ -158,6 +163,19 @@ def test_an_unknown_architecture_is_refused_with_the_supported_ones(tmp_path: Pa
         ({"vocab_size": -1}, "vocab_size"),
         ({"max_position_embeddings": 1e3}, "max_position_embeddings"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e30}, "rms_norm_eps: must be 1e-20 to 0.1"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": 1e300}, "rope_theta"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: must be at most 4096"),
+        ({"head_dim": 10**9}, "head_dim"),
+        ({"vocab_size": 10**400}, "vocab_size"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings"),
+        ({"hidden_size": DEEP}, "hidden_size"),
+        ({"hidden_size": "x" * 10**6}, "hidden_size"),
+        ({"model_type": DEEP}, "model_type"),
+        ({"architectures": DEEP}, "architectures"),
+        ({**QWEN3, "use_sliding_window": True, "sliding_window": 8, "layer_types": [[]] * 4}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; only silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -186,6 +204,7 @@ def test_a_wrong_field_is_refused_by_name(tmp_path: Path, changes: dict[str, Any
         read(tmp_path, **changes)
     assert named in str(caught.value)
     assert "config.json" in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -199,3 +218,17 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
         ModelConfig.from_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id: 9999"):
         read(tmp_path, {"eos_token_id": 9999})
+
+
+def test_files_of_any_size_depth_or_kind_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
+        ModelConfig.from_folder(tmp_path)
+    path.write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ConfigError, match=r"config\.json: is not UTF-8"):
+        ModelConfig.from_folder(tmp_path)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"config\.json: has more than"):
+        ModelConfig.from_folder(tmp_path)

@@ -93,7 +93,8 @@ def test_rotation_and_writing_agree(
     slots = torch.tensor([17, 63, 16, 40, 21])
     qkv = random(rows, heads + 2 * kv_heads, head_dim).to(dtype)
     weights = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if norms else None
-    table, positions = RotaryTable(RopeConfig(), head_dim, 2048, CPU), torch.tensor([0, 1, 77, 2047, 5])
+    table, positions = RotaryTable(RopeConfig(), head_dim, CPU), torch.tensor([0, 1, 77, 2047, 5])
+    table.reach(2048)
     q, k = qkv[:, :heads].float(), qkv[:, heads:-kv_heads].float()
     v = qkv[:, -kv_heads:].clone()
     if weights is not None:

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tandem.common.errors import ConfigError
 from tandem.engine.config import RopeConfig
 from tandem.engine.rope import RotaryTable, inverse_frequencies, rotate
 
@@ -38,7 +39,8 @@ def test_scaled_frequencies_agree(rope: RopeConfig, parameters: dict[str, Any], 
 
 
 def test_a_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
-    table = RotaryTable(RopeConfig(), 32, 512, torch.device("cpu"))
+    table = RotaryTable(RopeConfig(), 32, torch.device("cpu"))
+    table.reach(512)
     q, k = torch.randn(2, 1, 1, 32).double().unbind(0)
 
     def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
@@ -47,3 +49,32 @@ def test_a_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     torch.testing.assert_close(rotated(q, 400).norm(), q.norm(), rtol=1e-6, atol=0)
     products = [(rotated(q, shift + 9) * rotated(k, shift)).sum().item() for shift in (0, 1, 250, 500)]
     assert max(products) - min(products) < 1e-4
+
+
+def test_rows_have_the_same_bits_however_many_there_are() -> None:
+    short, long = (RotaryTable(RopeConfig(), 64, torch.device("cpu")) for _ in range(2))
+    short.reach(300)
+    long.reach(300)
+    long.reach(5000)
+    positions = torch.arange(300)
+    for some, more in zip(short.angles(positions), long.angles(positions), strict=True):
+        assert torch.equal(some, more)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(theta=1e-30),
+        RopeConfig("linear", 1e30, 1e-30),
+        RopeConfig("yarn", 1.0, 4.0, 8192),
+        RopeConfig("yarn", 1e4, 1e-30, 1, beta_fast=1e30, beta_slow=1e-30),
+        RopeConfig("llama3", 1e30, 1e-30, 2**31, low_freq_factor=1e-30, high_freq_factor=1e30),
+    ],
+)
+def test_settings_that_cannot_be_computed_are_refused_or_finite(rope: RopeConfig) -> None:
+    try:
+        found = inverse_frequencies(rope, 512)
+    except ConfigError as error:
+        assert "rope" in str(error)
+    else:
+        assert torch.isfinite(found).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,3 +156,53 @@ def test_the_namespace_follows_everything_that_shapes_the_kv(folder: Path, made:
     edit(folder, lambda tensors: tensors["model.norm.weight"].add_(1e-3))
     others.append(load(folder).namespace)
     assert len({base.namespace, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_warned_of_by_name(
+    folder: Path, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(folder)
+    assert "NaN" not in caplog.text
+    edit(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][5].fill_(value))
+    load(folder)
+    [warning] = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert str(folder) in warning
+    assert "model.safetensors" in warning
+    assert "model.layers.1.mlp.up_proj.weight" in warning
+
+
+def test_weights_too_large_for_the_dtype_are_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(folder, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    load_model(folder, dtype="float16", device="cpu", quantization=None, attention="torch")
+    assert "model.norm.weight hold NaN or infinity as float16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 1 << 24},
+        {"hidden_size": 1 << 24},
+        {"num_hidden_layers": 4096},
+        {"vocab_size": 1 << 24},
+        {"num_attention_heads": 1 << 20, "num_key_value_heads": 1 << 20, "head_dim": 1 << 20},
+    ],
+)
+def test_sizes_are_held_against_the_weights_before_memory_is_taken(folder: Path, changes: dict[str, int]) -> None:
+    change_config(folder, **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match="do not fit config"):
+        load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_positions_that_nobody_uses_take_no_memory(folder: Path) -> None:
+    change_config(folder, max_position_embeddings=2**31 - 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def change_config(folder: Path, **changes: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))

@@ -56,6 +56,9 @@ class ChainedDecoder:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
+    def reach(self, positions: int) -> None:
+        """Any position is fine."""
+
     def forward(
         self,
         batch: ForwardBatch,
