@@ -22,7 +22,6 @@ from tandem.engine.native import NativeKernels
 from tandem.engine.rope import RotaryTable, rotate
 from tandem.engine.weights import Checkpoint
 
-
 FIRST_POSITIONS = 4096
 """Sequences of so many tokens can be computed before `Decoder.reach` is told of longer ones."""
 
