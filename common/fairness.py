@@ -28,6 +28,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+LAST_BAND = 2**31 - 1
+"""The priority of what nobody waits for, such as batches: it gets what earlier bands leave over."""
 INPUT_COST = 1.0
 OUTPUT_COST = 2.0
 """An output token keeps a slot of the batch for a whole step; a prompt token shares its step with hundreds."""

@@ -3,7 +3,8 @@
 Bookkeeping only (no tensors): the scheduler calls it on the engine thread. A block is in exactly one of three states:
 
 - **owned**: in the table of one request or more, or retained by a reader (`refs > 0`), with or without a hash;
-- **cached**: owned by nobody, but its hash answers look-ups; evicted in least-recently-used order;
+- **cached**: owned by nobody, but its hash answers look-ups; evicted in least-recently-used order, what only the last
+  band has used before all else;
 - **free**.
 
 A block gets its hash (`publish`) only once it is full and all its layers are computed, so a look-up can never meet a
@@ -42,6 +43,9 @@ class BlockManager:
         """A heap: the lowest id first, which makes runs of neighbours likely at no cost."""
         self._idle: dict[BlockId, None] = {}
         """Cached and owned by nobody; a dict keeps the order in which they became so."""
+        self._idle_of_last_band: dict[BlockId, None] = {}
+        """Those of them that no request of an earlier band has used: they go first."""
+        self._of_last_band = [False] * num_blocks
         self._retained: Counter[BlockId] = Counter()
         """References of readers that are no request: the KV store's saver."""
         self.num_retained = 0
@@ -56,7 +60,7 @@ class BlockManager:
     @property
     def available_blocks(self) -> int:
         """Free, or cached and evictable."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + len(self._idle_of_last_band)
 
     @property
     def num_owners(self) -> int:
@@ -84,8 +88,16 @@ class BlockManager:
             hits += 1
         return hits
 
-    def allocate(self, key: RequestKey, num_tokens: int, chain: Sequence[BlockHash], reserve: int = 0) -> int | None:
-        """Gives `key` the blocks for `num_tokens`, the longest cached prefix of `chain` among them.
+    def allocate(
+        self,
+        key: RequestKey,
+        num_tokens: int,
+        chain: Sequence[BlockHash],
+        reserve: int = 0,
+        last_band: bool = False,
+    ) -> int | None:
+        """Gives `key`, a request of the last band or not, the blocks for `num_tokens`, the longest cached prefix of
+        `chain` among them.
 
         Returns the number of tokens that are cached, or None, with nothing changed, if fewer than `reserve` blocks
         would be left available. Raises ValueError if the request has a table already.
@@ -98,9 +110,10 @@ class BlockManager:
         fresh = self.blocks_for(num_tokens) - len(hits)
         for block in hits:
             if self._refs[block] == 0:
-                del self._idle[block]
+                del self._idle_blocks(block)[block]
             self._refs[block] += 1
-        self._tables[key] = hits + [self._take() for _ in range(fresh)]
+            self._of_last_band[block] = self._of_last_band[block] and last_band
+        self._tables[key] = hits + [self._take(last_band) for _ in range(fresh)]
         return len(hits) * self.block_size
 
     def spare_blocks(self, num_tokens: int, chain: Sequence[BlockHash], without: Collection[RequestKey] = ()) -> int:
@@ -113,14 +126,14 @@ class BlockManager:
         taken += sum(1 for block in hits if self._refs[block] == 0 or block in freed)
         return self.available_blocks + len(freed) - taken
 
-    def extend(self, key: RequestKey, num_tokens: int) -> bool:
+    def extend(self, key: RequestKey, num_tokens: int, last_band: bool = False) -> bool:
         """Grows the table of `key` to hold `num_tokens`; False, with nothing changed, if there are too few blocks."""
         table = self._tables[key]
         missing = self.blocks_for(num_tokens) - len(table)
         if missing > self.available_blocks:
             return False
         for _ in range(missing):
-            table.append(self._take())
+            table.append(self._take(last_band))
         return True
 
     def publish(self, key: RequestKey, index: int, block_hash: BlockHash) -> None:
@@ -168,20 +181,26 @@ class BlockManager:
             if self._hash_of[block] is None:
                 heapq.heappush(self._free, block)
             else:
-                self._idle[block] = None
+                self._idle_blocks(block)[block] = None
 
-    def _take(self) -> BlockId:
+    def _idle_blocks(self, block: BlockId) -> dict[BlockId, None]:
+        """Where `block` is while nobody owns it."""
+        return self._idle_of_last_band if self._of_last_band[block] else self._idle
+
+    def _take(self, last_band: bool) -> BlockId:
         if self._free:
             block = heapq.heappop(self._free)
         else:
-            block = next(iter(self._idle))
-            del self._idle[block]
+            idle = self._idle_of_last_band or self._idle
+            block = next(iter(idle))
+            del idle[block]
             block_hash = self._hash_of[block]
             if block_hash is None:
                 raise IntegrityError(f"block {block} is idle but has no hash")
             del self._by_hash[block_hash]
             self._hash_of[block] = None
             self.cache_log.removed(block_hash)
+        self._of_last_band[block] = last_band
         self._refs[block] = 1
         return block
 
@@ -202,7 +221,7 @@ class BlockManager:
                 wrong.append(f"block {block} has {refs[block]} owners and readers and counts {self._refs[block]}")
         if self.num_retained != sum(self._retained.values()) or any(n <= 0 for n in self._retained.values()):
             wrong.append("the retained blocks are counted wrongly")
-        free, idle = set(self._free), set(self._idle)
+        free, idle = set(self._free), self._idle.keys() | self._idle_of_last_band.keys()
         if len(free) != len(self._free):
             wrong.append("a block is free twice")
         owned = {block for block in map(BlockId, range(self.num_blocks)) if refs[block]}
@@ -213,6 +232,10 @@ class BlockManager:
             wrong.append(f"blocks {sorted(free & idle)} are free and idle")
         if lost := set(range(1, self.num_blocks)) - free - idle - owned:
             wrong.append(f"blocks {sorted(lost)} are lost")
+        if any(self._of_last_band[block] for block in self._idle) or not all(
+            self._of_last_band[block] for block in self._idle_of_last_band
+        ):
+            wrong.append("a cached block is among those of another band")
         if 0 in free | idle | owned:
             wrong.append("block 0 is handed out")
         hashed = {block: block_hash for block, block_hash in enumerate(self._hash_of) if block_hash is not None}

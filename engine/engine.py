@@ -28,6 +28,7 @@ import torch
 
 from tandem.common.checkpoint import resolve_model
 from tandem.common.errors import TandemError
+from tandem.common.fairness import LAST_BAND
 from tandem.engine.block_manager import BlockManager, IntegrityError
 from tandem.engine.cache_events import CacheLog
 from tandem.engine.constraint import Constraints, Guide
@@ -56,6 +57,10 @@ from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.flow import StoreFlow
 
 logger = logging.getLogger(__name__)
+
+
+class _GivenUp(Exception):
+    """A step of the last band stops for a request that nobody should keep waiting; nothing of it counts."""
 
 
 class Engine:
@@ -131,6 +136,8 @@ class Engine:
         self._stopping = False
         self._moved: float | None = None
         """When the engine thread last got on with its work; None while it waits for some."""
+        self._hurry = False
+        """A request of an earlier band than the last has come since the inbox was last emptied."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
@@ -151,6 +158,8 @@ class Engine:
                 raise TandemError("invalid_request", f"request {request.key} is being served already")
             self._known.add(request.key)
             self._inbox.put(partial(self._accept, request, now))
+            if request.priority < LAST_BAND:
+                self._hurry = True
 
     def cancel(self, key: RequestKey) -> None:
         """Ends the request with CANCELLED. Without effect if it has ended."""
@@ -273,6 +282,7 @@ class Engine:
                 return
             self._moved = time.monotonic()
             call()
+        self._hurry = False
         while not self._inbox.empty():
             self._inbox.get_nowait()()
 
@@ -280,6 +290,8 @@ class Engine:
         times = [end for end, _ in self._leases.values()][:1]
         if (deadline := self.scheduler.next_deadline()) is not None:
             times.append(deadline)
+        if (piece := self.scheduler.next_piece()) is not None:
+            times.append(piece)
         if self._store is not None and (due := self._store.next_due()) is not None:
             times.append(due)
         return max(min(times) - time.monotonic(), 0.0) if times else None
@@ -335,14 +347,19 @@ class Engine:
         started = time.perf_counter()
         gate = self._store.gate(plan) if self._store is not None else None
         announcer = LayerAnnouncer(plan, gate.broken if gate is not None else ())
+        yields = gate is None and self._yields(plan)
 
         def on_layer(layer: int) -> None:
             self._moved = time.monotonic()
+            if yields and self._hurry:
+                raise _GivenUp
             announcer(layer)
 
         try:
             batch, sampled = self._runner.build(plan)
             logits = self.loaded.decoder.forward(batch, self.pool, on_layer, gate)
+            if yields and self._hurry:
+                raise _GivenUp
             if logits.shape[0] > len(sampled):
                 score_prompts(plan.chunks, logits[len(sampled) :])
                 logits = logits[: len(sampled)]
@@ -362,6 +379,9 @@ class Engine:
                 if sequence.phase is Phase.RUNNING:
                     self._advance(sequence, tokens[index], logprobs[index] if logprobs is not None else None)
             self._finish_pooling(plan)
+        except _GivenUp:
+            self._runner.forget_decodes()
+            return
         except Exception as error:
             logger.exception("a step failed; its %d requests are given up", len(plan.decodes) + len(plan.chunks))
             for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
@@ -369,10 +389,18 @@ class Engine:
                     self._fail(sequence, "internal", f"computing the request failed ({type(error).__name__})")
             return
         prefill_tokens, seconds = plan.num_tokens - len(plan.decodes), time.perf_counter() - started
+        self.scheduler.took(plan, seconds)
         if gate is None:
             self._meter.add(len(plan.decodes), prefill_tokens, seconds)
         elif not gate.broken:
             self._meter.add(len(plan.decodes), prefill_tokens, seconds - gate.waited_s)
+
+    def _yields(self, plan: StepPlan) -> bool:
+        """Whether the step may be given up between two layers and computed again, for those who come meanwhile. A GPU
+        is not asked: it has all layers long before it has computed the first."""
+        sequences = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        last = all(each.priority == LAST_BAND and each.request.kv_export is None for each in sequences)
+        return last and self.loaded.device.type == "cpu"
 
     def _without(
         self, broken: list[Sequence], plan: StepPlan, logits: torch.Tensor, sampled: list[Sequence]

@@ -113,6 +113,10 @@ class Runner:
             self._free_rows.append(sequence.row)
             sequence.row = -1
 
+    def forget_decodes(self) -> None:
+        """The last batch that was built is not computed."""
+        self._decodes = DecodeRows([], self._blocks, self._tables)
+
     def slots(self, sequence: Sequence) -> Ints:
         """The pool slot of each known token: int64 [len(tokens)]."""
         table = np.array(self._blocks.table(sequence.key), dtype=np.int64)

@@ -16,21 +16,25 @@ Rules, in order:
 4. A waiting request of an earlier band (lower priority value) than somebody running goes before that one's prompt, and
    where slots or blocks are missing it displaces: those last in order of later bands are preempted, as many as it takes
    or none. A request is displaced `MAX_DISPLACED` times at most; then it stays to its end.
-5. A waiting request whose next block is just being computed by a request before it in order waits for that block
+5. The last band (batches) takes what others leave. While they have work it gets a piece of a step now and then
+   (`last_band.py`): few prompt tokens, few decode rows, in turn. Steps of its own are small too where their time grows
+   with their tokens, since somebody who comes may have to wait for one.
+6. A waiting request whose next block is just being computed by a request before it in order waits for that block
    instead of computing it twice (n > 1, shared system prompts).
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
-from tandem.common.fairness import ServiceCounters
+from tandem.common.fairness import LAST_BAND, ServiceCounters
 from tandem.engine.block_manager import BlockManager, IntegrityError
+from tandem.engine.last_band import PROMPT_TOKENS, ROWS, LastBand, Room
 from tandem.engine.request import Preemption, RequestKey
 from tandem.engine.sequence import Phase, Sequence
 from tandem.engine.waiting import WaitingQueue
@@ -78,6 +82,10 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._beside_decodes = max_prompt_tokens_beside_decodes or max_num_batched_tokens
         self._max_waiting = max_waiting
+        self._piece_tokens = max(PROMPT_TOKENS, blocks.block_size)
+        self._last_band = LastBand()
+        self._last_row = (LAST_BAND, -1)
+        """The order of the last band's row that was decoded last: those behind it are next."""
         self.on_full_blocks: Callable[[Sequence], None] | None = None
         """Called where blocks of a sequence have become full and computed in all layers."""
         self._looking_up: dict[RequestKey, Sequence] = {}
@@ -180,17 +188,18 @@ class Scheduler:
         plan = StepPlan()
         self._admit_urgent(plan, now)
         displaced = len(plan.preempted)
-        self._plan_decodes(plan)
+        room = self._room_of_last_band(now)
+        self._plan_decodes(plan, room)
         left = self._budget - len(plan.decodes)
-        if plan.decodes:
+        if plan.decodes and plan.decodes[0].priority < LAST_BAND:
             left = min(left, self._beside_decodes)
         for sequence in self._running:
             if left <= 0:
                 break
             if _prefills(sequence):
-                left -= self._plan_chunk(plan, sequence, left)
+                left -= self._plan_chunk(plan, sequence, left, room)
         if len(plan.preempted) == displaced:
-            self._admit(plan, left, now)
+            self._admit(plan, left, now, room)
         return plan
 
     def computed(self, plan: StepPlan) -> None:
@@ -213,6 +222,18 @@ class Scheduler:
                 sequence.chunk_ends.append(sequence.num_computed)
             self.publish(sequence)
 
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """The step of `plan` is over: what the last band had of it is on its account."""
+        sizes = [(each.priority, 1, 0) for each in plan.decodes]
+        sizes += [(chunk.sequence.priority, 0, chunk.num_tokens) for chunk in plan.chunks]
+        rows = sum(rows for priority, rows, _ in sizes if priority < LAST_BAND)
+        prompt_tokens = sum(tokens for priority, _, tokens in sizes if priority < LAST_BAND)
+        self._last_band.took(rows, prompt_tokens, plan.num_tokens - rows - prompt_tokens, seconds)
+
+    def next_piece(self) -> float | None:
+        """When the last band may go on although earlier bands have work; None: it need not wait for that."""
+        return self._last_band.due_at
+
     def publish(self, sequence: Sequence) -> None:
         """Puts the blocks of `sequence` that are full, computed and exact into the prefix cache. Blocks with inexact
         rows stay the request's own: its hashes promise exact ones."""
@@ -227,13 +248,41 @@ class Scheduler:
         if self.on_full_blocks is not None:
             self.on_full_blocks(sequence)
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
-        block_size = self.blocks.block_size
+    def _room_of_last_band(self, now: float) -> Room:
+        bands = self._waiting.bands
+        live = (*self._running, *self._importing.values(), *self._loading.values(), *self._looking_up.values())
+        if LAST_BAND not in bands and not any(each.priority == LAST_BAND for each in live):
+            self._last_band.has_no_work()
+            return Room(0, 0)
+        earlier = [each for each in live if each.priority < LAST_BAND]
+        waits = any(band < LAST_BAND for band in bands)
+        if not earlier and (not waits or self._running):  # who still waits does so for what those running hold
+            self._last_band.is_alone(now)
+            exports = any(each.request.kv_export is not None for each in self._running)
+            return Room(self._max_num_seqs, self._piece_tokens if exports else self._beside_decodes)
+        waits = waits or any(each.phase is not Phase.RUNNING or _prefills(each) for each in earlier)
+        return Room(ROWS, self._piece_tokens) if self._last_band.is_due(now, waits) else Room(0, 0)
+
+    def _resting(self, room: Room) -> Container[Sequence]:
+        """Decodes of the last band that are not in this step: all but `room.rows`, which take turns."""
+        first = bisect_left(self._running, (LAST_BAND, -1), key=_order)
+        rows = [each for each in self._running[first:] if not _prefills(each)]
+        if len(rows) <= room.rows:
+            return ()
+        start = bisect_right(rows, self._last_row, key=_order)
+        in_turn = rows[start:] + rows[:start]
+        if room.rows:
+            self._last_row = in_turn[room.rows - 1].order
+        return set(in_turn[room.rows :])
+
+    def _plan_decodes(self, plan: StepPlan, room: Room) -> None:
+        block_size, resting = self.blocks.block_size, self._resting(room)
         for sequence in tuple(self._running):
-            if sequence.phase is not Phase.RUNNING or _prefills(sequence):
+            if sequence.phase is not Phase.RUNNING or _prefills(sequence) or sequence in resting:
                 continue
             if sequence.num_computed % block_size == 0:
-                while not self.blocks.extend(sequence.key, sequence.num_computed + 1):
+                last_band = sequence.priority == LAST_BAND
+                while not self.blocks.extend(sequence.key, sequence.num_computed + 1, last_band):
                     victim = self._victim()
                     self._preempt(plan, victim, Preemption.MEMORY)
                     if victim is sequence:
@@ -244,7 +293,10 @@ class Scheduler:
         if plan.preempted:
             plan.decodes = [sequence for sequence in plan.decodes if sequence.phase is Phase.RUNNING]
 
-    def _plan_chunk(self, plan: StepPlan, sequence: Sequence, left: int) -> int:
+    def _plan_chunk(self, plan: StepPlan, sequence: Sequence, left: int, room: Room) -> int:
+        """Returns how many tokens it got of the `left` ones."""
+        if sequence.priority == LAST_BAND:
+            left = min(left, room.prompt_tokens)
         num_tokens = sequence.remaining
         if sequence.num_computed < sequence.num_prompt:
             # Output that is computed again goes separately: the prompt keeps the shapes that it had the first time.
@@ -257,21 +309,27 @@ class Scheduler:
             num_tokens = max(end - sequence.num_computed, 0)
         if num_tokens:
             plan.chunks.append(Chunk(sequence, num_tokens))
+            if sequence.priority == LAST_BAND:
+                room.prompt_tokens -= num_tokens
         return num_tokens
 
-    def _admit(self, plan: StepPlan, left: int, now: float) -> None:
+    def _admit(self, plan: StepPlan, left: int, now: float, room: Room) -> None:
         if not self._waiting or self._free_slots <= 0:
             return
-        pending = self._pending_blocks()
+        pending: dict[BlockHash, tuple[int, int]] | None = None
         for sequence in self._waiting.in_turn():
             if self._free_slots <= 0 or left <= 0 or sequence in plan.preempted:
                 break
+            if sequence.priority == LAST_BAND and not room.prompt_tokens and not sequence.wants_import:
+                continue
+            if pending is None:
+                pending = self._pending_blocks()
             if self._waits_for_block(sequence, pending):
                 continue
             if not self._take_in(plan, sequence, pending, now):
                 break
             if sequence.phase is Phase.RUNNING:
-                left -= self._plan_chunk(plan, sequence, left)
+                left -= self._plan_chunk(plan, sequence, left, room)
 
     def _admit_urgent(self, plan: StepPlan, now: float) -> None:
         """Those of an earlier band than somebody running. Who is displaced joins the queue behind them, in a band that
@@ -279,7 +337,7 @@ class Scheduler:
         band = self._waiting.first_band
         if band is None or not self._running or band >= self._running[-1].priority:
             return
-        pending = self._pending_blocks()
+        pending = self._pending_blocks(before=self._running[-1].priority)
         for sequence in self._waiting.in_turn():
             if not self._running or sequence.priority >= self._running[-1].priority:
                 break
@@ -312,7 +370,13 @@ class Scheduler:
     ) -> bool:
         """Gives it its blocks. False, with nothing changed, where there are too few."""
         # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
-        cached = self.blocks.allocate(sequence.key, len(sequence.tokens), _usable(sequence), reserve=len(self._running))
+        cached = self.blocks.allocate(
+            sequence.key,
+            len(sequence.tokens),
+            _usable(sequence),
+            reserve=len(self._running),
+            last_band=sequence.priority == LAST_BAND,
+        )
         if cached is None:
             return False
         sequence.num_computed = cached
@@ -355,13 +419,14 @@ class Scheduler:
         hits = self.blocks.cached_prefix(reusable, len(sequence.tokens))
         return hits < len(reusable) and pending.get(reusable[hits], sequence.order) < sequence.order
 
-    def _pending_blocks(self) -> dict[BlockHash, tuple[int, int]]:
-        """Blocks that running and loading prompts will publish, with the order of the first that will."""
+    def _pending_blocks(self, before: int = LAST_BAND + 1) -> dict[BlockHash, tuple[int, int]]:
+        """Blocks that running and loading prompts of the bands before `before` will publish, with the order of the
+        first that will."""
         pending: dict[BlockHash, tuple[int, int]] = {}
         if not self.blocks.caching:
             return pending
         for sequence in (*self._running, *self._loading.values()):
-            if _prefills(sequence):
+            if sequence.priority < before and _prefills(sequence):
                 exact = sequence.inexact_from
                 end = len(sequence.chain) if exact is None else exact // self.blocks.block_size
                 for block_hash in sequence.chain[sequence.published : end]:

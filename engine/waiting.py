@@ -8,7 +8,7 @@ not: it holds a client's stream open. With one tenant all this is the order of a
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from tandem.common.fairness import INPUT_COST, OUTPUT_COST, ServiceCounters
 from tandem.engine.sequence import Sequence
@@ -25,6 +25,11 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return sum(len(line) for tenants in tuple(self._lines.values()) for line in tuple(tenants.values()))
+
+    @property
+    def bands(self) -> Collection[int]:
+        """The priority values of those who wait."""
+        return self._lines.keys()
 
     @property
     def first_band(self) -> int | None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.common.fairness import LAST_BAND
 from tandem.router.batch.order import Item, prompt_keys
-from tandem.router.caller import HIGHEST_PRIORITY, UNLIMITED, Caller
+from tandem.router.caller import UNLIMITED, Caller
 from tandem.router.choice import ChoiceSpec
 from tandem.router.generate import Call
 from tandem.router.http_exchange import Exchange
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # uvicorn keeps them private
 
 log = logging.getLogger(__name__)
 
-PRIORITY = HIGHEST_PRIORITY
+PRIORITY = LAST_BAND
 """Lower values go first: whatever a client waits for goes before a batch."""
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """OpenAI's, as far as this router has them."""

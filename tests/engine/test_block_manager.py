@@ -33,11 +33,15 @@ class ObviousModel:
         self.prompt: dict[RequestKey, tuple[bytes, list[int]]] = {}
         self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.readers: list[list[int]] = []
+        self.used_by: dict[int, set[bool]] = {}
+        """Whether the last band, or another one, has used what is in a block."""
 
     def owned(self) -> set[int]:
         return {block for blocks in (*self.tables.values(), *self.readers) for block in blocks}
 
-    def allocated(self, name: RequestKey, salt: bytes, tokens: list[int], cached: int, table: list[int]) -> None:
+    def allocated(
+        self, name: RequestKey, salt: bytes, tokens: list[int], cached: int, table: list[int], last_band: bool
+    ) -> None:
         hits = cached // BLOCK
         assert cached % BLOCK == 0
         assert cached < len(tokens), "one token is left to compute"
@@ -47,15 +51,21 @@ class ObviousModel:
         following = (salt, tuple(tokens[: (hits + 1) * BLOCK]))
         if (hits + 1) * BLOCK < len(tokens):
             assert following not in resident, "a longer hit was possible"
-        self.fresh(table[hits:])
+        for block in table[:hits]:
+            self.used_by[block].add(last_band)
+        self.fresh(table[hits:], last_band, kept=set(table[:hits]))
         self.tables[name] = list(table)
         self.prompt[name] = (salt, tokens)
 
-    def fresh(self, blocks: list[int]) -> None:
+    def fresh(self, blocks: list[int], last_band: bool, kept: set[int] = frozenset()) -> None:
         assert not set(blocks) & self.owned(), "a block in use was handed out"
         assert 0 not in blocks
+        evictable = self.content.keys() - self.owned() - kept - set(blocks)
+        if any(block in self.content and self.used_by[block] != {True} for block in blocks):
+            assert not any(self.used_by[block] == {True} for block in evictable), "the last band's go first"
         for block in blocks:
             self.content.pop(block, None)
+            self.used_by[block] = {last_band}
 
     def published(self, name: RequestKey, count: int) -> None:
         salt, tokens = self.prompt[name]
@@ -75,8 +85,8 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
         if operation == "allocate":
             tokens = [rng.randrange(2) for _ in range(rng.randint(1, 22))]
             salt = rng.choice((b"", b"tenant"))
-            before = model.owned()
-            cached = blocks.allocate(key(step), len(tokens), chain_of(tokens, salt))
+            before, last_band = model.owned(), rng.random() < 0.5
+            cached = blocks.allocate(key(step), len(tokens), chain_of(tokens, salt), last_band=last_band)
             if cached is None:
                 hits = blocks.cached_prefix(chain_of(tokens, salt), len(tokens))
                 reused = {
@@ -87,7 +97,7 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
                 assert -(-len(tokens) // BLOCK) - len(reused & before) > model.usable - len(before)
                 assert not blocks.holds(key(step))
             else:
-                model.allocated(key(step), salt, tokens, cached, list(blocks.table(key(step))))
+                model.allocated(key(step), salt, tokens, cached, list(blocks.table(key(step))), last_band)
         elif operation == "give back":
             if model.readers:
                 blocks.give_back(model.readers.pop(rng.randrange(len(model.readers))))
@@ -97,10 +107,11 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
                 wanted = len(model.tables[name]) * BLOCK + rng.randint(0, 9)
                 needed = -(-wanted // BLOCK) - len(model.tables[name])
                 possible = needed <= model.usable - len(model.owned())
-                assert blocks.extend(name, wanted) == possible
+                last_band = rng.random() < 0.5
+                assert blocks.extend(name, wanted, last_band) == possible
                 if possible:
                     old = len(model.tables[name])
-                    model.fresh(blocks.table(name)[old:])
+                    model.fresh(list(blocks.table(name)[old:]), last_band)
                     model.tables[name] = list(blocks.table(name))
                 assert blocks.table(name) == model.tables[name]
             elif operation == "publish":
@@ -168,6 +179,24 @@ def test_the_least_recently_used_tail_is_evicted_first() -> None:
     assert blocks.allocate(key("x"), 12, chain_of([3] * 12)) == 0
     assert blocks.cached_prefix(chain_of(old), 9) == 1
     assert blocks.cached_prefix(chain_of(new), 9) == 2
+
+
+def test_what_only_the_last_band_has_used_is_evicted_before_what_clients_will_ask_for_again() -> None:
+    blocks = BlockManager(13, BLOCK)
+    shared, client = [1] * 9, [2] * 9
+    filled(blocks, "client", client)
+    filled(blocks, "shared", shared)
+    for index in range(20):
+        batch = [3 + index] * 13
+        hits = blocks.allocate(key(index), 13, chain_of(batch), last_band=True)
+        assert hits == 0
+        for place, block_hash in enumerate(chain_of(batch)):
+            blocks.publish(key(index), place, block_hash)
+        blocks.free(key(index))
+    assert blocks.allocate(key("batch"), 9, chain_of(shared), last_band=True) == 8, "it may use what is there"
+    blocks.free(key("batch"))
+    for tokens in (client, shared):
+        assert blocks.cached_prefix(chain_of(tokens), 9) == 2
 
 
 def test_fresh_blocks_are_neighbours() -> None:
