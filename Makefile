@@ -3,29 +3,33 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 ROUNDS ?= 10
 SEED ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all test-isa test-random lint types fmt proto bench model clean
+.PHONY: help setup serve test test-all test-isa test-random lint types fmt proto lock bench model clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# torch goes first and alone: where an index offers a CPU build of this version, nothing else can pull CUDA in.
-$(VENV)/.base: pyproject.toml constraints.txt
+# What the lock files name is installed by its hashes; torch, whose builds differ by index, and what only it brings (CUDA)
+# come next. Then the project finds nothing missing, as a rule: an unusual Python may need a package more.
+LOCKED := --require-hashes --no-deps
+$(VENV)/.base: pyproject.toml requirements/serve.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Tandem needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Tandem into $(VENV) (a few minutes the first time) ..."
+	@$(PIP) $(LOCKED) -r requirements/serve.txt
 	@$(PIP) "$(TORCH)"
-	@$(PIP) -e .
+	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base
+$(VENV)/.dev: $(VENV)/.base requirements/dev.txt
 	@echo "installing what tests and checks need into $(VENV) ..."
-	@$(PIP) -e '.[dev]'
+	@$(PIP) $(LOCKED) -r requirements/dev.txt
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.dev  ## make .venv with everything that development needs
@@ -66,6 +70,9 @@ fmt: $(VENV)/.dev  ## format and sort imports
 
 proto: $(VENV)/.dev  ## regenerate the gRPC stubs
 	@PATH="$(CURDIR)/$(BIN):$$PATH" proto/generate.sh
+
+lock: $(VENV)/.dev  ## write requirements/*.txt again, at the pinned versions (ARGS="--upgrade NAME")
+	@$(BIN)/python requirements/lock.py $(ARGS)
 
 bench: $(VENV)/.dev  ## measure serving (bench/README.md says how to add the peers)
 	@$(BIN)/python bench/serve.py $(ARGS)

@@ -93,7 +93,8 @@ def test_the_wheel_works_beside_what_is_installed_here(wheel: Path, tmp_path: Pa
 def test_pip_install_into_a_clean_venv_is_enough_to_serve(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
-    pip = (home / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+    pip = (home / "bin" / "python", "-m", "pip", "install", "--quiet")
+    run(*pip, "--require-hashes", "--no-deps", "-r", ROOT / "requirements" / "serve.txt", cwd=tmp_path)
     run(*pip, f"torch=={version('torch').partition('+')[0]}", cwd=tmp_path)
     run(*pip, wheel, cwd=tmp_path)
     command = [home / "bin" / "tandem", "serve", "--port", "0"]
