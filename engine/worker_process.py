@@ -73,7 +73,7 @@ class WorkerProcess:
         self.worker_id = config.named(role)
         self.epoch = time.time_ns()
         self.secret = read_secret(config.secret_file)
-        check_reachable(self.secret, "listen", config.listen)
+        check_reachable(self.secret, "--listen", config.listen)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
 
     async def load(self) -> None:

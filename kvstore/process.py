@@ -91,7 +91,7 @@ def serve(config: KvStoreConfig) -> None:
     set_up_logging(node_id, config.log_level)
     stopping = _signals()
     secret = read_secret(config.secret_file)
-    check_reachable(secret, "listen", config.listen)
+    check_reachable(secret, "--listen", config.listen)
     server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=_OPTIONS)
     address = _bind(server, config.listen, secret)
     with tempfile.TemporaryDirectory(prefix="tandem-kv-") as folder:
