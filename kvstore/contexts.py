@@ -19,17 +19,19 @@ from typing import Literal
 import numpy as np
 
 from tandem.kvstore.context_files import Context, ContextFiles
+from tandem.kvstore.eviction import Shares
 from tandem.kvstore.identity import Namespace, prefix_chain
 from tandem.kvstore.interfaces import ObjectKey, TierName
 from tandem.kvstore.node import KvNode
 
 log = logging.getLogger(__name__)
 
-MAX_CONTEXTS = 1024
+MAX_CONTEXTS = 2048
 MAX_TOKENS = 1 << 20
 """Of one context."""
-MAX_BYTES = 64 << 20
+MAX_BYTES = 128 << 20
 """Of all recipes, four bytes a token."""
+MIN_TTL_S = 1.0
 MAX_TTL_S = 30 * 86400.0
 PIN_INTERVAL_S = 0.5
 PINS_PER_ROUND = 8192
@@ -67,10 +69,16 @@ class ContextShelf:
     """Thread-safe. `start` keeps pins up in the background; `keep` is one round of it."""
 
     def __init__(
-        self, node: KvNode, files: ContextFiles | None, chunk_tokens: int, clock: Callable[[], float] = time.time
+        self,
+        node: KvNode,
+        files: ContextFiles | None,
+        chunk_tokens: int,
+        clock: Callable[[], float] = time.time,
+        shares: Shares | None = None,
     ) -> None:
-        """Takes up what `files` have; None: contexts live as long as the process. Raises ConfigError if the folder
-        cannot be read."""
+        """Takes up what `files` have; None: contexts live as long as the process. `shares`: of owners with a quota.
+        Raises ConfigError if the folder cannot be read."""
+        self._shares = shares or Shares()
         self._node = node
         self._files = files
         self._chunk_tokens = chunk_tokens
@@ -117,14 +125,7 @@ class ContextShelf:
             self._expire(now)
             old = self._held.get((owner, name))
             held.context = context = replace(context, version=_next_version(old, context))
-            others = len(self._held) - (old is not None)
-            others_bytes = self._bytes - (len(old.context.tokens) if old is not None else 0)
-            if others >= MAX_CONTEXTS or others_bytes + len(context.tokens) > MAX_BYTES:
-                raise ContextRefusedError(
-                    "full",
-                    f"{len(self._held)} contexts of {self._bytes >> 2} tokens are held; the limits are {MAX_CONTEXTS} "
-                    f"and {MAX_BYTES >> 2}. Drop some, or let them expire.",
-                )
+            self._check_room(context, old.context if old is not None else None)
             if self._files is not None:
                 try:
                     self._files.save(context)
@@ -134,7 +135,7 @@ class ContextShelf:
                 kept = set(held.keys)
                 self._unpin(old, [key for key in old.keys if key not in kept])
             self._held[owner, name] = held
-            self._bytes = others_bytes + len(context.tokens)
+            self._bytes += len(context.tokens) - (len(old.context.tokens) if old is not None else 0)
         self._work.set()
         return context
 
@@ -212,6 +213,35 @@ class ContextShelf:
 
     # Under the lock
 
+    def _check_room(self, new: Context, old: Context | None) -> None:
+        """Raises ContextRefusedError where the node, or the share of the owner, has no place for `new`. Shares shrink
+        when others come: what takes no more than the `old` version did is always taken."""
+        if old is not None and len(new.tokens) <= len(old.tokens):
+            return
+        kept = [each.context for each in self._held.values() if each.context is not old]
+        mine = [len(each.tokens) for each in kept if each.owner == new.owner]
+        kept_bytes = sum(len(each.tokens) for each in kept)
+        places = self._may_hold(new.owner, MAX_CONTEXTS, len(kept) - len(mine))
+        most_bytes = self._may_hold(new.owner, MAX_BYTES, kept_bytes - sum(mine))
+        if len(kept) >= MAX_CONTEXTS or kept_bytes + len(new.tokens) > MAX_BYTES or (old is None and places == 0):
+            raise ContextRefusedError(
+                "full",
+                f"{len(kept)} contexts of {kept_bytes >> 2} tokens are held; the limits are {MAX_CONTEXTS} and "
+                f"{MAX_BYTES >> 2}. Drop some, or let them expire.",
+            )
+        if (old is None and len(mine) >= places) or sum(mine) + len(new.tokens) > most_bytes:
+            raise ContextRefusedError(
+                "invalid",
+                f"name: {new.owner} holds {len(mine)} other contexts of {sum(mine) >> 2} tokens, and this one has "
+                f"{new.num_tokens}; the limits of {new.owner} are now {places} contexts and {most_bytes >> 2} tokens. "
+                "Drop some, or let them expire.",
+            )
+
+    def _may_hold(self, owner: str, capacity: int, others: int) -> int:
+        """The owner's quota, else half of what `others` leave: whatever somebody takes, the next one finds room."""
+        share = self._shares.of(owner)
+        return max(int(capacity * share), 1) if share < 1.0 else (capacity - others) // 2
+
     def _living(self, owner: str, name: str) -> _Held | None:
         held = self._held.get((owner, name))
         return held if held is not None and held.context.expires_at > self._clock() else None
@@ -235,7 +265,7 @@ class ContextShelf:
 def open_shelf(node: KvNode, kv_disk: str, chunk_tokens: int, key: bytes) -> ContextShelf:
     """In a subfolder of the node's disk folder, which the disk tier has locked. Raises ConfigError."""
     files = ContextFiles(Path(kv_disk) / "contexts", key) if kv_disk else None
-    return ContextShelf(node, files, chunk_tokens)
+    return ContextShelf(node, files, chunk_tokens, shares=node.settings.quotas)
 
 
 def _check(owner: str, name: str, token_ids: Sequence[int], root: bytes, ttl_s: float) -> None:
@@ -246,8 +276,10 @@ def _check(owner: str, name: str, token_ids: Sequence[int], root: bytes, ttl_s: 
         raise ContextRefusedError("invalid", f"token_ids: {len(token_ids)} tokens; 1 to {MAX_TOKENS} are allowed")
     if len(root) != _ROOT_BYTES:
         raise ContextRefusedError("invalid", f"root: must have {_ROOT_BYTES} bytes, not {len(root)}")
-    if not 0 < ttl_s <= MAX_TTL_S:
-        raise ContextRefusedError("invalid", f"ttl_s: must be above 0 and at most {MAX_TTL_S:.0f} (30 days)")
+    if not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
+        raise ContextRefusedError(
+            "invalid", f"ttl_s: must be between {MIN_TTL_S:.0f} and {MAX_TTL_S:.0f} seconds (30 days)"
+        )
 
 
 def _next_version(old: _Held | None, new: Context) -> int:

@@ -16,6 +16,7 @@ import pytest
 from tandem.kvstore import admin, contexts
 from tandem.kvstore.context_files import ContextFiles
 from tandem.kvstore.contexts import MAX_TTL_S, ContextRefusedError, ContextShelf
+from tandem.kvstore.eviction import Shares
 from tandem.kvstore.identity import Namespace, prefix_chain
 from tandem.kvstore.interfaces import ObjectKey, TierName
 from tandem.kvstore.node import KvNode
@@ -243,6 +244,9 @@ def test_a_context_that_cannot_be_written_is_refused_and_the_old_one_stays(node:
         ("ttl_s", 0.0),
         ("ttl_s", float("nan")),
         ("ttl_s", MAX_TTL_S + 1),
+        ("ttl_s", 0.5),
+        ("ttl_s", -1.0),
+        ("ttl_s", float("inf")),
     ],
 )
 def test_wrong_fields_are_named(node: KvNode, field: str, value: object) -> None:
@@ -256,16 +260,49 @@ def test_count_and_bytes_are_bounded(node: KvNode, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(contexts, "MAX_CONTEXTS", 3)
     monkeypatch.setattr(contexts, "MAX_BYTES", 40)
     clock = Clock()
-    shelf = shelf_of(node, clock=clock)
-    for number in range(3):
-        shelf.put("acme", f"c{number}", [1], root=ROOT, ttl_s=60 + number)
-    for name, tokens in (("c3", [1]), ("c0", [1] * 9)):
+    shares = Shares(owners={"acme": 0.99, "initech": 0.99})
+    shelf = ContextShelf(node, None, CHUNK, clock, shares)
+    for number, owner in enumerate(("initech", "acme", "initech")):
+        shelf.put(owner, f"c{number}", [1], root=ROOT, ttl_s=60 + number)
+    for owner, name, tokens in (("acme", "c3", [1]), ("initech", "c0", [1] * 9)):
         with pytest.raises(ContextRefusedError) as refused:
-            shelf.put("acme", name, tokens, root=ROOT, ttl_s=60)
+            shelf.put(owner, name, tokens, root=ROOT, ttl_s=60)
         assert refused.value.problem == "full"
-    shelf.put("acme", "c0", [1] * 8, root=ROOT, ttl_s=60)  # replaces one
+    shelf.drop("acme", "c1")
+    shelf.drop("initech", "c2")
+    shelf.put("acme", "c1", [1], root=ROOT, ttl_s=60)
+    shelf.put("initech", "c0", [1] * 8, root=ROOT, ttl_s=60)  # replaces one
     clock.now += 60
     assert shelf.put("acme", "c3", [1], root=ROOT, ttl_s=60).version == 1
+
+
+def take_all(shelf: ContextShelf, owner: str, tokens: int = 1) -> int:
+    """How many contexts of so many tokens an owner gets."""
+    for number in range(contexts.MAX_CONTEXTS + 1):
+        try:
+            shelf.put(owner, f"c{number}", [1] * tokens, root=ROOT, ttl_s=60)
+        except ContextRefusedError as error:
+            refusal = error
+            break
+    assert refusal.problem == "invalid"
+    assert str(refusal).startswith(f"name: {owner} holds {number} other contexts")
+    return number
+
+
+def test_whatever_an_owner_takes_others_find_room(node: KvNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "MAX_CONTEXTS", 64)
+    shelf = shelf_of(node)
+    assert [take_all(shelf, owner) for owner in ("greedy", "acme", "initech")] == [32, 16, 8]
+    shelf.put("greedy", "c0", [1, 2], root=ROOT, ttl_s=60)  # a new version needs no place
+    monkeypatch.setattr(contexts, "MAX_BYTES", 4 * 2000)
+    by_size = shelf_of(node)
+    assert [take_all(by_size, owner, 100) for owner in ("greedy", "acme", "initech")] == [10, 5, 2]
+
+
+def test_an_owner_with_a_quota_has_that_share(node: KvNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "MAX_CONTEXTS", 40)
+    shelf = ContextShelf(node, None, CHUNK, Clock(), Shares(everybody=0.1, owners={"acme": 0.25, "small": 0.001}))
+    assert [take_all(shelf, owner) for owner in ("greedy", "acme", "small", "initech")] == [4, 10, 1, 4]
 
 
 def test_a_round_has_a_bound_and_the_next_goes_on(node: KvNode, monkeypatch: pytest.MonkeyPatch) -> None:

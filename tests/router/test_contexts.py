@@ -232,6 +232,25 @@ async def test_tenants_see_only_their_own(house: House, store: StoreNode, tmp_pa
     assert list(worker.submits[-1].prompt_token_ids) == [3, 5]
 
 
+async def test_a_tenant_that_takes_all_it_can_leaves_room_for_others(
+    house: House, store: StoreNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.kvstore.contexts.MAX_CONTEXTS", 4)
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"{name}:{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("ann", "bob")))
+    worker, client = await open_pair(house, store, api_keys_file=keys)
+    ann, bob = ({"authorization": f"Bearer {name}"} for name in ("ann", "bob"))
+    for number in range(2):
+        body = {"name": f"c{number}", "prompt": [1]}
+        assert (await client.post("/v1/contexts", json=body, headers=ann)).status_code == 200
+    worker.submits.clear()
+    refused = await client.post("/v1/contexts", json={"name": "c2", "prompt": [1]}, headers=ann)
+    message = check_error(refused, 400, "invalid_request", "name")
+    assert "the limits of ann are now 2 contexts" in message
+    assert worker.submits == []
+    assert (await client.post("/v1/contexts", json={"name": "mine", "prompt": [1]}, headers=bob)).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -243,6 +262,9 @@ async def test_tenants_see_only_their_own(house: House, store: StoreNode, tmp_pa
         ({"messages": [{"role": "user", "content": "x"}]}, "prompt"),
         ({"ttl_s": 0}, "ttl_s"),
         ({"ttl_s": 31 * 86400}, "ttl_s"),
+        ({"ttl_s": -1}, "ttl_s"),
+        ({"ttl_s": 0.1}, "ttl_s"),
+        ({"ttl_s": 1e300}, "ttl_s"),
         ({"version": 0}, "version"),
     ],
 )
