@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,11 +14,12 @@ import grpc.aio
 from tandem.common.credentials import open_aio_channel
 from tandem.common.errors import TandemError
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
+from tandem.router.fair_cache import FairCache
 
 CALL_S = 2.0
 REMEMBERED_S = 2.0
 """As long as another router's change may go unnoticed."""
-MAX_REMEMBERED_TOKENS = 4 << 20
+MAX_REMEMBERED_TOKENS = 8 << 20
 _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", round(1000 * CALL_S)),  # despite its name: how long connecting may take
@@ -43,9 +43,8 @@ class ContextClient:
         self._secret = secret
         self._channel: grpc.aio.Channel | None = None
         self._stub: kvnode_pb2_grpc.KvNodeAsyncStub | None = None
-        self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
-        """The oldest first."""
-        self._tokens = 0
+        self._remembered: FairCache[str, _Remembered] = FairCache(MAX_REMEMBERED_TOKENS)
+        """By owner and name."""
         self._changes = 0
 
     async def close(self) -> None:
@@ -70,7 +69,7 @@ class ContextClient:
 
     async def recipe(self, owner: str, name: str) -> kvnode_pb2.Context:
         """With its token ids; at most REMEMBERED_S old."""
-        known = self._remembered.get((owner, name))
+        known = self._remembered.get(owner, name)
         if (
             known is not None
             and known.since + REMEMBERED_S > time.monotonic()
@@ -110,19 +109,13 @@ class ContextClient:
         return self._stub
 
     def _remember(self, context: kvnode_pb2.Context) -> None:
-        place = (context.owner, context.name)
-        self._forget(*place)
-        self._remembered[place] = _Remembered(context, time.monotonic())
-        self._tokens += context.num_tokens
-        while self._tokens > MAX_REMEMBERED_TOKENS:
-            self._forget(*next(iter(self._remembered)))
+        remembered = _Remembered(context, time.monotonic())
+        self._remembered.put(context.owner, context.name, remembered, context.num_tokens)
 
     def _forget(self, owner: str, name: str) -> None:
         """What is being asked for meanwhile is not remembered: it may be older than the change."""
         self._changes += 1
-        known = self._remembered.pop((owner, name), None)
-        if known is not None:
-            self._tokens -= known.context.num_tokens
+        self._remembered.pop(owner, name)
 
 
 def unknown(name: str) -> TandemError:

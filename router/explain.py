@@ -7,18 +7,18 @@ Filled by `Call` and `Choice` as things happen; read by `GET /v1/requests/{id}` 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tandem.proto import worker_pb2
+from tandem.router.fair_cache import FairCache
 
 if TYPE_CHECKING:
     from tandem.router.attempt import Attempt
     from tandem.router.placement import Placement
 
-MAX_RECORDS = 2000
-"""About 5 KB each. The oldest are forgotten."""
+MAX_RECORDS = 4000
+"""About 5 KB each. The oldest are forgotten, those of a tenant that has half of them first."""
 MAX_CANDIDATES = 8
 """The cheapest ones that are shown of a placement."""
 MAX_PREEMPTIONS = 8
@@ -164,8 +164,7 @@ class Explain:
     tenants never meet."""
 
     def __init__(self, max_records: int = MAX_RECORDS) -> None:
-        self._max_records = max_records
-        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+        self._records: FairCache[str, Record] = FairCache(max_records)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -174,18 +173,14 @@ class Explain:
         """`arrived`: time.monotonic()."""
         arrived_at = time.time() - (time.monotonic() - arrived)
         record = Record(request_id, tenant, arrived, arrived_at, prompt_tokens, choices)
-        key = (tenant, request_id)
-        self._records[key] = record
-        self._records.move_to_end(key)
-        if len(self._records) > self._max_records:
-            self._records.popitem(last=False)
+        self._records.put(tenant, request_id, record)
         return record
 
     def find(self, request_id: str, tenant: str | None) -> Record | None:
         """`tenant` None: of any tenant, the latest."""
         if tenant is not None:
-            return self._records.get((tenant, request_id))
-        return next((record for (_, name), record in reversed(self._records.items()) if name == request_id), None)
+            return self._records.get(tenant, request_id)
+        return next((record for name, record in self._records.newest() if name == request_id), None)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -15,6 +15,7 @@ import contextlib
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +27,9 @@ from tandem.router.batch.store import Index
 
 MAX_FILE_BYTES = 200 << 20
 """Of one uploaded file, as OpenAI's batches."""
-MAX_UPLOADS = 16
-"""At once; each holds PART_BYTES of memory."""
+MAX_UPLOADS = 32
+"""At once; each holds PART_BYTES of memory. A tenant may have as many as are left free then: one alone half of them,
+and whoever comes next finds a place."""
 PART_BYTES = 1 << 20
 ORPHAN_S = 24 * 3600.0
 """Bytes without a record are dropped when they have not changed for so long."""
@@ -43,7 +45,8 @@ class Storage:
         self.folder = folder
         self._files = folder / "files"
         self._thread = ThreadPoolExecutor(1, "batch-storage")
-        self._uploads = 0
+        self._uploads: Counter[str] = Counter()
+        """By tenant."""
         self._closed = False
         try:
             self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -74,9 +77,10 @@ class Storage:
     @contextlib.asynccontextmanager
     async def upload(self, tenant: str) -> AsyncIterator[Upload]:
         """What is not finished inside the `with` is dropped. Raises TandemError `overloaded`, `rate_limit_exceeded`."""
-        if self._uploads >= MAX_UPLOADS:
-            raise TandemError("overloaded", f"{MAX_UPLOADS} files are being uploaded; try again shortly")
-        self._uploads += 1
+        mine = self._uploads[tenant]
+        if mine >= MAX_UPLOADS - self._uploads.total():
+            raise TandemError("overloaded", f"{mine} files of `{tenant}` are being uploaded; try again shortly")
+        self._uploads[tenant] += 1
         try:
             await self.call(lambda index: index.check_room(tenant, 0))
             upload = Upload(self, tenant)
@@ -85,7 +89,9 @@ class Storage:
             finally:
                 upload.close()
         finally:
-            self._uploads -= 1
+            self._uploads[tenant] -= 1
+            if not self._uploads[tenant]:
+                del self._uploads[tenant]
 
     async def content(self, file_id: str) -> AsyncIterator[bytes]:
         """Raises TandemError."""

@@ -314,7 +314,7 @@ async def test_without_a_store_node_the_setting_is_named(house: House) -> None:
 async def test_recipes_are_remembered_briefly_and_within_bounds(
     house: House, store: StoreNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts, "MAX_REMEMBERED_TOKENS", 5)
+    monkeypatch.setattr(contexts, "MAX_REMEMBERED_TOKENS", 10)
     client = contexts.ContextClient(store.address)
     for number in range(4):
         await client.put("acme", f"c{number}", [1, 2], root=b"r" * 32, ttl_s=60, version=0)

@@ -132,11 +132,13 @@ async def test_nobody_sees_the_requests_of_another_tenant(house: House) -> None:
     assert (await ask("GET", "/v1/requests/why", "zeta")).status_code == 404
 
 
-def test_the_latest_records_are_kept() -> None:
+def test_the_latest_records_are_kept_and_of_one_tenant_half() -> None:
     explain = Explain()
-    for number in range(MAX_RECORDS + 10):
+    explain.begin("mine", "c", 0.0, 1, 1)
+    for number in range(MAX_RECORDS // 2 + 10):
         explain.begin(str(number), "a", 0.0, 1, 1)
-    assert len(explain) == MAX_RECORDS
+    assert len(explain) == MAX_RECORDS // 2 + 1
+    assert explain.find("mine", "c") is not None
     assert explain.find("9", "a") is None
     assert explain.find("10", "a") is not None
     assert explain.find("10", None) is explain.find("10", "a")

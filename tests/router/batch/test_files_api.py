@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,17 @@ async def test_too_many_uploads_at_once_are_refused(office: Desk, monkeypatch: p
         assert answer.status_code == 503
         assert answer.headers["retry-after"]
     assert (await office.upload(b"x")).status_code == 200
+
+
+async def test_a_tenant_that_uploads_all_it_can_leaves_room_for_others(office: Desk) -> None:
+    storage = office.lane.storage
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(files.MAX_UPLOADS // 2):
+            await stack.enter_async_context(storage.upload("greedy"))
+        with pytest.raises(TandemError, match="16 files of `greedy` are being uploaded"):
+            await stack.enter_async_context(storage.upload("greedy"))
+        assert (await office.upload(b"x")).status_code == 200
+    assert not storage._uploads
 
 
 async def test_expired_files_and_orphans_go(office: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
