@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.scratch import scratch_folder
 from tandem.common.secret import check_reachable
 from tandem.decode.importer import Importer
 from tandem.decode.settings import DecodeConfig
@@ -30,7 +30,7 @@ async def serve(config: DecodeConfig) -> None:
         if config.listen.startswith("unix:"):  # beside it, so that who removes one after a kill removes both
             path = config.listen.removeprefix("unix:").removesuffix(".sock") + ".kv"
         else:
-            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-kv-")) + "/kv.sock"
+            path = str(stack.enter_context(scratch_folder()) / "kv.sock")
         pool = process.engine.pool
         importer = Importer(
             row_bytes=pool.row_bytes,

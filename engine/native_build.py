@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from tandem.common.scratch import PREFIX, RUN_FOLDER_VARIABLE
+
 logger = logging.getLogger(__name__)
 
 _COMPILE_SECONDS = 120
@@ -88,5 +90,10 @@ def _cache_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="tandem-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="tandem-"))
+        return _new_folder()
+    return folder if os.access(folder, os.W_OK) else _new_folder()
+
+
+def _new_folder() -> Path:
+    """Goes with the supervisor's, where there is one; else it stays, as what was loaded from it does."""
+    return Path(tempfile.mkdtemp(prefix=PREFIX, dir=os.environ.get(RUN_FOLDER_VARIABLE)))

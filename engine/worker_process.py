@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 import tandem
 from tandem.common.credentials import add_port
+from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.errors import ConfigError
 from tandem.common.secret import check_reachable, is_local, read_secret
 from tandem.common.telemetry import serve_metrics, set_up_logging, set_up_tracing
@@ -43,6 +44,8 @@ SWITCH_INTERVAL_S = 0.0001
 loop is busy. Measured at 300 steps/s with 16 streams: the step's Python part is 1.7 ms instead of 2.3 ms."""
 SAVE_S = 5.0
 """How long a worker that ends waits for KV on its way to the store."""
+STOP_S = 5.0
+"""How long it waits for the engine's thread."""
 IDLE_CHECK_S = 10.0
 """How often the engine's books are checked while there is nothing to do."""
 STALLED_S = 60.0
@@ -80,8 +83,8 @@ class WorkerProcess:
         """Binds the address first, so that a mistake shows before minutes of loading. Raises ConfigError."""
         set_up_logging(self.worker_id, self.config.log_level)
         set_up_tracing(self.role, self.worker_id)
-        signal.signal(signal.SIGTERM, _leave_at_once)
-        signal.signal(signal.SIGINT, _leave_at_once)
+        for number in ending_signals():
+            signal.signal(number, _leave_at_once)
         try:
             port = add_port(self._server, self.config.listen, self.secret)
         except RuntimeError as error:
@@ -129,7 +132,7 @@ class WorkerProcess:
         worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)
         names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        stopping = _signals()
+        stopping = _signals(self.config.drain_grace_s + SAVE_S + STOP_S + LATE_S)
         self.engine.start()
         await self._server.start()
         for name in ("", _SERVICE):
@@ -156,7 +159,7 @@ class WorkerProcess:
     def _close_engine(self) -> None:
         if not self.engine.wait_saved(SAVE_S):
             log.warning("not all KV could be saved within %g s", SAVE_S)
-        self.engine.stop(5.0)
+        self.engine.stop(STOP_S)
         if self._opened is not None:
             self._opened.close()
 
@@ -224,17 +227,18 @@ def _hardware_class(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def _signals() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT. The second ends the process."""
+def _signals(most_s: float) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT, after which the process has `most_s` to end. The second ends it."""
     stopping = asyncio.Event()
 
     def arrived() -> None:
         if stopping.is_set():
             os._exit(1)
+        end_within(most_s)
         stopping.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         loop.add_signal_handler(number, arrived)
     return stopping
 

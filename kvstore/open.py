@@ -4,12 +4,12 @@ in the right order. Workers call `open_home`, `tandem kvstore` calls `open_node`
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.scratch import scratch_folder
 from tandem.common.secret import check_reachable, read_secret
 from tandem.kvstore.codecs import Fidelity, get_codec
 from tandem.kvstore.dataplane.auth import ServerIdentity
@@ -138,8 +138,7 @@ def open_node(
         server = None
         if directory is not None or unix_path:
             if not unix_path:
-                folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="tandem-kv-"))
-                unix_path = str(Path(folder) / "node.sock")
+                unix_path = str(opened.enter_context(scratch_folder()) / "node.sock")
             unix_path = str(Path(unix_path).absolute())
             server = _serve(settings, node, ServerIdentity(node_id, epoch, local_host_id()), unix_path, secret, agent)
             opened.callback(server.stop)

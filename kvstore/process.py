@@ -6,16 +6,15 @@ the life of the process: bind, open, serve, drain on SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import grpc
@@ -24,7 +23,9 @@ from grpc_health.v1.health import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tandem.common.credentials import add_port
+from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.errors import ConfigError
+from tandem.common.scratch import scratch_folder
 from tandem.common.secret import check_reachable, is_local, read_secret
 from tandem.common.settings import Group
 from tandem.common.telemetry import process_registry, serve_metrics, set_up_logging
@@ -38,6 +39,8 @@ from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+STOP_S = 5.0
+"""For closing what is open, after the drain."""
 _THREADS = 8
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
@@ -89,13 +92,13 @@ def serve(config: KvStoreConfig) -> None:
     ConfigError."""
     node_id = config.node_id or f"kvstore-{socket.gethostname()}-{os.getpid()}"
     set_up_logging(node_id, config.log_level)
-    stopping = _signals()
+    stopping = _signals(config.drain_grace_s + STOP_S + LATE_S)
     secret = read_secret(config.secret_file)
     check_reachable(secret, "--listen", config.listen)
     server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=_OPTIONS)
     address = _bind(server, config.listen, secret)
-    with tempfile.TemporaryDirectory(prefix="tandem-kv-") as folder:
-        unix_path = config.kv_node or str(Path(folder) / "node.sock")
+    with contextlib.ExitStack() as stack:
+        unix_path = config.kv_node or str(stack.enter_context(scratch_folder()) / "node.sock")
         embeds = config.kv_directory in ("", config.listen, address)
         directory = EmbeddedDirectory() if embeds else open_directory(config.kv_directory, secret)
         store = open_node(
@@ -145,15 +148,16 @@ def _bind(server: grpc.Server, listen: str, secret: bytes) -> str:
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
-def _signals() -> threading.Event:
-    """Set by the first SIGTERM or SIGINT. The second ends the process."""
+def _signals(most_s: float) -> threading.Event:
+    """Set by the first SIGTERM or SIGINT, after which the process has `most_s` to end. The second ends it."""
     stopping = threading.Event()
 
     def arrived(number: int, frame: object) -> None:
         if stopping.is_set():
             os._exit(1)
+        end_within(most_s)
         stopping.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         signal.signal(number, arrived)
     return stopping

@@ -21,7 +21,7 @@ from tandem.router.grpc_api import GrpcServer
 from tandem.router.http_app import ROUTES, HttpApp
 from tandem.router.http_protocol import BoundedHttp
 from tandem.router.metrics import RouterMetrics
-from tandem.router.replicas import ALONE, Replica, listen, process_name
+from tandem.router.replicas import ALONE, Replica, bind, cannot_listen, process_name
 from tandem.router.request_log import RequestLog
 from tandem.router.served_model import ServedModel
 from tandem.router.service import Service
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75
 """An idle client connection stays open this long: longer than clients' pools, so that they never race a close."""
 READY_POLL_S = 0.25
+BACKLOG = 2048
+"""Connections that wait to be taken; they are safe from the death of one router where several share the port."""
 
 
 class Router:
@@ -89,8 +91,8 @@ class Router:
 
     async def start(self) -> None:
         """Returns when both servers listen; workers connect in the background."""
-        sock = listen(self.config.host, self.config.port, shared=self.replica.count > 1)
-        self.port = sock.getsockname()[1]
+        sockets = self._listen()
+        self.port = sockets[0].getsockname()[1]
         self._server = _Server(
             uvicorn.Config(
                 self.app,
@@ -102,6 +104,7 @@ class Router:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(self.config.drain_grace_s)),
             )
@@ -113,7 +116,7 @@ class Router:
         self.fleet.start()
         if self.service.batches is not None:
             self.service.batches.start()
-        self._tasks.append(asyncio.create_task(self._server.serve(sockets=[sock]), name="http"))
+        self._tasks.append(asyncio.create_task(self._server.serve(sockets=sockets), name="http"))
         if self.config.grpc_port is not None:
             self.grpc = GrpcServer(
                 self.service,
@@ -164,6 +167,20 @@ class Router:
         log.info("draining: running requests have %g s to finish", self.config.drain_grace_s)
         await self.stop()
 
+    def _listen(self) -> list[socket.socket]:
+        """The port, and where the supervisor asks whether this process is well. Raises ConfigError."""
+        host, port, path = self.config.host, self.config.port, self.replica.health_path
+        sockets = [bind(host, port) if self.replica.listening < 0 else socket.socket(fileno=self.replica.listening)]
+        try:
+            sockets[0].listen(BACKLOG)
+        except OSError as error:
+            raise cannot_listen(host, port, error) from error
+        if path is not None:
+            path.unlink(missing_ok=True)  # of a former life
+            sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            sockets[1].bind(str(path))
+        return sockets
+
     def _warn_of_own_limits(self) -> None:
         if self.tenants is None or self.config.redis or self.replica.count == 1 or self.replica.index > 0:
             return
@@ -185,8 +202,7 @@ class Router:
             ready = self.service.ready
             if ready and not printed:
                 printed = True
-                if self.replica.index == 0:
-                    print(f"tandem router ready: {self.url} serves {self.model.name}{self._details()}", flush=True)
+                print(f"tandem router ready: {self.url} serves {self.model.name}{self._details()}", flush=True)
             if ready != said and self.grpc is not None:
                 await self.grpc.set_ready(ready)
             said = ready

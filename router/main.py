@@ -1,15 +1,15 @@
-"""`tandem router`."""
+"""A router as a process; `tandem router` is in runtime/router.py."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import os
-import signal
 from collections.abc import Sequence
 
+from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.settings import parse_settings
-from tandem.router.replicas import ALONE, Replica, on_parent_death, process_name, run_replicas
+from tandem.router.replicas import place_of_this_process, process_name
 from tandem.router.settings import RouterConfig
 
 EXAMPLES = (
@@ -39,41 +39,30 @@ EXAMPLES = (
 YOUNG_OBJECTS = 2_000
 
 
-SETTINGS = RouterConfig
-
-
-def main(argv: Sequence[str]) -> None:
+def read(argv: Sequence[str]) -> RouterConfig:
     """Raises ConfigError, or SystemExit after `--help`."""
-    run(
-        parse_settings(
-            RouterConfig,
-            argv,
-            command="tandem router",
-            description="Runs the front door: HTTP as OpenAI's and gRPC in front, prefill and decode workers behind.",
-            examples=EXAMPLES,
-        )
+    return parse_settings(
+        RouterConfig,
+        argv,
+        command="tandem router",
+        description="Runs the front door: HTTP as OpenAI's and gRPC in front, prefill and decode workers behind.",
+        examples=EXAMPLES,
     )
 
 
 def run(config: RouterConfig) -> None:
-    """Serves until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
-    if config.routers > 1:
-        run_replicas(config, _run_one)
-    else:
-        _run_one(config, ALONE)
-
-
-def _run_one(config: RouterConfig, replica: Replica) -> None:
+    """Serves in this process until SIGTERM or SIGINT; a second signal ends at once. Raises ConfigError."""
     import uvloop
 
-    uvloop.run(_serve(config, replica))
+    uvloop.run(_serve(config))
 
 
-async def _serve(config: RouterConfig, replica: Replica) -> None:
+async def _serve(config: RouterConfig) -> None:
     from tandem.common import telemetry
     from tandem.router.app import Router
     from tandem.router.http_protocol import allow_many_connections
 
+    replica = place_of_this_process()
     allow_many_connections()
     telemetry.set_up_logging(process_name(replica), config.log_level)
     telemetry.set_up_tracing("router", f"router-{os.getpid()}")
@@ -85,11 +74,11 @@ async def _serve(config: RouterConfig, replica: Replica) -> None:
     def on_signal() -> None:
         if stopped.is_set():
             os._exit(1)
+        end_within(config.drain_grace_s + LATE_S)
         stopped.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         loop.add_signal_handler(number, on_signal)
-    on_parent_death(replica, stopped.set)
     await router.serve_until(stopped)
 
 

@@ -1,46 +1,49 @@
-"""`--routers N`: N router processes that share one port. The parent only starts, restarts and stops them.
+"""What a router process knows of its place among several on one port, and the socket on which it listens.
 
-The kernel spreads connections over the replicas (SO_REUSEPORT). The parent imports nothing that starts threads, so that
-it may fork; children notice its death by the end of a pipe.
+`--routers N` are N children of a supervisor (runtime/supervisor.py), which holds the socket that they share: what
+connects while one of them dies or hangs is taken by the others.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import errno
 import os
-import shutil
-import signal
 import socket
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
-from tandem.router.settings import RouterConfig
+from tandem.common.scratch import RUN_FOLDER_VARIABLE
 
-RESTART_FIRST_S = 0.25
-RESTART_LONGEST_S = 10.0
-HEALTHY_S = 20.0
-CONFIG_ERROR_STATUS = 2
+PLACE_VARIABLE = "TANDEM_SUPERVISOR_REPLICA"
+"""Set by a supervisor: index, count and the descriptor of the socket, with blanks between them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """What a router process knows of its place among others."""
-
     index: int = 0
     count: int = 1
     folder: Path | None = None
-    """For the replicas' sockets. None where there is one replica."""
-    parent_pipe: int = -1
-    """Reaches its end when the parent dies; -1: there is none."""
+    """Of a supervisor, for sockets of this process. None: there is no supervisor."""
+    listening: int = -1
+    """Descriptor of a bound socket. -1: there is none yet."""
+
+    @property
+    def health_path(self) -> Path | None:
+        """Where this process answers HTTP to its supervisor."""
+        return None if self.folder is None else health_path(self.folder, process_name(self))
 
 
 ALONE = Replica()
+
+
+def place_of_this_process() -> Replica:
+    """What the supervisor says of it, if there is one."""
+    place = os.environ.get(PLACE_VARIABLE)
+    if place is None:
+        return ALONE
+    index, count, listening = map(int, place.split())
+    return Replica(index, count, Path(os.environ[RUN_FOLDER_VARIABLE]), listening)
 
 
 def process_name(replica: Replica) -> str:
@@ -48,137 +51,30 @@ def process_name(replica: Replica) -> str:
     return "router" if replica.count == 1 else f"router-{replica.index}"
 
 
-def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A bound TCP socket; `shared`: others of this user may bind the same port. Raises ConfigError."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+def health_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.http"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A TCP socket that does not listen yet: who connects is refused. Raises ConfigError, where somebody listens on
+    the port as well."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"--port {port}: cannot listen on {host}:{port} ({error.strerror})") from error
-    sock.set_inheritable(True)
-    return sock
-
-
-def run_replicas(config: RouterConfig, serve: Callable[[RouterConfig, Replica], None]) -> None:
-    """Runs `serve` in `config.routers` processes until SIGTERM or SIGINT; a second signal ends at once.
-
-    Raises ConfigError where the port cannot be had, SystemExit with the status of a replica that refuses its settings.
-    """
-    listen(config.host, config.port).close()  # refused where a stranger has it, even one that would share
-    reserved = listen(config.host, config.port, shared=True)
-    config = replace(config, port=reserved.getsockname()[1])
-    folder = Path(tempfile.mkdtemp(prefix="tandem-router-"))
-    try:
-        _Parent(config, serve, folder).run()
-    finally:
-        reserved.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Parent:
-    def __init__(self, config: RouterConfig, serve: Callable[[RouterConfig, Replica], None], folder: Path) -> None:
-        self._config = config
-        self._serve = serve
-        self._folder = folder
-        self._read_end, self._write_end = os.pipe()
-        self._children: dict[int, tuple[int, float]] = {}
-        """Process id -> index, when it was started."""
-        self._due: dict[int, float] = {}
-        """Index -> when it starts again."""
-        self._pause = [RESTART_FIRST_S] * config.routers
-        self._stopping = False
-        self._status = 0
-
-    def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        for index in range(self._config.routers):
-            self._start(index)
-        while self._children or (self._due and not self._stopping):
-            self._reap()
-            now = time.monotonic()
-            for index in [index for index, at in self._due.items() if at <= now]:
-                del self._due[index]
-                if not self._stopping:
-                    self._start(index)
-            time.sleep(0.05)
-        if self._status:
-            raise SystemExit(self._status)
-
-    def _start(self, index: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid:
-            self._children[pid] = (index, time.monotonic())
-            return
-        status = 1
+        with socket.create_server((host, port), family=family) as probe:
+            port = probe.getsockname()[1]
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            os.close(self._write_end)
-            replica = Replica(index, self._config.routers, self._folder, self._read_end)
-            self._serve(self._config, replica)
-            status = 0
-        except ConfigError as error:
-            print(f"tandem router: {error}", file=sys.stderr)
-            status = CONFIG_ERROR_STATUS
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(status)  # never back into the parent's code
-
-    def _reap(self) -> None:
-        while self._children:
-            pid, waited = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            index, started = self._children.pop(pid)
-            status = os.waitstatus_to_exitcode(waited)
-            if self._stopping:
-                self._status = self._status or max(status, 0)
-            elif status == CONFIG_ERROR_STATUS:
-                self._status = status
-                self._stop()
-            else:
-                if time.monotonic() - started >= HEALTHY_S:
-                    self._pause[index] = RESTART_FIRST_S
-                print(
-                    f"router replica {index} ended ({status}); it starts again in {self._pause[index]:g} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                self._due[index] = time.monotonic() + self._pause[index]
-                self._pause[index] = min(2 * self._pause[index], RESTART_LONGEST_S)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        if self._stopping:
-            for pid in self._children:
-                os.kill(pid, signal.SIGKILL)
-            os._exit(1)
-        self._stop()
-
-    def _stop(self) -> None:
-        self._stopping = True
-        for pid in self._children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+    except OSError as error:
+        raise cannot_listen(host, port, error) from error
 
 
-def on_parent_death(replica: Replica, stop: Callable[[], None]) -> None:
-    """Calls `stop` once the parent is gone. Call it on the event loop."""
-    if replica.parent_pipe >= 0:
-        loop = asyncio.get_running_loop()
-
-        def gone() -> None:
-            loop.remove_reader(replica.parent_pipe)
-            stop()
-
-        loop.add_reader(replica.parent_pipe, gone)
+def cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"--port {port}: in use on {host} already; choose another one, or 0 for any free one")
+    return ConfigError(f"--host {host} --port {port}: cannot be listened on ({error.strerror or error})")

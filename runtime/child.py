@@ -1,9 +1,11 @@
-"""One child process of `tandem serve`: started, watched, its output passed on line by line, restarted after a crash."""
+"""One child process of a supervisor: started, watched, its output passed on line by line, restarted after a crash and
+when it answers no more."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -11,12 +13,26 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tandem.runtime.parent import WHERE_SIGNAL
+from tandem.runtime.probe import Probe
+
 READY_PREFIXES = ("ready ", "tandem router ready: ")
 """A worker, and a router, print a line that starts so on stdout once they can be reached."""
 ERROR_PREFIX = "error "
 """A child that cannot use its settings prints a line that starts so on stdout, and ends with status 2."""
 CONFIG_ERROR_STATUS = 2
+PROBE_EVERY_S = 2.0
+PROBE_S = 5.0
+"""For an answer."""
+MAX_SILENT = 4
+"""Probes without an answer, one after the other, until a child is taken to hang. Counted, not timed, as all processes
+of a machine may have been stopped."""
+MAX_FAILED_RESTARTS = 10
+"""Starts in vain, one after the other, of a child that was ready before."""
 _LINE_LIMIT = 1 << 20
+_LOOK_S = 1.0
+_WORDS_S = 2.0
+"""For the last words of a process that has ended, should another one still hold its output."""
 
 
 @dataclass(slots=True)
@@ -38,7 +54,7 @@ class BackOff:
 
 
 class ChildFailed(Exception):
-    """The child cannot be started: it refused its settings, or ended again and again without ever becoming ready."""
+    """The child cannot be started: it refused its settings, or ended again and again without becoming ready."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         """`status`: of the process that gives up because of it."""
@@ -57,10 +73,18 @@ class Child:
         stdin: int,
         say: Callable[[str], None],
         *,
+        probe: Probe | None = None,
+        inherited: Sequence[int] = (),
+        has_substitute: Callable[[], bool] = lambda: False,
         max_failed_starts: int = 3,
         back_off: BackOff | None = None,
     ) -> None:
-        """`say` gets every line that is for the user's eyes. `stdin` is a file descriptor, see runtime/parent.py."""
+        """`say` gets every line that is for the user's eyes. `stdin` is a file descriptor, see runtime/parent.py.
+
+        probe: asked while it is ready. None: it is taken to be well as long as it lives.
+        inherited: descriptors that it gets under the same numbers.
+        has_substitute: whether another child does its work; then it is not given up once it was ready.
+        """
         self.name = name
         self.ready = asyncio.Event()
         self._was_ready = False
@@ -68,6 +92,9 @@ class Child:
         self._environment = environment
         self._stdin = stdin
         self._say = say
+        self._probe = probe
+        self._inherited = inherited
+        self._has_substitute = has_substitute
         self._max_failed_starts = max_failed_starts
         self._back_off = back_off or BackOff()
         self._process: asyncio.subprocess.Process | None = None
@@ -93,18 +120,42 @@ class Child:
             status = await self._run_once()
             if self._stopping.is_set():
                 return
-            if not self._was_ready:
-                failed_starts += 1
-                if self._refusal:
-                    raise ChildFailed(self._refusal, CONFIG_ERROR_STATUS)
-                if status == CONFIG_ERROR_STATUS or failed_starts >= self._max_failed_starts:
-                    last_words = " | ".join(self._recent) or "it printed nothing"
-                    raise ChildFailed(f"{self.name} {_describe(status)} before it was ready: {last_words}")
+            failed_starts = 0 if self.ready.is_set() else failed_starts + 1
+            self.ready.clear()
+            self._give_up_where_hopeless(status, failed_starts)
             delay = self._back_off.after(time.monotonic() - started)
             self._say(f"{self.name} {_describe(status)}; starting it again in {delay:g} s")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._stopping.wait()
+
+    async def answers(self) -> bool:
+        """Within `PROBE_S`."""
+        if self._probe is None:
+            return True
+        try:
+            async with asyncio.timeout(PROBE_S):
+                return await self._probe()
+        except (OSError, TimeoutError, ValueError):
+            return False
+
+    def _give_up_where_hopeless(self, status: int, failed_starts: int) -> None:
+        """Raises ChildFailed."""
+        if not failed_starts:
+            return
+        if self._was_ready:
+            if failed_starts < MAX_FAILED_RESTARTS or self._has_substitute():
+                return
+        elif self._refusal:
+            raise ChildFailed(self._refusal, CONFIG_ERROR_STATUS)
+        elif status != CONFIG_ERROR_STATUS and failed_starts < self._max_failed_starts:
+            return
+        last_words = self._refusal or " | ".join(self._recent) or "it printed nothing"
+        raise ChildFailed(f"{self.name} {_describe(status)} before it was ready: {last_words}")
+
+    def retire(self) -> None:
+        """From now on it is not started again."""
+        self._stopping.set()
 
     def stop(self) -> None:
         """Asks the process to drain and end, and keeps it from coming back."""
@@ -129,15 +180,44 @@ class Child:
             stderr=asyncio.subprocess.PIPE,
             limit=_LINE_LIMIT,
             start_new_session=True,  # Ctrl-C in a terminal is for the supervisor alone
+            pass_fds=self._inherited,
         )
         assert process.stdout is not None
         assert process.stderr is not None
         if self._stopping.is_set():
             self._send(signal.SIGTERM)
-        await asyncio.gather(self._pass_on(process.stdout, watch=True), self._pass_on(process.stderr, watch=False))
-        status = await process.wait()
-        self.ready.clear()
+        words = [
+            asyncio.create_task(self._pass_on(process.stdout, watch=True)),
+            asyncio.create_task(self._pass_on(process.stderr, watch=False)),
+        ]
+        watch = asyncio.create_task(self._end_where_silent(process))
+        try:
+            status = await _ended(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # processes that it started must not outlive it
+            await asyncio.wait(words, timeout=_WORDS_S)
+        finally:
+            for task in (watch, *words):
+                task.cancel()
+            await asyncio.gather(watch, *words, return_exceptions=True)
         return status
+
+    async def _end_where_silent(self, process: asyncio.subprocess.Process) -> None:
+        """Kills a process that is ready and does not answer: its event loop hangs, or it was stopped."""
+        await self.ready.wait()
+        silent = 0
+        while silent < MAX_SILENT:
+            await asyncio.sleep(PROBE_EVERY_S)
+            if self._stopping.is_set():
+                return
+            silent = 0 if await self.answers() else silent + 1
+        if self._stopping.is_set():
+            return
+        self._say(f"{self.name} does not answer, {MAX_SILENT} probes of {PROBE_S:g} s each; killing it")
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(WHERE_SIGNAL)
+            await asyncio.sleep(0.5)
+            process.kill()
 
     async def _pass_on(self, stream: asyncio.StreamReader, *, watch: bool) -> None:
         while True:
@@ -155,7 +235,26 @@ class Child:
                 self._refusal = text.removeprefix(ERROR_PREFIX)
                 continue
             self._recent.append(text)
-            print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
+            tell(f"[{self.name}] {text}")
+
+
+def tell(line: str) -> None:
+    """On stderr. A terminal that was closed must not end what runs."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """Its status. `Process.wait` alone waits until nobody holds its output any more."""
+    while process.returncode is None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                await process.wait()
+    return process.returncode
 
 
 def _describe(status: int) -> str:

@@ -43,7 +43,7 @@ COMMANDS = {
     "serve": "tandem.runtime.serve",
     "prefill": "tandem.prefill.main",
     "decode": "tandem.decode.main",
-    "router": "tandem.router.main",
+    "router": "tandem.runtime.router",
     "kvstore": "tandem.kvstore.command",
     "kv": "tandem.runtime.kv",
     "chat": "tandem.runtime.chat",
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tandem.runtime.parent import exit_with_parent, is_child
 
     exit_with_parent()
+    os.umask(0o077)  # whatever a command writes may be a tenant's
     from tandem.common.errors import ConfigError
 
     module = importlib.import_module(COMMANDS[command])

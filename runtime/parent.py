@@ -1,35 +1,41 @@
-"""Ends a child of the supervisor when the supervisor is gone, even after kill -9.
+"""The child's side of supervision: it ends when its supervisor is gone, even after kill -9, and says where it hangs.
 
-The supervisor holds the only write end of a pipe whose read end is the child's stdin. It never writes; the kernel
-closes it with the process.
+The kernel kills it with the supervisor (`die_with_parent`). Where that is forbidden, a pipe tells: the supervisor holds
+the only write end of the one whose read end is the child's stdin, and never writes.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
-import shutil
+import signal
 import threading
 
-RUN_DIRECTORY_VARIABLE = "TANDEM_SUPERVISOR_RUN_DIRECTORY"
-"""Set by the supervisor for its children: the private folder to remove when nobody else is left to do it."""
+from tandem.common.ending import die_with_parent, is_orphan
+from tandem.common.scratch import RUN_FOLDER_VARIABLE
+
+SUPERVISOR_VARIABLE = "TANDEM_SUPERVISOR_PID"
+WHERE_SIGNAL = signal.SIGUSR2
+"""A child that gets it writes where its threads are to stderr, even where it hangs."""
 
 
 def is_child() -> bool:
     """Whether this process is a supervisor's child."""
-    return RUN_DIRECTORY_VARIABLE in os.environ
+    return RUN_FOLDER_VARIABLE in os.environ
 
 
 def exit_with_parent() -> None:
-    """Watches stdin from a daemon thread if this process is a supervisor's child; else does nothing."""
-    run_directory = os.environ.get(RUN_DIRECTORY_VARIABLE)
-    if run_directory is None:
+    """Does nothing unless this process is a supervisor's child."""
+    if not is_child():
         return
+    faulthandler.register(WHERE_SIGNAL, all_threads=True)
+    die_with_parent()
+    if is_orphan(int(os.environ[SUPERVISOR_VARIABLE])):
+        os._exit(1)
 
     def watch() -> None:
         while os.read(0, 1):
             pass
-        # Nobody reads stderr any more, so there is nothing to say.
-        shutil.rmtree(run_directory, ignore_errors=True)
-        os._exit(1)
+        os._exit(1)  # nobody reads stderr any more, so there is nothing to say
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

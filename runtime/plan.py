@@ -22,6 +22,8 @@ class ChildPlan:
     name: str
     command: str
     settings: dict[str, object]
+    replica: int = 0
+    """Of a router: which of those that share the port."""
 
 
 def served_name(config: ServeConfig) -> str:
@@ -32,8 +34,7 @@ def served_name(config: ServeConfig) -> str:
 
 
 def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[ChildPlan]:
-    """The store node first, which ends last; then the workers, the router last. `port` is the router's, already
-    chosen."""
+    """The store node first, which ends last; then the workers, the routers last. `port` is theirs, already chosen."""
     store = _plan_store(config, run_directory)
     shared = config.part(EngineConfig) | {
         "model": config.model_folder,
@@ -60,7 +61,12 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
     }
     if store:
         router["kv_store"] = store[0].settings["listen"]
-    return [*store, *workers, ChildPlan("router", "router", router)]
+    return [*store, *workers, *plan_routers(router, config.routers)]
+
+
+def plan_routers(settings: dict[str, object], count: int) -> list[ChildPlan]:
+    names = ["router"] if count == 1 else [f"router-{index}" for index in range(count)]
+    return [ChildPlan(name, "router", settings, index) for index, name in enumerate(names)]
 
 
 def _plan_store(config: ServeConfig, run_directory: Path) -> list[ChildPlan]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from tandem.common.errors import ConfigError
+from tandem.common.scratch import PREFIX, scratch_roots
 
-RUN_PREFIX = "tandem-"
 _FILE = "serve.json"
 
 
@@ -29,9 +28,9 @@ class Running:
     """Tells a process from a later one with its number."""
 
 
-def run_folders() -> list[Path]:
-    """Where run directories may be: a unix socket's path is short, so a long TMPDIR is not used."""
-    return [Path(folder) for folder in dict.fromkeys((tempfile.gettempdir(), "/tmp"))]
+def reachable(host: str) -> str:
+    """An address of this machine for a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
 
 def announce(run_directory: Path, url: str, model: str, node: str, secret_file: str) -> None:
@@ -46,7 +45,7 @@ def announce(run_directory: Path, url: str, model: str, node: str, secret_file: 
 def find_running() -> list[Running]:
     """Those that are alive, the first that was started first. What other users put there is not looked at."""
     found = []
-    for path in (path for folder in run_folders() for path in folder.glob(f"{RUN_PREFIX}*/{_FILE}")):
+    for path in (path for folder in scratch_roots() for path in folder.glob(f"{PREFIX}*/{_FILE}")):
         try:
             if path.stat().st_uid != os.getuid() or path.parent.stat().st_uid != os.getuid():
                 continue

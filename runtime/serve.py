@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import socket
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from tandem.common.errors import ConfigError
+from tandem.common.secret import write_secret
 from tandem.common.settings import parse_settings
+from tandem.router.replicas import bind
+from tandem.runtime.plan import ChildPlan, plan_children, ready_text, served_name
 from tandem.runtime.preflight import checked
-from tandem.runtime.secret import secret_of
+from tandem.runtime.running import announce, reachable
+from tandem.runtime.secret import FILE, secret_of
 from tandem.runtime.settings import ServeConfig
 from tandem.runtime.vllm_flags import SHORT_FLAGS, VLLM_FLAGS
 
@@ -46,25 +48,30 @@ def main(argv: Sequence[str]) -> int:
         foreign=VLLM_FLAGS,
         short=SHORT_FLAGS,
     )
-    port = free_port(config.host, config.port)
-    config = checked(config)
-    secret = secret_of(config)
-    from tandem.runtime.supervisor import Supervisor
+    with bind(config.host, config.port) as listening:
+        config = checked(config)
+        secret = secret_of(config)
+        from tandem.runtime.supervisor import Deployment, supervise
 
-    async def run() -> int:
-        return await Supervisor(config, port, secret).run()
+        port = listening.getsockname()[1]
+        url = f"http://{reachable(config.host)}:{port}"
 
-    return asyncio.run(run())
+        def plan(run_folder: Path) -> list[ChildPlan]:
+            secret_file = run_folder / FILE
+            write_secret(secret_file, secret)
+            plans = plan_children(replace(config, secret_file=str(secret_file)), run_folder, port)
+            node = next((str(plan.settings["listen"]) for plan in plans if plan.command == "kvstore"), "")
+            announce(run_folder, url, served_name(config), node, str(secret_file))
+            return plans
 
-
-def free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, or any free one for 0. Raises ConfigError otherwise: before workers load."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-            return int(server.getsockname()[1])
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"--port {port}: in use on {host} already; choose another one, or 0 for any free one"
-            ) from error
-        raise ConfigError(f"--host {host} --port {port}: cannot be listened on ({error.strerror or error})") from error
+        return supervise(
+            Deployment(
+                plan,
+                ServeConfig,
+                listening,
+                drain_grace_s=config.drain_grace_s,
+                secret=secret,
+                ready_text=lambda seconds: ready_text(config, url, seconds),
+                variables={"OMP_NUM_THREADS": str(config.num_threads)},
+            )
+        )

@@ -1,4 +1,5 @@
-"""Runs router and workers as child processes on one machine, until a signal; then drains from the front to the back.
+"""Runs children on one machine until a signal, then drains them from the front to the back: all of `tandem serve`, or
+the routers of `tandem router --routers N`.
 
 Small on purpose: it imports neither torch nor the engine, so that nothing here competes with the workers.
 """
@@ -6,80 +7,101 @@ Small on purpose: it imports neither torch nor the engine, so that nothing here 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-import shutil
 import signal
+import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from tandem.common.secret import write_secret
+from tandem.common.ending import ending_signals
+from tandem.common.scratch import RUN_FOLDER_VARIABLE, scratch_folder
 from tandem.common.settings import CONFIG_VARIABLE, plain, settings_of
-from tandem.runtime.child import Child, ChildFailed
-from tandem.runtime.parent import RUN_DIRECTORY_VARIABLE
-from tandem.runtime.plan import ChildPlan, plan_children, ready_text, served_name
-from tandem.runtime.running import RUN_PREFIX, announce, run_folders
-from tandem.runtime.secret import FILE
-from tandem.runtime.settings import ServeConfig
+from tandem.router.replicas import PLACE_VARIABLE, health_path
+from tandem.runtime import caretaker
+from tandem.runtime.child import PROBE_S, Child, ChildFailed, tell
+from tandem.runtime.parent import SUPERVISOR_VARIABLE
+from tandem.runtime.plan import ChildPlan
+from tandem.runtime.probe import Probe, grpc_probe, http_get, http_probe
 
 READY_POLL_S = 0.05
 READY_TIMEOUT_S = 2.0
 HURRIED_STATUS = 130
 """Exit status after a second signal, as shells have it for Ctrl-C."""
-STOP_MARGIN_S = 5.0
-"""Beyond the drain grace, until a process that does not end is killed."""
-_LONGEST_DIRECTORY = 70
-"""A unix socket's path may have 107 bytes."""
+STOP_MARGIN_S = 12.0
+"""Beyond the drain grace, until a process that does not end is killed. A worker saves KV for up to 10 s."""
+HUNG_MARGIN_S = 2.0
+"""The same for a process that does not answer when it is asked to end: it finishes nothing."""
+RESPAWN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What a supervisor runs."""
+
+    plan: Callable[[Path], list[ChildPlan]]
+    """The children, given the run folder; in the order in which they are started, and ended from the end."""
+    settings: type
+    """Class of the settings that the user gave. Their variables are not for the children."""
+    listening: socket.socket
+    """Bound; the routers listen on it."""
+    drain_grace_s: float
+    secret: bytes
+    """Of workers and store nodes, which are asked whether they are well."""
+    ready_text: Callable[[float], str]
+    """What the user is told, given the seconds since the start."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """For the children's environment."""
+
+
+def supervise(deployment: Deployment) -> int:
+    """The exit status: 0 after a signal, another one when a child could not be started."""
+    return asyncio.run(Supervisor(deployment).run())
 
 
 class Supervisor:
-    def __init__(self, config: ServeConfig, port: int, secret: bytes) -> None:
-        self._config = config
-        self._secret = secret
-        self._port = port
-        self._url = f"http://{_reachable(config.host)}:{port}"
-        self._children: list[Child] = []
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._children: dict[Child, str] = {}
+        """With their commands."""
         self._signals = 0
         self._stop_asked = asyncio.Event()
 
     async def run(self) -> int:
-        """Returns the exit status: 0 after a signal, 1 when a child could not be started."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signalled)
-        run_directory = _private_directory()
+        for number in ending_signals():
+            loop.add_signal_handler(number, self._signalled, number)
         stdin, keep_open = os.pipe()
         try:
-            return await self._supervise(run_directory, stdin)
+            with scratch_folder() as run_folder:
+                keeping = asyncio.create_task(_keep_caretaker(run_folder, stdin))
+                try:
+                    return await self._supervise(run_folder, stdin)
+                finally:
+                    keeping.cancel()
         finally:
             os.close(stdin)
             os.close(keep_open)
-            shutil.rmtree(run_directory, ignore_errors=True)
 
-    async def _supervise(self, run_directory: Path, stdin: int) -> int:
-        secret_file = run_directory / FILE
-        write_secret(secret_file, self._secret)
-        self._config = replace(self._config, secret_file=str(secret_file))
-        plans = plan_children(self._config, run_directory, self._port)
-        node = next((str(plan.settings["listen"]) for plan in plans if plan.command == "kvstore"), "")
-        announce(run_directory, self._url, served_name(self._config), node, str(secret_file))
-        self._children = [self._child(plan, run_directory, stdin) for plan in plans]
-        runs = [asyncio.create_task(child.run(), name=child.name) for child in self._children]
-        announcer = asyncio.create_task(self._announce())
+    async def _supervise(self, run_folder: Path, stdin: int) -> int:
+        plans = self._deployment.plan(run_folder)
+        self._children = {self._child(plan, plans, run_folder, stdin): plan.command for plan in plans}
+        runs = {child: asyncio.create_task(child.run(), name=child.name) for child in self._children}
+        announcer = asyncio.create_task(self._announce(run_folder))
         stop_asked = asyncio.create_task(self._stop_asked.wait())
-        watched: set[asyncio.Task[object]] = {*runs, stop_asked}
+        watched: set[asyncio.Task[object]] = {*runs.values(), stop_asked}
         status = 0
         try:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            for run in runs:
+            for run in runs.values():
                 if run.done() and isinstance(error := run.exception(), ChildFailed):
-                    _say(f"cannot start: {error}")
+                    _say(f"cannot {'go on' if announcer.done() else 'start'}: {error}")
                     status = error.status
                     break
                 elif run.done() and (error := run.exception()) is not None:
@@ -95,63 +117,78 @@ class Supervisor:
             stop_asked.cancel()
             for child in self._children:
                 child.kill()
-            await asyncio.gather(*runs, announcer, stop_asked, return_exceptions=True)
+            await asyncio.gather(*runs.values(), announcer, stop_asked, return_exceptions=True)
         return status
 
-    def _child(self, plan: ChildPlan, run_directory: Path, stdin: int) -> Child:
-        path = run_directory / f"{plan.name}.yaml"
+    def _child(self, plan: ChildPlan, plans: Sequence[ChildPlan], run_folder: Path, stdin: int) -> Child:
+        path = run_folder / f"{plan.name}.yaml"
         path.write_text(yaml.safe_dump({name: plain(value) for name, value in plan.settings.items()}, sort_keys=False))
         argv = [sys.executable, "-m", "tandem.runtime.cli", plan.command, "--config", str(path)]
-        return Child(plan.name, argv, _environment(self._config, plan, run_directory), stdin, _say)
+        environment = _environment(self._deployment, plan, run_folder)
+        inherited: list[int] = []
+        probe: Probe
+        if plan.command == "router":
+            listening = self._deployment.listening.fileno()
+            count = sum(each.command == "router" for each in plans)
+            environment[PLACE_VARIABLE] = f"{plan.replica} {count} {listening}"
+            inherited = [listening]
+            probe = http_probe(health_path(run_folder, plan.name))
+        else:
+            probe = grpc_probe(str(plan.settings["listen"]), self._deployment.secret, PROBE_S)
+        child = Child(
+            plan.name,
+            argv,
+            environment,
+            stdin,
+            _say,
+            probe=probe,
+            inherited=inherited,
+            has_substitute=lambda: self._has_substitute(child),
+        )
+        return child
 
-    async def _announce(self) -> None:
+    def _has_substitute(self, child: Child) -> bool:
+        command = self._children[child]
+        return any(
+            each.ready.is_set() for each, role in self._children.items() if each is not child and role == command
+        )
+
+    def _of(self, *commands: str) -> list[Child]:
+        return [child for child, command in self._children.items() if command in commands]
+
+    async def _announce(self, run_folder: Path) -> None:
         """Tells of each child as it becomes ready, then of the whole."""
         started = time.monotonic()
-        router = self._children[-1]
         _say(f"starting {', '.join(child.name for child in self._children)}")
 
         async def announce(child: Child) -> None:
             await child.ready.wait()
-            _say(f"{child.name} is ready after {time.monotonic() - started:.1f} s")
+            if child in routers:
+                while not await _sees_all(health_path(run_folder, child.name)):  # noqa: ASYNC110  # over HTTP
+                    await asyncio.sleep(READY_POLL_S)
+            if child not in routers or len(routers) > 1:
+                _say(f"{child.name} is ready after {time.monotonic() - started:.1f} s")
 
-        waits = [asyncio.create_task(announce(child)) for child in self._children[:-1]]
-        await asyncio.gather(*waits, self._router_ready(router))
-        print(ready_text(self._config, self._url, time.monotonic() - started), flush=True)
+        routers = self._of("router")
+        await asyncio.gather(*map(announce, self._children))
+        with contextlib.suppress(OSError):
+            print(self._deployment.ready_text(time.monotonic() - started), flush=True)
 
-    async def _router_ready(self, router: Child) -> None:
-        await router.ready.wait()
-        while not await _all_connected(_reachable(self._config.host), self._port):  # noqa: ASYNC110  # over HTTP
-            await asyncio.sleep(READY_POLL_S)
-
-    async def _stop_in_order(self, runs: Sequence[asyncio.Task[None]], *, in_a_hurry: bool) -> None:
-        """The router first, so that nothing new comes in while it finishes what it has; then the workers, which may
-        still save KV; then the store node."""
-        patience = STOP_MARGIN_S + (0.0 if in_a_hurry else self._config.drain_grace_s)
+    async def _stop_in_order(self, runs: Mapping[Child, asyncio.Task[None]], *, in_a_hurry: bool) -> None:
+        """The routers first, so that nothing new comes in while they finish what they have; then the workers, which may
+        still save KV; then the store node. All of them share one grace."""
         if not in_a_hurry:
             _say("stopping: waiting for running requests; once more to stop at once")
-        router = self._children[-1]
-        router.stop()
-        await self._wait_or_kill([router], runs[-1:], patience)
-        num_stores = sum(child.name == "kvstore" for child in self._children)
-        for stage in (slice(num_stores, -1), slice(0, num_stores)):
-            for child in self._children[stage]:
-                child.stop()
-            await self._wait_or_kill(self._children[stage], runs[stage], patience)
+        for router in self._of("router"):
+            router.retire()
+        self._deployment.listening.close()  # once the routers let go of it, too, new connections are refused
+        until = time.monotonic() + (0.0 if in_a_hurry else self._deployment.drain_grace_s)
+        for stage in (self._of("router"), self._of("prefill", "decode"), self._of("kvstore")):
+            await asyncio.gather(*(_end(child, runs[child], until) for child in stage))
 
-    async def _wait_or_kill(
-        self, children: Iterable[Child], runs: Sequence[asyncio.Task[None]], patience_s: float
-    ) -> None:
-        if not runs:
-            return
-        _, late = await asyncio.wait(runs, timeout=patience_s)
-        if late:
-            for child in children:
-                if child.pid is not None:
-                    _say(f"{child.name} does not end; killing it")
-                child.kill()
-            await asyncio.wait(late)
-
-    def _signalled(self) -> None:
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGHUP and self._signals:
+            return  # a terminal that goes away says so more than once
         self._signals += 1
         self._stop_asked.set()
         if self._signals > 1:
@@ -159,45 +196,55 @@ class Supervisor:
                 child.kill()
 
 
+async def _end(child: Child, run: asyncio.Task[None], until: float) -> None:
+    """Until `until` and the margin the child may finish what it has; one that hangs has nothing to finish."""
+    hangs = child.ready.is_set() and not await child.answers()
+    child.stop()
+    patience_s = HUNG_MARGIN_S if hangs else max(0.0, until - time.monotonic()) + STOP_MARGIN_S
+    if not (await asyncio.wait([run], timeout=patience_s))[0]:
+        if child.pid is not None:
+            _say(f"{child.name} does not {'answer' if hangs else 'end'}; killing it")
+        child.kill()
+        await asyncio.wait([run])
+
+
+async def _keep_caretaker(run_folder: Path, stdin: int) -> None:
+    """Starts the process that removes the folder after this one, and again should it die before."""
+    while True:
+        started = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", caretaker.__file__, str(run_folder)),
+            stdin=stdin,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        await started.wait()
+        await asyncio.sleep(RESPAWN_S)
+
+
 def _say(text: str) -> None:
-    print(f"[tandem] {text}", file=sys.stderr, flush=True)
+    tell(f"[tandem] {text}")
 
 
-def _environment(config: ServeConfig, plan: ChildPlan, run_directory: Path) -> dict[str, str]:
+def _environment(deployment: Deployment, plan: ChildPlan, run_folder: Path) -> dict[str, str]:
     """Environment of a child. What this process has read itself is left out, as variables go before the child's file;
     two malloc arenas keep memory from being scattered."""
-    read = {setting.variable for setting in settings_of(ServeConfig).values()}
+    read = {setting.variable for setting in settings_of(deployment.settings).values()}
     read |= {f"TANDEM_{name.upper()}" for name in plan.settings} | {CONFIG_VARIABLE}
     environment = {name: value for name, value in os.environ.items() if name not in read}
-    environment |= {
-        RUN_DIRECTORY_VARIABLE: str(run_directory),
-        "OMP_NUM_THREADS": str(config.num_threads),
+    return environment | {
+        **deployment.variables,
+        RUN_FOLDER_VARIABLE: str(run_folder),
+        SUPERVISOR_VARIABLE: str(os.getpid()),
         "MALLOC_ARENA_MAX": environment.get("MALLOC_ARENA_MAX", "2"),
     }
-    return environment
 
 
-def _private_directory() -> Path:
-    """Mode 0700, with a path short enough for unix sockets."""
-    folder = next((each for each in run_folders() if len(str(each)) <= _LONGEST_DIRECTORY), None)
-    return Path(tempfile.mkdtemp(prefix=RUN_PREFIX, dir=folder))
-
-
-def _reachable(host: str) -> str:
-    """An address of this machine for a server that listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(host, host)
-
-
-async def _all_connected(host: str, port: int) -> bool:
-    """Whether the router is ready and sees every worker, prefill workers too: they are what the user asked for."""
+async def _sees_all(path: Path) -> bool:
+    """Whether a router is ready and sees every worker, prefill workers too: they are what the user asked for."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host.strip("[]"), port)
-            try:
-                writer.write(f"GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-            finally:
-                writer.close()
-        return head.split()[1:2] == [b"200"] and all(worker["connected"] for worker in json.loads(body)["workers"])
+            status, body = await http_get(path, "/readyz")
+        return status == 200 and all(worker["connected"] for worker in json.loads(body)["workers"])
     except (OSError, TimeoutError, ValueError):
         return False

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.runtime.serve import free_port
 from tandem.runtime.settings import BUNDLED_MODEL
+from tests.e2e.cluster import free_port
 from tests.e2e.conftest import ServeFactory
 from tests.e2e.serving import Serve
 
@@ -23,7 +23,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def grpc_port() -> int:
-    return free_port("127.0.0.1", 0)
+    return free_port()
 
 
 @pytest.fixture(scope="module")

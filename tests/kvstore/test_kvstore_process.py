@@ -204,7 +204,7 @@ def test_a_wrong_command_line_is_explained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(running, "run_folders", lambda: [tmp_path])  # not what else runs on this machine
+    monkeypatch.setattr(running, "scratch_roots", lambda: [tmp_path])  # not what else runs on this machine
     assert cli.main(["kv", *arguments]) == 2
     assert complaint in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -56,7 +57,7 @@ async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
                 response = await client.post("/v1/completions", json=body, headers={"x-request-id": request_id})
                 assert response.status_code == 200
         routers = {submit.key.request_id.split(".")[1][:8] for submit in worker.submits}
-        assert len(routers) == 2, "the kernel sent every connection to one replica"
+        assert len(routers) == 2, "one replica took every connection"
         for request_id in ids:
             account = (await get(router, f"/v1/requests/{request_id}")).json()
             assert account["id"] == request_id
@@ -70,29 +71,58 @@ async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
         await stop(router)
 
 
-async def test_a_killed_replica_comes_back_and_the_parent_takes_all_with_it(house: House) -> None:
+def replicas_of(router: Process) -> dict[str, psutil.Process]:
+    found = {}
+    for child in psutil.Process(router.process.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if (name := re.search(r"/(router-\d)\.yaml", " ".join(child.cmdline()))) is not None:
+                found[name.group(1)] = child
+    return found
+
+
+async def test_a_killed_replica_comes_back_and_nobody_is_refused(house: House) -> None:
     router = await start(await house.decode(), house.model, "--routers=2")
     try:
         await router.line()
         await all_up(router, 2)
-        children = psutil.Process(router.process.pid).children()
-        assert len(children) == 2
-        children[0].kill()
-        await until(lambda: not psutil.pid_exists(children[0].pid), 10)
+        before = replicas_of(router)
+        assert set(before) == {"router-0", "router-1"}
+        for name in before:
+            before[name].kill()
+        for _ in range(20):  # those that come before a router is back wait for it
+            assert (await get(router, "/healthz")).status_code == 200
         await all_up(router, 2)
-        later = psutil.Process(router.process.pid).children()
-        assert children[1].pid in {child.pid for child in later}
+        assert {child.pid for child in replicas_of(router).values()}.isdisjoint(child.pid for child in before.values())
+        children = psutil.Process(router.process.pid).children(recursive=True)
         router.process.kill()
-        await until(lambda: not any(child.is_running() for child in later), 10)
+        await until(lambda: not any(child.is_running() for child in children), 15)
     finally:
         await stop(router)
 
 
-async def test_a_port_that_is_taken_is_refused_even_if_it_could_be_shared(house: House) -> None:
+async def test_new_connections_do_not_wait_for_a_replica_that_hangs(house: House) -> None:
+    router = await start(await house.decode(), house.model, "--routers=2")
+    try:
+        await router.line()
+        await all_up(router, 2)
+        hung = replicas_of(router)["router-0"]
+        hung.suspend()
+        for _ in range(20):
+            assert (await get(router, "/healthz")).status_code == 200
+        await until(lambda: not hung.is_running(), 90)
+        await all_up(router, 2)
+        replicas_of(router)["router-1"].suspend()
+        os.kill(router.process.pid, signal.SIGTERM)
+        assert await asyncio.wait_for(router.process.wait(), 25) == 0  # far less than a drain may take
+    finally:
+        await stop(router)
+
+
+async def test_a_port_that_is_taken_is_refused(house: House) -> None:
     worker = FakeWorker(1, house.folder / "nobody.sock")
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         router = await start(worker, house.model, "--routers=2", f"--port={taken.getsockname()[1]}")
-        assert await asyncio.wait_for(router.process.wait(), 20) != 0
+        assert await asyncio.wait_for(router.process.wait(), 20) == 2

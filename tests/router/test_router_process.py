@@ -19,7 +19,7 @@ from tests.router.fake_worker import FakeWorker, Script
 
 pytestmark = pytest.mark.processes
 
-PROGRAM = "import sys; from tandem.router.main import main; main(sys.argv[1:])"
+PROGRAM = "import sys; from tandem.runtime.cli import main; sys.exit(main(['router', *sys.argv[1:]]))"
 MAX_RSS_MIB = 130
 
 

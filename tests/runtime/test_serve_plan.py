@@ -15,9 +15,9 @@ from tandem.common.settings import parse_settings, plain
 from tandem.decode.settings import DecodeConfig
 from tandem.kvstore.process import KvStoreConfig
 from tandem.prefill.settings import PrefillConfig
+from tandem.router.replicas import bind
 from tandem.router.settings import RouterConfig
 from tandem.runtime.plan import plan_children, ready_text
-from tandem.runtime.serve import free_port
 from tandem.runtime.settings import ServeConfig
 
 RUN = Path("/run/t")
@@ -105,13 +105,25 @@ def test_the_ready_text_shows_commands_to_copy() -> None:
     )
 
 
+def test_routers_are_children_of_the_supervisor() -> None:
+    plans = plan_children(ServeConfig(model="m", routers=3), RUN, 81)[-3:]
+    assert [(plan.name, plan.command, plan.replica) for plan in plans] == [
+        ("router-0", "router", 0),
+        ("router-1", "router", 1),
+        ("router-2", "router", 2),
+    ]
+
+
 def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
-    port = free_port("127.0.0.1", 0)
-    assert free_port("127.0.0.1", port) == port
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match=f"--port {port}: in use"):
-        free_port("127.0.0.1", port)
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):  # until a router is there
+            socket.create_connection(("127.0.0.1", port))
+        free.listen()
+        with pytest.raises(ConfigError, match=f"--port {port}: in use"):
+            bind("127.0.0.1", port)
     with pytest.raises(ConfigError, match="--host"):
-        free_port("203.0.113.7", 0)
+        bind("203.0.113.7", 0)
 
 
 def test_tenants_bring_their_quotas_to_the_store_node(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    monkeypatch.setattr(running, "run_folders", lambda: [tmp_path])
+    monkeypatch.setattr(running, "scratch_roots", lambda: [tmp_path])
     for name in ("TANDEM_API_KEY", "OPENAI_API_KEY", "TANDEM_URL", "TANDEM_MODEL"):
         monkeypatch.delenv(name, raising=False)
     server = Server()

@@ -1,0 +1,88 @@
+"""Private folders for what a process needs on disk while it lives: sockets, settings of children.
+
+Where a supervisor runs, they lie in its run folder and go with it. A folder of its own has a file that its owner keeps
+locked; the next process that makes one removes those whose owner is dead, as kill -9 leaves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+RUN_FOLDER_VARIABLE = "TANDEM_SUPERVISOR_RUN_DIRECTORY"
+"""Set by a supervisor for its children: its own scratch folder."""
+PREFIX = "tandem-"
+_LOCK = "owner.lock"
+_LONGEST = 70
+"""Of a folder's path: a unix socket's path may have 107 bytes."""
+
+
+def scratch_roots() -> list[Path]:
+    """Where scratch folders may be; a long TMPDIR is not used."""
+    return [Path(folder) for folder in dict.fromkeys((tempfile.gettempdir(), "/tmp"))]
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder with mode 0700, removed at the end of the `with`. Raises OSError."""
+    within = os.environ.get(RUN_FOLDER_VARIABLE)
+    if within is not None:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=within, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    remove_abandoned()
+    root = next((each for each in scratch_roots() if len(str(each)) <= _LONGEST), None)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=root)
+    lock = -1
+    try:
+        lock = _locked(Path(folder))
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def remove_abandoned() -> None:
+    """Removes scratch folders of this user whose owner is dead, and nothing else: no link is followed, and a folder
+    without the lock, or that others may write to, is let alone."""
+    for root in scratch_roots():
+        with contextlib.suppress(OSError):
+            names = [entry.name for entry in os.scandir(root) if entry.name.startswith(PREFIX)]
+            for name in names:
+                with contextlib.suppress(OSError):
+                    _remove_if_abandoned(root, name)
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor that holds the lock. The file gets its name once it is locked, so that nobody finds it free."""
+    unnamed = folder / f".{_LOCK}"
+    descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    unnamed.rename(folder / _LOCK)
+    return descriptor
+
+
+def _remove_if_abandoned(root: Path, name: str) -> None:
+    """Raises OSError where it is in use, or none of ours."""
+    folder = os.open(root / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(folder)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            return
+        lock = os.open(_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            if not stat.S_ISREG(os.fstat(lock).st_mode):
+                return
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(root / name)
+        finally:
+            os.close(lock)
+    finally:
+        os.close(folder)
