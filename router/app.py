@@ -159,7 +159,7 @@ class Router:
         self.service.close()
         if self.service.log is not None:
             self.service.log.close()
-        self.model.text.close()
+        self.model.close()
 
     async def serve_until(self, stopped: asyncio.Event) -> None:
         await self.start()

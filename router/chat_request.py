@@ -57,8 +57,9 @@ async def chat_prompt(
         text=model.text,
         answer=answer,
     )
-    chat = model.render_chat(
-        body.template_messages(),
+    chat = await model.render_chat(
+        body.messages,
+        caller,
         add_generation_prompt=body.generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         **_variables(body, model),

@@ -1,30 +1,26 @@
-"""Renders chat messages with the model's own Jinja template, in a sandbox, as `transformers` does."""
+"""The chat template of a model folder, and how it is run: on the event loop for a moment, else in another process."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
-from tandem.common.checkpoint import read_json, special_tokens
-from tandem.common.errors import ConfigError, TandemError
-from tandem.router.content_form import content_form
-from tandem.router.tools.arguments import CutArguments
+from tandem.common.checkpoint import read_json, read_text, special_tokens
+from tandem.common.errors import ConfigError
+from tandem.router.chat_rendering import MAX_SOURCE, ChatRendering, Run, TemplateSource
+from tandem.router.literal_text import NOTHING_SPECIAL, RenderedChat
+from tandem.router.template_costs import Elsewhere
+from tandem.router.template_language import metered_environment, syntax_tree
+from tandem.router.template_meter import INLINE_S
+from tandem.router.template_process import Task, rendered_with
+from tandem.router.template_processes import TemplateProcesses
 from tandem.router.tools.formats import ToolFormat, detect
 
 DEFAULT_NAME = "default"
-_MARK = "\u2063the final message ends here\u2063 "
-"""Where a message is to be continued. The blank shows whether the template trims messages."""
 TOOLS_NAME = "tool_use"
 """Of the template that some models have for requests with tools."""
 
@@ -33,74 +29,58 @@ class ChatTemplate:
     """The template of one model; `load` finds it in the model folder."""
 
     def __init__(self, source: str, special_tokens: dict[str, str], tools_source: str | None = None) -> None:
-        """`tools_source`: for requests with tools, where the model has another template for them."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self._template = _Compiled(environment, source)
-        self._tools_template = self._template if tools_source is None else _Compiled(environment, tools_source)
-        self._special_tokens = special_tokens
-        self.variables = _variables(environment, source) | _variables(environment, tools_source or "")
+        """`tools_source`: for requests with tools, where the model has another template for them. Raises
+        ConfigError."""
+        self._environment = metered_environment()
+        self.variables: frozenset[str] = frozenset()
         """That the template reads."""
+        given = TemplateSource(source, special_tokens, tools_source)
+        self._rendering = ChatRendering(given, self._compiled)
+        self._processes = TemplateProcesses(given)
         self.tool_format: ToolFormat | None = detect(tools_source or source)
         """How the model writes calls of functions; None: it makes none, or in a form that is not known."""
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
         """Files `chat_template.jinja` and `additional_chat_templates/`, else what `tokenizer_config.json` says. None
-        where the model has no template."""
+        where the model has no template. Raises ConfigError naming the folder."""
         source, tools_source = _template_sources(folder)
-        return None if source is None else cls(source, special_tokens(folder), tools_source)
-
-    def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **variables: Any,
-    ) -> str:
-        """`content` of a message is text or a list of text parts; the template gets the form that it expects, parts
-        joined by line breaks where that is text. `continue_final_message`: the text ends where the last message does.
-
-        Raises TandemError `invalid_request` where the template rejects the messages.
-        """
-        if continue_final_message:
-            marked = [*messages[:-1], _with_mark(messages[-1])]
-            return _up_to_mark(self.render(marked, add_generation_prompt=add_generation_prompt, **variables))
-        context = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            template = self._tools_template if context["tools"] else self._template
-            return template.render(messages, **context, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise TandemError(
-                "invalid_request",
-                f"the model's chat template cannot render these messages: {str(error)[:200]}",
-                param="messages",
-            ) from error
+            return None if source is None else cls(source, special_tokens(folder), tools_source)
+        except ConfigError as error:
+            file = folder / "chat_template.jinja"
+            raise ConfigError(f"{file if file.is_file() else folder / 'tokenizer_config.json'}: {error}") from error
 
-
-class _Compiled:
-    """One template, and the form of message content that it expects."""
-
-    def __init__(self, environment: jinja2.Environment, source: str) -> None:
+    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        """See `ChatRendering.text` for the options. For any place that may wait. Raises TandemError `invalid_request`
+        where the template rejects the messages, or takes too long or too much memory for them."""
+        task = Task(list(messages), options, NOTHING_SPECIAL)
         try:
-            self._template = environment.from_string(source)
-            self._form = content_form(environment.parse(source))
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the model's chat template does not compile: {error}") from error
+            return self.render_here(task).text
+        except Elsewhere:
+            return self.render_elsewhere(task).text
 
-    def render(self, messages: Sequence[dict[str, Any]], **context: Any) -> str:
-        shaped = [{**message, "content": self._shaped(message["content"])} for message in messages]
-        return self._template.render(**context, messages=shaped)
+    def render_here(self, task: Task) -> RenderedChat:
+        """On the event loop: takes a few milliseconds at most. Raises Elsewhere where it would take more, and
+        TandemError."""
+        return rendered_with(self._rendering, task)
 
-    def _shaped(self, content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}] if self._form == "parts" else content
-        return "\n".join(part["text"] for part in content) if self._form == "text" else content
+    def render_elsewhere(self, task: Task) -> RenderedChat:
+        """In another process; this thread waits. Raises TandemError."""
+        return self._processes.render(task)
+
+    def close(self) -> None:
+        self._processes.close()
+
+    def _compiled(self, source: str) -> tuple[Run, jinja2.nodes.Template]:
+        environment = self._environment
+        self.variables |= jinja2.meta.find_undeclared_variables(syntax_tree(environment, source))
+        template = environment.compiled(syntax_tree(environment, source))
+
+        def run(context: Mapping[str, Any]) -> str:
+            return environment.rendered(template, context, INLINE_S)
+
+        return run, syntax_tree(environment, source)
 
 
 def _template_sources(folder: Path) -> tuple[str | None, str | None]:
@@ -108,9 +88,9 @@ def _template_sources(folder: Path) -> tuple[str | None, str | None]:
     named = _configured_templates(folder / "tokenizer_config.json")
     default = folder / "chat_template.jinja"
     if default.is_file():
-        named = {DEFAULT_NAME: _read_text(default)}
+        named = {DEFAULT_NAME: _template(default)}
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        named[path.stem] = _read_text(path)
+        named[path.stem] = _template(path)
     return named.get(DEFAULT_NAME), named.get(TOOLS_NAME)
 
 
@@ -122,81 +102,12 @@ def _configured_templates(path: Path) -> dict[str, str]:
         return {DEFAULT_NAME: source}
     named: dict[str, str] = {}
     for item in source if isinstance(source, list) else [None]:
-        if not (isinstance(item, dict) and isinstance(item.get("template"), str)):
+        name, template = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
+        if not (isinstance(name, str) and isinstance(template, str)):
             raise ConfigError(f"{path}: chat_template must be a string or a list of templates with names")
-        named[str(item.get("name"))] = item["template"]
+        named[name] = template
     return named
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which no model was trained on."""
-    cut: dict[str, str] = {}
-
-    def name_of(value: Any) -> str:
-        if not isinstance(value, CutArguments):
-            raise TypeError(f"{type(value).__name__} is not JSON")
-        name = secrets.token_hex(16)
-        cut[f'"{name}"'] = value.text
-        return name
-
-    text = json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=name_of
-    )
-    for name, content in cut.items():
-        text = text.replace(name, content)
-    return text
-
-
-def _variables(environment: jinja2.Environment, source: str) -> frozenset[str]:
-    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-
-
-def _with_mark(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the mark at the end of its text."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message, "content": content + _MARK}
-    return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + _MARK}]}
-
-
-def _up_to_mark(text: str) -> str:
-    """What the template makes of the final message and what is before it. Where it trims messages, so is this one."""
-    end = text.rfind(_MARK.rstrip())
-    if end < 0:
-        raise TandemError(
-            "invalid_request",
-            "continue_final_message: the model's chat template leaves the final message out",
-            param="continue_final_message",
-        )
-    return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training; for serving its body is plain output."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _template(path: Path) -> str:
+    return read_text(path, 4 * MAX_SOURCE)

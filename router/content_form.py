@@ -24,8 +24,7 @@ def content_form(template: nodes.Template) -> ContentForm:
 
 def _is_content(node: nodes.Node, names: set[str]) -> bool:
     """`message.content`, `message['content']`, a name of it, or that behind filters."""
-    while isinstance(node, nodes.Filter) and node.node is not None:
-        node = node.node
+    node = _behind_filters(node)
     if isinstance(node, nodes.Name):
         return node.name in names
     if isinstance(node, nodes.Getattr):
@@ -33,14 +32,27 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
     return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
 
 
+def _behind_filters(node: nodes.Node) -> nodes.Node:
+    while isinstance(node, nodes.Filter) and node.node is not None:
+        node = node.node
+    return node
+
+
 def _names_of_content(template: nodes.Template) -> set[str]:
-    """Grows until nothing new is found: a name may be given to what has one."""
-    assigns = [
-        (node.target.name, node.node) for node in template.find_all(nodes.Assign) if isinstance(node.target, nodes.Name)
-    ]
-    found = {arg.name for macro in template.find_all(nodes.Macro) for arg in macro.args if arg.name == "content"}
-    while True:
-        more = {name for name, value in assigns if name not in found and _is_content(value, found)}
-        if not more:
-            return found
-        found |= more
+    """Follows names from those that are content at once to those that these are given to."""
+    given_to: dict[str, list[str]] = {}
+    todo = [arg.name for macro in template.find_all(nodes.Macro) for arg in macro.args if arg.name == "content"]
+    for node in template.find_all(nodes.Assign):
+        if isinstance(node.target, nodes.Name):
+            source = _behind_filters(node.node)
+            if isinstance(source, nodes.Name):
+                given_to.setdefault(source.name, []).append(node.target.name)
+            elif _is_content(source, set()):
+                todo.append(node.target.name)
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += given_to.get(name, [])
+    return found

@@ -41,7 +41,7 @@ async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Servi
 
 async def tokenize(exchange: GrpcExchange, request: pb.TokenizeRequest, service: Service) -> pb.TokenizeResponse:
     with naming(request):
-        tokens = await tokenized(tokenize_body(request), service.model)
+        tokens = await tokenized(tokenize_body(request), service.model, exchange.caller)
     text = service.model.text
     return pb.TokenizeResponse(
         token_ids=tokens,

@@ -38,7 +38,7 @@ async def model(exchange: Exchange, service: Service) -> None:
 
 async def tokenize(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_TOKENIZE)
-    tokens = await tokenized(body, service.model)
+    tokens = await tokenized(body, service.model, exchange.caller)
     strings = [service.model.text.token_text(token) for token in tokens] if body.return_token_strs else None
     await exchange.reply_json(
         {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": strings}

@@ -157,9 +157,6 @@ class ChatBody(GenerationBody, kw_only=True):
         if self.continue_final_message and self.add_generation_prompt:
             raise invalid("continue_final_message", "cannot be combined with add_generation_prompt: true")
 
-    def template_messages(self) -> list[dict[str, Any]]:
-        return template_messages(self.messages)
-
 
 class ContextBody(msgspec.Struct):
     """Of POST /v1/contexts. Exactly one of prompt and messages."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class RenderedChat:
 class Hidden:
     """What was hidden of one request."""
 
-    special: SpecialTokens
+    special: SpecialNames
     _texts: list[str] = field(default_factory=list)
     _name: str = field(default_factory=lambda: f"hidden{secrets.token_hex(8)}x")
 
@@ -39,14 +39,16 @@ class Hidden:
         """A copy of a JSON value."""
         if isinstance(value, str):
             return self._text(value)
-        if isinstance(value, CutArguments):
-            return CutArguments(self.hide(value.text))
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             return {self.hide(key): self.hide(content) for key, content in value.items()}
-        return [self.hide(content) for content in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [self.hide(content) for content in value]
+        return CutArguments(self.hide(value.text)) if isinstance(value, CutArguments) else value
 
     def _text(self, text: str) -> str:
         """Also without the beginning of a token at its end, which what follows in the template might complete."""
+        if not self.special.may_be_in(text):
+            return text
         text = self.special.tokens.sub(lambda found: self._hidden(found.group()), text)
         end = len(text.rstrip())
         start = self.special.start_of_beginning(text, end)
@@ -67,17 +69,20 @@ class Hidden:
         return re.sub(f"{self._name}([0-9]+)x", lambda found: self._texts[int(found.group(1))], rendered)
 
 
-class SpecialTokens:
-    """Those of one tokenizer, which are left out when output is decoded."""
+class SpecialNames:
+    """Special tokens as texts, and other names for them. Other processes can be given it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = frozenset(names)
         self._suffix = secrets.token_hex(8)
-        added = tokenizer.get_added_tokens_decoder().values()
-        self._names = {token.content for token in added if token.special and token.content}
-        self.tokens = _any_of(self._names)
-        self._beginnings = {name[:end] for name in self._names for end in range(1, len(name))}
+        self.tokens = _any_of(self.names)
+        self._firsts = frozenset(name[0] for name in self.names)
+        self._beginnings = {name[:end] for name in self.names for end in range(1, len(name))}
         self._longest = max(map(len, self._beginnings), default=0)
+
+    def may_be_in(self, text: str) -> bool:
+        """False for most texts, in no time: neither a token nor the beginning of one is in them."""
+        return any(first in text for first in self._firsts)
 
     def start_of_beginning(self, text: str, end: int) -> int:
         """Where the beginning of a token is that `text[:end]` ends with; `end` where it ends with none."""
@@ -87,11 +92,24 @@ class SpecialTokens:
     def new_name(self, token: str) -> str:
         return token + self._suffix
 
+
+class SpecialTokens(SpecialNames):
+    """Those of one tokenizer, which are left out when output is decoded."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.get_added_tokens_decoder().values()
+        super().__init__({token.content for token in added if token.special and token.content})
+        self._tokenizer = tokenizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the tokenizer."""
+        return _names_alone, (self.names, self._suffix)
+
     def renamed_tokenizer(self) -> Tokenizer:
         """A copy that finds special tokens in a text by their new names."""
         content = json.loads(self._tokenizer.to_str())
         for token in content["added_tokens"]:
-            if token["content"] in self._names:
+            if token["content"] in self.names:
                 token["content"] = self.new_name(token["content"])
         model = content["model"]
         vocabulary = model.get("vocab")
@@ -104,9 +122,18 @@ class SpecialTokens:
         return Tokenizer.from_str(json.dumps(content))
 
     def _renamed(self, token: str) -> str:
-        return self.new_name(token) if token in self._names else token
+        return self.new_name(token) if token in self.names else token
+
+
+def _names_alone(names: frozenset[str], suffix: str) -> SpecialNames:
+    found = SpecialNames(names)
+    found._suffix = suffix
+    return found
 
 
 def _any_of(words: Collection[str]) -> re.Pattern[str]:
     """The longest at a place; matches nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"[^\s\S]")
+
+
+NOTHING_SPECIAL = SpecialNames(())

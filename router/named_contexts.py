@@ -16,7 +16,7 @@ from tandem.router.choice import ChoiceSpec
 from tandem.router.contexts import ContextClient, unknown
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.generate import Call
-from tandem.router.http_types import ContextBody, template_messages
+from tandem.router.http_types import ContextBody
 from tandem.router.sampling_fields import in_range, invalid, output_tokens
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
@@ -41,7 +41,7 @@ async def create(
     store = contexts_of(service)
     service.model.check_name(body.model)
     in_range("version", body.version, 1, MAX_VERSION)
-    prompt = await _prompt(body, service)
+    prompt = await _prompt(body, service, caller)
     max_tokens = output_tokens(
         1,
         default=None,
@@ -76,14 +76,14 @@ async def recipe(service: Service, caller: Caller, name: str) -> list[int]:
     return list(context.token_ids)
 
 
-async def _prompt(body: ContextBody, service: Service) -> Prompt:
+async def _prompt(body: ContextBody, service: Service, caller: Caller) -> Prompt:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("prompt", "or messages is required, and not both")
     if isinstance(body.prompt, str):
         return await service.model.text_prompt(body.prompt, param="prompt")
     if body.prompt is not None:
         return service.model.token_prompt(body.prompt, param="prompt")
-    chat = service.model.render_chat(template_messages(body.messages or []), add_generation_prompt=False)
+    chat = await service.model.render_chat(body.messages or [], caller, add_generation_prompt=False)
     return await service.model.chat_prompt(chat)
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tandem.common.checkpoint import read_json, resolve_model
 from tandem.common.errors import ConfigError, TandemError
+from tandem.common.fair_work import FairWork
 from tandem.common.sampling import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MAX_TOP_K, MIN_REPETITION_PENALTY
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
+from tandem.router.caller import Caller
 from tandem.router.chat_template import ChatTemplate
-from tandem.router.literal_text import Hidden, RenderedChat
+from tandem.router.http_types import Message, template_messages
+from tandem.router.literal_text import RenderedChat
 from tandem.router.settings import RouterConfig
+from tandem.router.template_costs import Elsewhere
+from tandem.router.template_process import Task
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
 from tandem.router.truncation import Truncation
@@ -28,6 +33,12 @@ MAX_HASHED_BLOCKS = 1024
 
 CHARACTERS_PER_TOKEN = 8
 """Where a prompt has more for each token of the context, its tokens are counted before it is taken as a whole."""
+RENDERINGS = 2
+"""At once, beside the event loop."""
+MAX_WAITING = 64
+"""Chats of one tenant that wait to be rendered there."""
+SHORT_MESSAGES, SHORT_TEXT = 256, 1 << 17
+"""What is rendered on the event loop if the template lets it: messages, and characters in them."""
 CUT_TOKENS = 16
 """What cutting a text may add, at the most."""
 
@@ -70,6 +81,10 @@ class SamplingDefaults:
         return cls(**known)
 
 
+def _fair_renderings() -> FairWork:
+    return FairWork("chat-templates", RENDERINGS, max_waiting=MAX_WAITING, share=1)
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     name: str
@@ -80,6 +95,7 @@ class ServedModel:
     max_position_embeddings: int
     created: int
     """Seconds since 1970; OpenAI's model object has it."""
+    _renderings: FairWork = field(default_factory=_fair_renderings)
 
     @classmethod
     def load(cls, config: RouterConfig) -> ServedModel:
@@ -106,6 +122,12 @@ class ServedModel:
             created=int(time.time()),
         )
 
+    def close(self) -> None:
+        self._renderings.close()
+        if self.template is not None:
+            self.template.close()
+        self.text.close()
+
     def check_name(self, name: str | None) -> None:
         """Raises TandemError `model_not_found`. None or empty means the served model."""
         if name and name != self.name:
@@ -118,19 +140,23 @@ class ServedModel:
     def template_reads(self, variable: str) -> bool:
         return self.template is not None and variable in self.template.variables
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> RenderedChat:
-        if self.template is None:
+    async def render_chat(self, messages: list[Message], caller: Caller, **variables: Any) -> RenderedChat:
+        """What takes longer than a moment waits for `caller`'s turn, off the event loop. Raises TandemError."""
+        template = self.template
+        if template is None:
             raise TandemError(
                 "invalid_request",
                 f"The model `{self.name}` has no chat template; use /v1/completions.",
                 param="messages",
             )
-        hidden = Hidden(self.text.special)
-        try:
-            messages, variables = hidden.hide(list(messages)), hidden.hide(variables)
-        except RecursionError as error:
-            raise TandemError("invalid_request", "the messages are nested too deeply", param="messages") from error
-        return hidden.shown(self.template.render(messages, **variables))
+
+        def task() -> Task:
+            return Task(template_messages(messages), variables, self.text.special)
+
+        if _is_short(messages):
+            with contextlib.suppress(Elsewhere):
+                return template.render_here(task())
+        return await self._renderings.run(caller.tenant, caller.weight, lambda: template.render_elsewhere(task()))
 
     async def text_prompt(
         self,
@@ -219,6 +245,17 @@ class ServedModel:
                 param=param,
             )
         return Prompt(token_ids if truncation is None else truncation.cut(token_ids))
+
+
+def _is_short(messages: list[Message]) -> bool:
+    if len(messages) > SHORT_MESSAGES:
+        return False
+    contents = [message.content or "" for message in messages]
+    texts = (
+        len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content)
+        for content in contents
+    )
+    return sum(texts) <= SHORT_TEXT
 
 
 def _prompt(token_ids: list[int], text: str, param: str) -> Prompt:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_messages, template_variables
+from tandem.router.caller import Caller
+from tandem.router.http_types import DetokenizeBody, TokenizeBody, template_variables
 from tandem.router.sampling_fields import invalid
 from tandem.router.served_model import ServedModel
 
 
-async def tokenized(body: TokenizeBody, model: ServedModel) -> list[int]:
+async def tokenized(body: TokenizeBody, model: ServedModel, caller: Caller) -> list[int]:
     """Raises TandemError naming the field."""
     model.check_name(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -17,8 +18,9 @@ async def tokenized(body: TokenizeBody, model: ServedModel) -> list[int]:
     if body.continue_final_message and body.add_generation_prompt:
         raise invalid("continue_final_message", "cannot be combined with add_generation_prompt: true")
     goes_on = bool(body.continue_final_message)
-    chat = model.render_chat(
-        template_messages(body.messages),
+    chat = await model.render_chat(
+        body.messages,
+        caller,
         add_generation_prompt=not goes_on if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=goes_on,
         tools=[tool.for_template() for tool in body.tools] if body.tools else None,
