@@ -45,6 +45,8 @@ MAX_ACCOUNTS = 4096
 """Counters kept. An idle one that is forgotten comes back at the floor: its tenant gains what it was ahead, at most the
 bound."""
 
+_ROUNDING = 1e-9
+
 AccountKey = tuple[int, str]
 """Band and tenant."""
 T = TypeVar("T")
@@ -57,7 +59,7 @@ class Account:
     lifts set a least value. Such maps compose, so replicas can apply each other's in any order and miss nothing.
     """
 
-    __slots__ = ("added", "at_least", "counter", "key", "waiting")
+    __slots__ = ("added", "at_least", "counter", "key", "waiting", "wrong")
 
     def __init__(self, key: AccountKey, floor: float) -> None:
         self.key = key
@@ -66,6 +68,8 @@ class Account:
         self.at_least = floor
         self.waiting = 0
         """Queued requests."""
+        self.wrong = False
+        """The total that others were told cannot be true: the next exchange puts `counter` in its place."""
 
     def charge(self, service: float) -> None:
         self.counter += service
@@ -92,9 +96,15 @@ class Account:
         self.at_least = max(at_least + self.added, self.at_least, self.counter)
         self.added += added
 
-    def merge(self, total: float) -> None:
-        """`total`: what all replicas made of it; everything that was taken here is in it."""
-        self.counter = max(total + self.added, self.at_least)
+    def merge(self, total: float, least: float = -math.inf, most: float = math.inf) -> bool:
+        """`total`: what all replicas made of it; everything that was taken here is in it. False: it is not between
+        `least` and `most` and so cannot be true; it is not taken, and the next exchange says what it should be."""
+        if least <= total <= most:
+            self.counter = max(total + self.added, self.at_least)
+            return True
+        self.at_least = max(self.at_least, self.counter)
+        self.wrong = not total < least
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,8 @@ class Changes:
     """By band: the least counter of those who wait, or who were granted last. Absent: nothing happens there."""
     waiting: frozenset[int] = frozenset()
     """The bands in which somebody waits."""
+    wrong: frozenset[AccountKey] = frozenset()
+    """Accounts whose shared total is too high to be true: `at_least` goes in its place."""
 
 
 class ServiceCounters:
@@ -115,6 +127,9 @@ class ServiceCounters:
     def __init__(self, max_accounts: int = MAX_ACCOUNTS) -> None:
         self.alone = True
         """False while other replicas take part: then the floors come from `merge`."""
+        self.charged = 0.0
+        """Service per weight charged here so far, corrections added, too. No counter is beyond the sum of it over all
+        replicas, as all begin at 0 and are only lifted to what others have."""
         self._max_accounts = max_accounts
         self._accounts: dict[AccountKey, Account] = {}
         self._floors: dict[int, float] = {}
@@ -151,9 +166,14 @@ class ServiceCounters:
     def charge(self, tenant: str, band: int, cost: float, weight: float) -> None:
         """`cost` is negative where an estimate was too high. A change of weight counts from here on."""
         self.account(tenant, band).charge(cost / weight)
+        self.charged += abs(cost / weight)
 
     def floor(self, band: int) -> float:
         return self._floors.get(band, 0.0)
+
+    def floors(self) -> dict[int, float]:
+        """By band, those above 0."""
+        return dict(self._floors)
 
     def ahead(self, tenant: str, band: int) -> float:
         """How far it is ahead of those who wait at other replicas. Negative: it is its turn; infinite: somebody waits
@@ -173,12 +193,16 @@ class ServiceCounters:
         """What has not been taken yet. It counts here all the same; `merge` must follow with totals that hold it."""
         accounts: dict[AccountKey, tuple[float, float]] = {}
         waiting: dict[int, float] = {}
+        wrong: set[AccountKey] = set()
         for key, account in self._accounts.items():
             if account.waiting:
                 waiting[key[0]] = min(waiting.get(key[0], math.inf), account.counter)
             if account.waiting or account.changed:
                 accounts[key] = account.take()
-        changes = Changes(accounts, self._least | waiting, frozenset(waiting))
+                if account.wrong:
+                    wrong.add(key)
+                    account.wrong = False
+        changes = Changes(accounts, self._least | waiting, frozenset(waiting), frozenset(wrong))
         self._least = {}
         return changes
 
@@ -189,17 +213,30 @@ class ServiceCounters:
             account.put_back(*changes.accounts.get(account.key, (0.0, -math.inf)))
 
     def merge(
-        self, totals: Mapping[AccountKey, float], floors: Mapping[int, float], elsewhere: Mapping[int, float]
-    ) -> None:
+        self,
+        totals: Mapping[AccountKey, float],
+        floors: Mapping[int, float],
+        elsewhere: Mapping[int, float],
+        *,
+        most: float = math.inf,
+        moved: float = math.inf,
+    ) -> int:
         """Totals of all replicas, in which everything taken so far is contained; the floors among them; and by band
-        the least counter of those who wait at others."""
-        self._elsewhere = dict(elsewhere)
+        the least counter of those who wait at others. `most`: what all have charged ever; `moved`: what others have
+        charged since the last exchange. Returns how many numbers were left out as they cannot be true."""
+        refused = 0
+        self._elsewhere = {band: least for band, least in elsewhere.items() if -most <= least <= most}
         for key, total in totals.items():
             account = self._accounts.get(key)
             if account is not None:
-                account.merge(total)
+                expected = account.counter - account.added
+                refused += not account.merge(total, max(-most, expected - moved - _ROUNDING * abs(expected)), most)
         for band, floor in floors.items():
-            self._floors[band] = max(floor, self._floors.get(band, 0.0))
+            if floor <= most:
+                self._floors[band] = max(floor, self._floors.get(band, 0.0))
+            else:
+                refused += 1
+        return refused
 
     def ignore_elsewhere(self) -> None:
         """They do not take their turn: until the next `merge` they are not waited for."""

@@ -28,13 +28,14 @@ class Accounts:
         if registry is not None:
             registry.register(UsageCollector(self.usage))
 
-    def open(self, model: str, choices: Sequence[ChoiceSpec]) -> Charge:
+    async def open(self, model: str, choices: Sequence[ChoiceSpec]) -> Charge:
         """Raises TandemError `permission_denied` or `rate_limit_exceeded`."""
         caller = choices[0].sequence.caller
         caller.check_model(model)
         prompts = {id(choice.sequence.prompt): choice.sequence.prompt for choice in choices}
         prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts.values())
         max_output_tokens = sum(choice.sequence.sampling.max_tokens for choice in choices)
+        await self.limits.hear_others(caller, prompt_tokens, max_output_tokens)
         return Charge(caller, self.limits.reserve(caller, prompt_tokens, max_output_tokens), self.usage)
 
     def refused(self, caller: Caller, error: TandemError) -> None:

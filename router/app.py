@@ -17,6 +17,7 @@ from tandem.common.secret import read_secret
 from tandem.router.accounts import Accounts
 from tandem.router.batch.lane import BatchLane
 from tandem.router.caller import ANYBODY, Caller
+from tandem.router.deployment import deployment_of
 from tandem.router.grpc_api import GrpcServer
 from tandem.router.http_app import ROUTES, HttpApp
 from tandem.router.http_protocol import BoundedHttp
@@ -27,7 +28,7 @@ from tandem.router.served_model import ServedModel
 from tandem.router.service import Service
 from tandem.router.session import SILENCE_S
 from tandem.router.settings import RouterConfig
-from tandem.router.shared_service import SharedService
+from tandem.router.shared_service import SharedCollector, SharedService
 from tandem.router.siblings import Siblings
 from tandem.router.tenants import Tenants
 from tandem.router.throughput import tell_regularly
@@ -55,12 +56,18 @@ class Router:
         self.tenants = Tenants.open(
             config.tenants_file, config.api_keys_file, self.metrics.registry, api_keys=config.api_key
         )
+        secret = read_secret(config.secret_file)
         counters = ServiceCounters()
         self._shared = (
-            SharedService(config.redis, counters, prefix=f"tandem:{self.model.name}") if config.redis else None
+            SharedService(config.redis, counters, prefix=f"tandem:{deployment_of(config, self.model.name, secret)}")
+            if config.redis
+            else None
         )
         self.accounts = Accounts(self.metrics.registry, self._shared.buckets if self._shared is not None else None)
-        secret = read_secret(config.secret_file)
+        if self._shared is not None:
+            self.metrics.registry.register(SharedCollector(self._shared))
+            if (tenants := self.tenants) is not None:
+                self._shared.tenants = lambda: tenants.fingerprint
         self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s, secret)
         self.metrics.watch(self.fleet)
         self.siblings = Siblings(replica.folder, replica.index, replica.count)

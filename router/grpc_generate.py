@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from tandem.common.errors import TandemError
@@ -37,7 +37,7 @@ class _Plan:
 
 async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> None:
     plan = await _plan(exchange, request, service)
-    with _call(exchange, request, service, plan, streaming=True) as call:
+    async with _call(exchange, request, service, plan, streaming=True) as call:
         answers = _Answers(exchange, request, service, plan, call)
         try:
             async with asyncio.timeout(None) as patience:
@@ -57,7 +57,7 @@ async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service:
 
 async def complete(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> pb.CompleteResponse:
     plan = await _plan(exchange, request, service)
-    with _call(exchange, request, service, plan, streaming=False) as call:
+    async with _call(exchange, request, service, plan, streaming=False) as call:
         answers = _Answers(exchange, request, service, plan, call)
         choices = [answers.of(delta) for delta in await call.result()]
         answer = pb.CompleteResponse(request_id=exchange.request_id, choices=choices, usage=usage_message(call.usage()))
@@ -80,7 +80,7 @@ async def _plan(exchange: GrpcExchange, request: pb.GenerateRequest, service: Se
 
 def _call(
     exchange: GrpcExchange, request: pb.GenerateRequest, service: Service, plan: _Plan, *, streaming: bool
-) -> AbstractContextManager[Call]:
+) -> AbstractAsyncContextManager[Call]:
     return service.call(
         exchange.request_id,
         plan.choices,

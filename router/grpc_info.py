@@ -23,7 +23,7 @@ async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Servi
     timeout_s = exchange.timeout_s(request.timeout_s if request.HasField("timeout_s") else None)
     answer = pb.EmbedResponse(request_id=exchange.request_id)
     for group in await plan_embeddings(body, service, exchange.caller):
-        with service.call(
+        async with service.call(
             exchange.request_id,
             group,
             arrived=exchange.arrived,

@@ -23,7 +23,7 @@ async def chat_completions(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     exchange.name(body.request_id)
     plan = await plan_chat(body, service, exchange.caller)
-    with service.call(
+    async with service.call(
         exchange.request_id,
         with_seeds(plan.spec, body.n or 1),
         arrived=exchange.arrived,

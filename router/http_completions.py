@@ -25,7 +25,7 @@ async def completions(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     exchange.name(body.request_id)
     choices = await plan_completion(body, service, exchange.caller)
-    with service.call(
+    async with service.call(
         exchange.request_id,
         choices,
         arrived=exchange.arrived,

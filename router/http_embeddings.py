@@ -22,7 +22,7 @@ async def embeddings(exchange: Exchange, service: Service) -> None:
     explain: dict[str, Any] = {}
     prompt_tokens = 0
     for group in await plan_embeddings(body, service, exchange.caller):
-        with service.call(
+        async with service.call(
             exchange.request_id, group, arrived=exchange.arrived, traceparent=exchange.traceparent
         ) as call:
             await whole(exchange, call)

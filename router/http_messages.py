@@ -139,7 +139,7 @@ async def messages(exchange: Exchange, service: Service) -> None:
     exchange.ignore(body.ignored())
     with renaming(_NAMES):
         plan = (await plan_chat(body.chat(), service, exchange.caller)).named(_NAMES)
-    with service.call(
+    async with service.call(
         exchange.request_id,
         [plan.spec],
         arrived=exchange.arrived,

@@ -137,7 +137,7 @@ async def responses(exchange: Exchange, service: Service) -> None:
     with renaming(_NAMES):
         chat = body.chat()
         plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)
-    with service.call(
+    async with service.call(
         exchange.request_id,
         [plan.spec],
         arrived=exchange.arrived,

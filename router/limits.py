@@ -9,6 +9,7 @@ off what it gets next. A burst is one minute's worth, or a single request that i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,8 @@ the context, and one such request would empty a bucket."""
 GUESS_WEIGHT = 0.1
 """Of the latest request in the running mean of output tokens."""
 CONCURRENCY_RETRY_S = 1.0
+HEAR_S = 0.5
+"""A request waits for news of other routers no longer than that: with Redis at hand it is a few milliseconds."""
 MAX_STATES = 20_000
 """Tenants with a state; beyond it those at rest are forgotten. Only names that have left the file can be so many."""
 _ROUNDING = 1e-9
@@ -40,6 +43,27 @@ class Buckets(Protocol):
         """Gives back; a negative amount takes without asking."""
 
     def level(self, key: str, rate: float, burst: float) -> float: ...
+
+    def in_flight(self, tenant: str, here: int) -> int:
+        """Requests of a tenant in flight at all routers that share, `here` of them at this one."""
+
+    def set_in_flight(self, tenant: str, here: int) -> None:
+        """Of a tenant with a limit on them: the others should know."""
+
+    def may_decide(self, key: str, amount: float, rate: float, burst: float) -> bool:
+        """Whether what is known of the other routers is enough for `take`."""
+
+    def ask(self, key: str, amount: float, rate: float, burst: float) -> None:
+        """So much is wanted of the others by who then calls `hear`."""
+
+    def may_start(self, tenant: str, here: int, most: int) -> bool:
+        """Whether it is enough to let in one more of `most` requests in flight, or to refuse it."""
+
+    def ask_to_start(self, tenant: str, most: int) -> None:
+        """The same for one more request in flight."""
+
+    async def hear(self, timeout_s: float) -> None:
+        """Waits until more is known of the others, or `timeout_s`."""
 
 
 class LocalBuckets:
@@ -68,6 +92,27 @@ class LocalBuckets:
         now = self._clock()
         return burst - max(0.0, self._full_at.get(key, now) - now) * rate
 
+    def in_flight(self, tenant: str, here: int) -> int:
+        return here
+
+    def set_in_flight(self, tenant: str, here: int) -> None:
+        pass
+
+    def may_decide(self, key: str, amount: float, rate: float, burst: float) -> bool:
+        return True
+
+    def ask(self, key: str, amount: float, rate: float, burst: float) -> None:
+        pass
+
+    def may_start(self, tenant: str, here: int, most: int) -> bool:
+        return True
+
+    def ask_to_start(self, tenant: str, most: int) -> None:
+        pass
+
+    async def hear(self, timeout_s: float) -> None:
+        pass
+
 
 class RateLimited(TandemError):
     def __init__(self, limit: str, message: str, retry_after_s: float) -> None:
@@ -94,8 +139,7 @@ class Limits:
         rates = caller.rates
         if rates.unlimited:
             return
-        if rates.max_concurrent is not None and self.running(caller) >= rates.max_concurrent:
-            raise _concurrent(caller)
+        self._check_concurrency(caller, self.running(caller))
         for limit, per_minute in (("requests", rates.requests_per_minute), ("tokens", rates.tokens_per_minute)):
             if per_minute is not None:
                 missing = 1.0 - self._level(caller, limit, per_minute)
@@ -108,11 +152,10 @@ class Limits:
         if rates.unlimited:
             return Reservation(self, caller, None, 0)
         state = self._state(caller.tenant)
-        if rates.max_concurrent is not None and state.running >= rates.max_concurrent:
-            raise _concurrent(caller)
+        self._check_concurrency(caller, state.running)
         if rates.requests_per_minute is not None:
             self._take(caller, "requests", 1, rates.requests_per_minute)
-        estimate = prompt_tokens + min(max_output_tokens, math.ceil(state.output_guess))
+        estimate = _estimate(state, prompt_tokens, max_output_tokens)
         if rates.tokens_per_minute is not None:
             try:
                 self._take(caller, "tokens", estimate, rates.tokens_per_minute)
@@ -120,11 +163,44 @@ class Limits:
                 if rates.requests_per_minute is not None:
                     self._add(caller, "requests", 1, rates.requests_per_minute)
                 raise
-        state.running += 1
+        self._count(caller, state, 1)
         return Reservation(self, caller, state, estimate)
 
+    async def hear_others(self, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> None:
+        """Before `reserve`, where routers share limits: waits until it is known well enough what the others let in.
+        Takes nothing; no longer than HEAR_S."""
+        if caller.rates.unlimited:
+            return
+        state = self._state(caller.tenant)
+        end = 0.0
+        while not self._may_decide(caller, state, _estimate(state, prompt_tokens, max_output_tokens)):
+            now = time.monotonic()
+            end = end or now + HEAR_S
+            if now >= end:
+                return
+            await self._buckets.hear(end - now)
+
+    def _may_decide(self, caller: Caller, state: _State, tokens: int) -> bool:
+        """Asks for what is missing."""
+        rates, buckets = caller.rates, self._buckets
+        known = True
+        if rates.max_concurrent is not None:
+            known = buckets.may_start(caller.tenant, state.running, rates.max_concurrent)
+            if not known:
+                buckets.ask_to_start(caller.tenant, rates.max_concurrent)
+        for limit, amount, per_minute in (
+            ("requests", 1, rates.requests_per_minute),
+            ("tokens", tokens, rates.tokens_per_minute),
+        ):
+            if per_minute is not None:
+                bucket = (_key(caller, limit), amount, per_minute / MINUTE_S, per_minute)
+                if not buckets.may_decide(*bucket):
+                    buckets.ask(*bucket)
+                    known = False
+        return known
+
     def running(self, caller: Caller) -> int:
-        """Its requests in flight, counted where it has a limit of any kind."""
+        """Its requests in flight at this router, counted where it has a limit of any kind."""
         state = self._states.get(caller.tenant)
         return state.running if state is not None else 0
 
@@ -145,6 +221,16 @@ class Limits:
                     (b"x-ratelimit-reset-" + limit.encode(), duration(reset_s).encode()),
                 ]
         return found
+
+    def _check_concurrency(self, caller: Caller, running: int) -> None:
+        most = caller.rates.max_concurrent
+        if most is not None and self._buckets.in_flight(caller.tenant, running) >= most:
+            raise _concurrent(caller)
+
+    def _count(self, caller: Caller, state: _State, change: int) -> None:
+        state.running += change
+        if caller.rates.max_concurrent is not None:
+            self._buckets.set_in_flight(caller.tenant, state.running)
 
     def _take(self, caller: Caller, limit: str, amount: int, per_minute: int) -> None:
         wait_s = self._buckets.take(_key(caller, limit), amount, per_minute / MINUTE_S, per_minute)
@@ -189,7 +275,7 @@ class Reservation:
         if self._closed or self._state is None:
             return
         self._closed = True
-        self._state.running -= 1
+        self._limits._count(self._caller, self._state, -1)
         per_minute = self._caller.rates.tokens_per_minute
         if per_minute is not None:
             self._limits._add(self._caller, "tokens", self._estimate - self._actual, per_minute)
@@ -206,6 +292,10 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes}m{text}"
     return f"{minutes}m{text}" if minutes else text
+
+
+def _estimate(state: _State, prompt_tokens: int, max_output_tokens: int) -> int:
+    return prompt_tokens + min(max_output_tokens, math.ceil(state.output_guess))
 
 
 def _key(caller: Caller, limit: str) -> str:

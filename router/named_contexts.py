@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
@@ -32,7 +32,7 @@ async def create(
     body: ContextBody,
     service: Service,
     caller: Caller,
-    open_call: Callable[[Sequence[ChoiceSpec]], AbstractContextManager[Call]],
+    open_call: Callable[[Sequence[ChoiceSpec]], AbstractAsyncContextManager[Call]],
 ) -> kvnode_pb2.Context:
     """Registers the context, then computes it once, as an ordinary request, so that its KV is stored.
 
@@ -56,7 +56,7 @@ async def create(
     await store.put(caller.tenant, body.name, prompt.token_ids, root=root, ttl_s=body.ttl_s, version=body.version or 0)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     sequence = SequenceSpec(prompt, sampling, caller, exact_kv=True)
-    with open_call([ChoiceSpec(sequence, no_output=True)]) as call:
+    async with open_call([ChoiceSpec(sequence, no_output=True)]) as call:
         await call.result()
     return await _saved(store, caller.tenant, body.name)
 

@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -156,8 +156,8 @@ class Service:
                 retry_after_s=1.0,
             )
 
-    @contextmanager
-    def call(
+    @asynccontextmanager
+    async def call(
         self,
         request_id: str,
         choices: Sequence[ChoiceSpec],
@@ -166,7 +166,7 @@ class Service:
         traceparent: str = "",
         streaming: bool = False,
         timeout_s: float | None = None,
-    ) -> Iterator[Call]:
+    ) -> AsyncIterator[Call]:
         """A started call, which is closed on the way out. `timeout_s`: from arrival; None: as the router allows.
 
         Raises TandemError `overloaded` or `unavailable`.
@@ -190,7 +190,7 @@ class Service:
         charge: Charge | None = None
         self._in_flight += len(choices)
         try:
-            charge = self.accounts.open(self.model.name, choices)
+            charge = await self.accounts.open(self.model.name, choices)
             call.start()
             yield call
         except TandemError as error:

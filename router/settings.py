@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -11,6 +12,7 @@ from tandem.common.settings import Group
 
 Disaggregate = Literal["auto", "always", "never"]
 MAX_ROUTERS = 64
+_DEPLOYMENT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a slotted class cannot inherit from two others with fields
@@ -36,7 +38,10 @@ class FrontDoorSettings:
     """YAML file with tenants: keys or JWT claims, weight, limits, models (docs/tenants.md). Read again when it changes.
     None: one tenant, or those of `api_keys_file`."""
     redis: str = ""
-    """URL of a Redis that routers share: service counters and rate limits. Empty: each router by itself."""
+    """URL of a Redis that routers share: service counters and limits. Empty: each router by itself."""
+    deployment: str = ""
+    """Routers with the same name share in `redis`, others do not: name each deployment of a model there. Empty: made of
+    the model's name, configuration and tokenizer, and of the secret."""
 
     door: ClassVar[Group]
     """Front door: what is served to clients, and how."""
@@ -88,6 +93,10 @@ class FrontDoorSettings:
             raise ConfigError(f"{' and '.join(names)}: give one of them; tenants have keys, too")
         if not all(self.api_key):
             raise ConfigError("api_key: must not be empty")
+        if not _DEPLOYMENT.fullmatch(self.deployment):
+            raise ConfigError(
+                f"--deployment {self.deployment[:80]!r}: may have 64 letters, digits, dots, dashes and underscores"
+            )
         if not 1 <= self.routers <= MAX_ROUTERS:
             raise ConfigError(f"--routers {self.routers}: must be between 1 and {MAX_ROUTERS}")
         if not 0 <= self.port <= 65535:

@@ -49,6 +49,12 @@ class Roster:
     one_tenant: bool = False
     """Whoever has a key is the same tenant, and always will be: nobody hides anything from anybody."""
 
+    def fingerprint(self) -> str:
+        """Equal where the same keys and claims belong to the same tenants."""
+        holders = [(digest.hex(), caller.tenant) for digest, caller in self.by_digest.items()]
+        holders += [(f"claim {claim}", caller.tenant) for claim, caller in self.by_claim.items()]
+        return hashlib.blake2b(repr(sorted(holders)).encode(), digest_size=8).hexdigest()
+
     @property
     def callers(self) -> list[Caller]:
         """Each tenant once; those with the same name in a key file are one tenant."""

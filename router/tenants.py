@@ -44,6 +44,7 @@ class _Book:
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
         self.by_name = {caller.tenant: caller for caller in roster.callers}
+        self.fingerprint = roster.fingerprint()
         self._secret = secrets.token_bytes(32)
         self._keys: dict[bytes, _Entry] = {
             self._blind(digest): (digest, caller, math.inf) for digest, caller in roster.by_digest.items()
@@ -106,6 +107,11 @@ class Tenants:
     @property
     def roster(self) -> Roster:
         return self._book.roster
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for files with the same tenants and keys."""
+        return self._book.fingerprint
 
     def sees_all(self, caller: Caller) -> bool:
         """Whether it may read what tells of all tenants: an `admin` may, and who is the only tenant there can be."""

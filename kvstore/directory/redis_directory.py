@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tandem.common.errors import ConfigError
+from tandem.common.redis_url import without_password
 from tandem.kvstore.directory import redis_scripts as scripts
 from tandem.kvstore.directory.messages import (
     FORGET_S,
@@ -57,12 +58,12 @@ _FAULTS = (redis.RedisError, OSError, ValueError, KeyError, IndexError, TypeErro
 class RedisDirectory(RemoteDirectory):
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a malformed URL; Redis itself need not be there yet."""
-        super().__init__(_without_password(url))
+        super().__init__(without_password(url))
         try:
             self._fast = _connect(url, LOOKUP_TIMEOUT_S)
             self._slow = _connect(url, CALL_TIMEOUT_S)
         except ValueError as error:
-            raise ConfigError(f"kv_directory {_without_password(url)}: {error}; use redis://HOST:PORT/DB") from error
+            raise ConfigError(f"kv_directory {without_password(url)}: {error}; use redis://HOST:PORT/DB") from error
         self._lookup_script = self._fast.register_script(scripts.LOOKUP)
         self._announce_script = self._slow.register_script(scripts.ANNOUNCE)
         self._apply_script = self._slow.register_script(scripts.APPLY)
@@ -262,8 +263,3 @@ def _update(fields: dict[bytes, bytes]) -> Update:
 def _place(cursor: str) -> tuple[int, int]:
     milliseconds, _, number = cursor.partition("-")
     return int(milliseconds), int(number or 0)
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -142,9 +142,9 @@ class _Watched(Service):
         self.__dict__ = service.__dict__
         self._opened = opened
 
-    @contextmanager
-    def call(self, *args: Any, **kwargs: Any) -> Iterator[Call]:
-        with super().call(*args, **kwargs) as call:
+    @asynccontextmanager
+    async def call(self, *args: Any, **kwargs: Any) -> AsyncIterator[Call]:
+        async with super().call(*args, **kwargs) as call:
             self._opened(call)
             yield call
 
@@ -161,8 +161,8 @@ class _Planning(Service):
     def __init__(self, service: Service) -> None:
         self.__dict__ = service.__dict__
 
-    @contextmanager
-    def call(self, request_id: str, choices: Sequence[ChoiceSpec], **kwargs: Any) -> Iterator[Call]:
+    @asynccontextmanager
+    async def call(self, request_id: str, choices: Sequence[ChoiceSpec], **kwargs: Any) -> AsyncIterator[Call]:
         raise _Planned(choices)
         yield  # a generator, as what it stands for
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tandem.router import limits as module
 from tandem.router.caller import Caller, Rates
 from tandem.router.limits import FIRST_OUTPUT_GUESS, Buckets, Limits, LocalBuckets, RateLimited, duration
-from tandem.router.shared_service import SharedBuckets
+from tandem.router.shared_buckets import SharedBuckets
 
 
 class Clock:

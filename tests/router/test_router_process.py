@@ -36,7 +36,7 @@ class Process:
 
     async def line(self) -> str:
         assert self.process.stdout is not None
-        return (await asyncio.wait_for(self.process.stdout.readline(), 20)).decode()
+        return (await asyncio.wait_for(self.process.stdout.readline(), 90)).decode()
 
 
 async def start(worker: FakeWorker, model: Path, *flags: str) -> Process:

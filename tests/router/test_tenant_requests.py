@@ -210,20 +210,20 @@ async def test_what_failed_before_any_output_is_free(desk: Desk) -> None:
         ("overloaded", True, 0, 0, {"requests": 0}),  # the front door counts it
     ],
 )
-def test_what_a_request_is_charged(
+async def test_what_a_request_is_charged(
     code: str, raised: bool, completion_tokens: int, charged: int, counted: dict[str, int]
 ) -> None:
     accounts = Accounts()
     caller = Caller("ann", rates=Rates(max_concurrent=1, tokens_per_minute=10**6))
     spec = ChoiceSpec(SequenceSpec(Prompt([1] * 10), SamplingParams(max_tokens=4), caller))
-    charge = accounts.open("tiny", [spec] * 3)
+    charge = await accounts.open("tiny", [spec] * 3)
     with pytest.raises(TandemError):
-        accounts.open("tiny", [spec])
+        await accounts.open("tiny", [spec])
     error = TandemError(code, "text") if code else None
     if raised and error is not None:
         charge.fail(error)
     charge.close(Usage(10, completion_tokens), None if raised else error)
-    accounts.open("tiny", [spec]).close(Usage(0, 0))
+    (await accounts.open("tiny", [spec])).close(Usage(0, 0))
     (usage,) = accounts.usage.report("ann")
     assert usage.prompt_tokens + usage.completion_tokens == charged
     assert {name: getattr(usage, name) for name in counted} == {**counted, "requests": counted["requests"] + 1}

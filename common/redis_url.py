@@ -1,0 +1,9 @@
+"""URLs of Redis, which may hold a password."""
+
+from __future__ import annotations
+
+
+def without_password(url: str) -> str:
+    """For logs and errors: without user and password."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
