@@ -30,22 +30,23 @@ class Result:
         return (self.last - self.first) / max(1, self.tokens - 1)
 
 
-async def stream(base_url: str, body: dict[str, object], *, keep_text: bool = False) -> Result:
+async def stream(base_url: str, body: dict[str, object], *, keep_text: bool = False, api_key: str = "") -> Result:
     """POSTs to /v1/completions with stream=true and reads the events. Never raises: the error is in the result."""
     result = Result()
     try:
-        await asyncio.wait_for(_stream(base_url, body, result, keep_text), 300)
+        await asyncio.wait_for(_stream(base_url, body, result, keep_text, api_key), 300)
     except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError) as error:
         result.error = f"{type(error).__name__}: {error}"[:200]
     return result
 
 
-async def _stream(base_url: str, body: dict[str, object], result: Result, keep_text: bool) -> None:
+async def _stream(base_url: str, body: dict[str, object], result: Result, keep_text: bool, api_key: str) -> None:
     url = urlsplit(base_url)
     raw = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(raw)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(raw)}\r\nConnection: close\r\n{authorization}\r\n"
     )
     reader, writer = await asyncio.open_connection(url.hostname, url.port, limit=1 << 20)
     try:
