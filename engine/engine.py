@@ -15,8 +15,8 @@ saved.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -29,12 +29,16 @@ import torch
 from tandem.common.checkpoint import resolve_model
 from tandem.common.errors import TandemError
 from tandem.common.fairness import LAST_BAND
+from tandem.common.sampling import Constraint
 from tandem.engine.block_manager import BlockManager, IntegrityError
 from tandem.engine.cache_events import CacheLog
-from tandem.engine.constraint import Constraints, Guide
+from tandem.engine.constraint import Patience
 from tandem.engine.export import LayerAnnouncer
+from tandem.engine.inbox import Inbox
 from tandem.engine.intake import Intake
 from tandem.engine.loader import load_model
+from tandem.engine.masks.guide import Guide
+from tandem.engine.masks.pool import MaskPool
 from tandem.engine.memory import make_pool
 from tandem.engine.pooling import pool_rows
 from tandem.engine.request import (
@@ -107,12 +111,13 @@ class Engine:
         self._leases: dict[RequestKey, tuple[float, Sequence]] = {}
         """Blocks kept for an exporter, and until when; the earliest end first."""
         self._outputs: list[RequestOutput] = []
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """Bounded in effect: it is emptied before each step, and requests beyond MAX_WAITING are refused then."""
+        self._inbox = Inbox()
+        """Requests beyond MAX_WAITING are refused when it is emptied."""
         model = self.loaded.config
-        self._constraints = Constraints(
-            folder / "tokenizer.json", model.vocab_size, model.eos_token_ids, self._inbox.put
-        )
+        self._masks = MaskPool(folder / "tokenizer.json", model.vocab_size, model.eos_token_ids)
+        self._guided: dict[int, Sequence] = {}
+        """Those with a constraint, by the number of the guide."""
+        self._patience = Patience()
         self._sampler = Sampler(
             config.max_num_seqs, model.vocab_size, self.loaded.device, batch_invariant=config.batch_invariant
         )
@@ -144,6 +149,11 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def start_masks(self) -> None:
+        """Before `start`: the first request with a constraint does not wait for the tokenizer to be read."""
+        with contextlib.suppress(TandemError):  # such requests will be told
+            self._masks.start()
 
     def submit(self, request: EngineRequest) -> None:
         """Queues `request`; everything that happens to it, a refusal too, comes through `on_outputs`.
@@ -265,7 +275,7 @@ class Engine:
         self._end_all("unavailable", "the worker is shutting down")
         for _, sequence in list(self._leases.values()):
             self._free(sequence)
-        self._constraints.close()
+        self._masks.stop()
         if self._store is not None:
             if not self._store.close():
                 logger.warning("a call to the KV store does not return; its thread is left behind")
@@ -274,17 +284,17 @@ class Engine:
 
     def _receive(self, wait: bool) -> None:
         """Carries out what other threads asked for; sleeps until something comes, or is due, if `wait`."""
-        if wait:
+        if wait and not self._masks.changed:
             self._moved = None
-            try:
-                call = self._inbox.get(timeout=self._next_event())
-            except queue.Empty:
-                return
+            self._inbox.sleep(self._next_event(), self._masks.watched())
             self._moved = time.monotonic()
-            call()
         self._hurry = False
-        while not self._inbox.empty():
-            self._inbox.get_nowait()()
+        self._inbox.run_all()
+        self._masks.receive()
+        self._masks.send()
+        while self._masks.changed:
+            self._mask_came(self._masks.changed.pop(0))
+            self._masks.send()
 
     def _next_event(self) -> float | None:
         times = [end for end, _ in self._leases.values()][:1]
@@ -294,6 +304,8 @@ class Engine:
             times.append(piece)
         if self._store is not None and (due := self._store.next_due()) is not None:
             times.append(due)
+        if (due := self._masks.next_due()) is not None:
+            times.append(due)
         return max(min(times) - time.monotonic(), 0.0) if times else None
 
     def _expire(self, now: float) -> None:
@@ -302,6 +314,7 @@ class Engine:
                 self._fail(sequence, "deadline_exceeded", "the request ran out of time")
         if self._store is not None:
             self._store.expire(now)
+        self._masks.expire(now)
         for key, (end, sequence) in list(self._leases.items()):
             if end > now:
                 break
@@ -371,6 +384,7 @@ class Engine:
             if gate is not None and self._store is not None:
                 self._store.stepped(gate)
                 logits, sampled = self._without(gate.broken, plan, logits, sampled)
+            logits, sampled = self._with_masks(plan, logits, sampled, time.perf_counter() - started)
             tokens, logprobs = self._sampler.sample(logits, sampled)
             self.scheduler.computed(plan)
             for sequence in announcer.broken:
@@ -379,6 +393,7 @@ class Engine:
                 if sequence.phase is Phase.RUNNING:
                     self._advance(sequence, tokens[index], logprobs[index] if logprobs is not None else None)
             self._finish_pooling(plan)
+            self._masks.send()
         except _GivenUp:
             self._runner.forget_decodes()
             return
@@ -412,14 +427,44 @@ class Engine:
         kept = [index for index, sequence in enumerate(sampled) if sequence not in broken]
         return logits[kept], [sampled[index] for index in kept]
 
+    def _with_masks(
+        self, plan: StepPlan, logits: torch.Tensor, sampled: list[Sequence], step_s: float
+    ) -> tuple[torch.Tensor, list[Sequence]]:
+        """Takes decodes whose mask has not come in time out of the step: they are computed again."""
+        late = _without_mask(sampled)
+        if not late:
+            return logits, sampled
+        if self.loaded.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.device)  # the masks have as long as the step takes
+        self._wait_for_masks(late, step_s, alone=len(late) == len(sampled))
+        late = _without_mask(late)
+        if not late:
+            return logits, sampled
+        for sequence in late:
+            if sequence.guide is not None:
+                sequence.guide.prompt = False
+        self._runner.forget_decodes()
+        plan.decodes = [sequence for sequence in plan.decodes if sequence not in late]
+        plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence not in late]
+        kept = [index for index, sequence in enumerate(sampled) if sequence not in late]
+        return logits[kept], [sampled[index] for index in kept]
+
+    def _wait_for_masks(self, late: list[Sequence], step_s: float, *, alone: bool) -> None:
+        """`alone`: nobody else is sampled."""
+        self._masks.receive()
+        started = time.monotonic()
+        until = started + self._patience.of_step(step_s, alone)
+        while any(each.guide is not None and each.guide.awaited for each in late):
+            left = until - time.monotonic()
+            if left <= 0 or not self._masks.receive(left):
+                break
+        self._patience.spend(time.monotonic() - started)
+
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """`token` was chosen to follow the last one of `sequence`."""
         params, guide = sequence.request.sampling, sequence.guide
         if sequence.dead_end is not None:
             self._fail(sequence, sequence.dead_end.code, sequence.dead_end.message)
-            return
-        if guide is not None and guide.error:
-            self._fail(sequence, "invalid_request", guide.error)
             return
         output = RequestOutput(sequence.key, start_index=sequence.num_output)
         if sequence.num_output < params.max_tokens:
@@ -427,15 +472,14 @@ class Engine:
             output.token_ids.append(token)
             if logprobs is not None:
                 output.logprobs.append(logprobs)
-            if token in sequence.stop_ids and sequence.num_output >= params.min_tokens:
+            stops = token in sequence.stop_ids and sequence.num_output >= params.min_tokens
+            if stops or (guide is not None and self._masks.ends_with(token)):
                 output.finish_reason = FinishReason.STOP
                 output.stop_token_id = token
-            elif guide is not None:
-                guide.follow(sequence.tokens, sequence.num_prompt)
-                if guide.complete:
-                    output.finish_reason = FinishReason.STOP
-                    output.stop_token_id = token if guide.ends_with(token) else None
-        if output.finish_reason is None and len(sequence.tokens) >= sequence.max_total:
+        if output.finish_reason is None and guide is not None and output.token_ids:
+            if sequence.request.kv_export is None:  # else the decode worker goes on
+                self._masks.follow(guide, sequence.tokens[sequence.num_prompt :])
+        elif output.finish_reason is None and len(sequence.tokens) >= sequence.max_total:
             output.finish_reason = FinishReason.LENGTH
         _add_report(sequence, output)
         if (export := sequence.request.kv_export) is not None:
@@ -460,10 +504,8 @@ class Engine:
         try:
             sequence = self._intake.sequence(request, submitted)
             constraint = request.sampling.constraint
-            sequence.guide = self._constraints.guide(constraint) if constraint is not None else None
-            compiles = constraint is not None and sequence.guide is None
-            look_up = not compiles and self._store is not None and self._store.accept(sequence)
-            self.scheduler.add(sequence, compiles or look_up)
+            look_up = constraint is None and self._store is not None and self._store.accept(sequence)
+            self.scheduler.add(sequence, look_up or constraint is not None)
         except Exception as error:
             output = RequestOutput(request.key, finish_reason=FinishReason.ERROR)
             output.error_code, output.error_message = "internal", "the request could not be read; see the worker's log"
@@ -476,22 +518,36 @@ class Engine:
             self._tell_end(request, output)
         else:
             self._sequences[request.key] = sequence
-            if constraint is not None and compiles:
-                self._constraints.compile(constraint, partial(self._compiled, sequence))
+            if constraint is not None:
+                self._guide(sequence, constraint)
             elif self._store is not None and look_up:
                 self._store.look_up(sequence)
 
-    def _compiled(self, sequence: Sequence, guide: Guide | TandemError) -> None:
-        if sequence.phase is not Phase.LOOKUP:
-            return
-        if isinstance(guide, TandemError):
-            self._fail(sequence, guide.code, guide.message)
-            return
-        sequence.guide = guide
-        if self._store is not None and self._store.accept(sequence):
-            self._store.look_up(sequence)
+    def _guide(self, sequence: Sequence, constraint: Constraint) -> None:
+        try:
+            output = sequence.tokens[sequence.num_prompt :]
+            sequence.guide = self._masks.guide(constraint, sequence.request.tenant, output)
+        except TandemError as error:
+            self._fail(sequence, error.code, error.message)
         else:
-            self.scheduler.looked_up(sequence)
+            self._guided[sequence.guide.number] = sequence
+
+    def _mask_came(self, guide: Guide) -> None:
+        """Or it is known that none will come."""
+        sequence = self._guided.get(guide.number)
+        if sequence is None:
+            return
+        if guide.error:
+            self._fail(sequence, guide.error_code, guide.error)
+        elif guide.complete or (sequence.num_output and len(sequence.tokens) >= sequence.max_total):
+            reason = FinishReason.STOP if guide.complete else FinishReason.LENGTH
+            self._end(sequence, RequestOutput(sequence.key, sequence.num_output, finish_reason=reason))
+        elif not guide.queued:
+            guide.queued = True
+            if self._store is not None and self._store.accept(sequence):
+                self._store.look_up(sequence)
+            else:
+                self.scheduler.looked_up(sequence)
 
     def _fail(self, sequence: Sequence, code: str, message: str) -> None:
         output = RequestOutput(sequence.key, finish_reason=FinishReason.ERROR, start_index=sequence.num_output)
@@ -514,6 +570,9 @@ class Engine:
         while an exporter may still read them."""
         del self._sequences[sequence.key]
         self._outputs.append(output)
+        if sequence.guide is not None:
+            del self._guided[sequence.guide.number]
+            self._masks.close(sequence.guide)
         if sequence.reservation is not None:
             sequence.reservation.close()
         if self._store is not None:
@@ -632,6 +691,8 @@ class Engine:
             self._end(sequence, output)
         elif self._start(sequence):
             self._outputs.append(output)
+            if sequence.guide is not None:
+                self._masks.follow(sequence.guide, sequence.tokens[sequence.num_prompt :])
 
     def _import_failed(self, sequence: Sequence, reason: str) -> None:
         if sequence.phase is not Phase.IMPORTING or sequence.reservation is None:
@@ -667,6 +728,10 @@ def _tokens_beside_decodes(config: EngineConfig, device: torch.device) -> int | 
     if device.type != "cpu":
         return None
     return max(config.block_size, config.max_num_batched_tokens // 4)
+
+
+def _without_mask(sequences: list[Sequence]) -> list[Sequence]:
+    return [sequence for sequence in sequences if sequence.guide is not None and not sequence.guide.ready]
 
 
 def _add_report(sequence: Sequence, output: RequestOutput) -> None:

@@ -114,7 +114,7 @@ class Runner:
             sequence.row = -1
 
     def forget_decodes(self) -> None:
-        """The last batch that was built is not computed."""
+        """Not all rows of the last batch that was built were computed and sampled."""
         self._decodes = DecodeRows([], self._blocks, self._tables)
 
     def slots(self, sequence: Sequence) -> Ints:

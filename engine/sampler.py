@@ -216,19 +216,19 @@ class Sampler:
     def _constrain(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
         """Masks what constraints forbid. Returns the rows in which only stop tokens are left.
 
-        A guide whose constraint cannot be held, or forbids all that the rest allows, has an `error` afterwards; its
-        row is then of no use."""
+        A sequence whose constraint forbids all that the rest allows has a `dead_end` afterwards; its row is then of no
+        use."""
         guided = [(i, sequence.guide) for i, sequence in enumerate(sequences) if sequence.guide is not None]
         if not guided:
             return []
-        for i, guide in guided:
-            guide.follow(sequences[i].tokens, sequences[i].num_prompt)
-        bits = self._masks.compute([guide for _, guide in guided])
+        bits = self._masks.of([guide for _, guide in guided])
         index = torch.tensor([i for i, _ in guided], device=self._device)
         masked = logits[index].masked_fill_(~self._masks.unpack(bits), -torch.inf)
         for row, highest in enumerate(masked.amax(dim=1).tolist()):
             if highest == -torch.inf:
-                guided[row][1].error = "the constraint and the request's other settings leave no token to choose"
+                sequences[guided[row][0]].dead_end = TandemError(
+                    "invalid_request", "the constraint and the request's other settings leave no token to choose"
+                )
                 masked[row] = 0.0
         logits[index] = masked
         return [i for row, (i, _) in enumerate(guided) if allows_only(bits[row], sequences[i].stop_ids)]

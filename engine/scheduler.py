@@ -21,6 +21,7 @@ Rules, in order:
    with their tokens, since somebody who comes may have to wait for one.
 6. A waiting request whose next block is just being computed by a request before it in order waits for that block
    instead of computing it twice (n > 1, shared system prompts).
+7. A request that waits for what its grammar allows next keeps its place and blocks, and is left out until it is known.
 """
 
 from __future__ import annotations
@@ -280,6 +281,8 @@ class Scheduler:
         for sequence in tuple(self._running):
             if sequence.phase is not Phase.RUNNING or _prefills(sequence) or sequence in resting:
                 continue
+            if sequence.waits_for_mask:
+                continue
             if sequence.num_computed % block_size == 0:
                 last_band = sequence.priority == LAST_BAND
                 while not self.blocks.extend(sequence.key, sequence.num_computed + 1, last_band):
@@ -295,6 +298,8 @@ class Scheduler:
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, left: int, room: Room) -> int:
         """Returns how many tokens it got of the `left` ones."""
+        if sequence.waits_for_mask:
+            return 0
         if sequence.priority == LAST_BAND:
             left = min(left, room.prompt_tokens)
         num_tokens = sequence.remaining

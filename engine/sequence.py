@@ -12,7 +12,7 @@ from tandem.kvstore.identity import BlockHash
 if TYPE_CHECKING:
     from tandem.common.errors import TandemError
     from tandem.common.fairness import Account
-    from tandem.engine.constraint import Guide
+    from tandem.engine.masks.guide import Guide
     from tandem.engine.reservation import Reservation
     from tandem.engine.sampler import Traits
     from tandem.engine.store.state import StoreState
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 class Phase(enum.Enum):
     LOOKUP = "lookup"
-    """Its constraint is being compiled, or the KV store asked what it has of the prompt; not in the queue yet, without
-    blocks."""
+    """The first mask of its constraint is on its way, or the KV store asked what it has of the prompt; not in the queue
+    yet, without blocks."""
     WAITING = "waiting"
     """In the queue, without blocks."""
     IMPORTING = "importing"
@@ -125,7 +125,7 @@ class Sequence:
         self.dead_end: TandemError | None = None
         """Why no token can follow; the sampler says so."""
         self.guide: Guide | None = None
-        """Of a request with a constraint, once that is compiled."""
+        """Of a request with a constraint."""
         self.pooler: Pooler | None = None
         """Gathers the embedding, where that is the answer."""
         if request.pooling is not Pooling.NONE:
@@ -186,6 +186,15 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         """Lower goes first; the highest is preempted first."""
         return self.priority, self.arrival
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """It takes no part in steps: what may follow is not known, and not expected to be when a step ends; or the end
+        of its output has been chosen, and only whether it is complete is to be said."""
+        guide = self.guide
+        if guide is None or guide.ready:
+            return False
+        return not guide.prompt or self.remaining > 1 or len(self.tokens) >= self.max_total
 
     @property
     def scores_prompt(self) -> bool:

@@ -109,6 +109,7 @@ class WorkerProcess:
                 near_allowed=config.kv_near,
             )
         engine = Engine(config, self._bridge.put, self._store)
+        engine.start_masks()
         seconds = warm_up(engine.loaded, engine.pool, config.max_num_seqs, config.max_num_batched_tokens)
         log.debug("warmed up in %.1f s", seconds)
         return engine

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import threading
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
-from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint, SamplingParams
-from tandem.engine import constraint as module
-from tandem.engine.constraint import Constraints, Guide, TokenMasks, allows_only, unpacked_bits
+from tandem.engine.constraint import TokenMasks, allows_only, unpacked_bits
+from tandem.engine.masks import pool as module
+from tandem.engine.masks.guide import Guide
+from tandem.engine.masks.pool import MaskPool
 from tandem.engine.request import FinishReason, RequestKey
 from tandem.engine.sampler import Sampler
 from tandem.engine.store.cache import EngineStore
@@ -26,7 +28,7 @@ from tandem.engine.wire import request_from_proto
 from tandem.proto import worker_pb2
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine.test_engine_handover import hand_over
-from tests.engine_harness import EngineUnderTest, make_sequence, tiny_llama, wait_for
+from tests.engine_harness import TIMEOUT_S, EngineUnderTest, make_sequence, tiny_llama, wait_for
 from tests.models import VOCAB_SIZE
 
 CPU = torch.device("cpu")
@@ -191,13 +193,13 @@ def test_after_output_that_another_worker_began(engine: EngineUnderTest, constra
 # What may follow, against an obvious reference
 
 
-def test_masks_agree_with_the_obvious_reference(folder: Path, tokenizer: Tokenizer) -> None:
+def test_masks_agree_with_the_obvious_reference(pool: MaskPool, tokenizer: Tokenizer) -> None:
     """One of a few strings: a token may follow if some string begins with the text so far and the token's."""
-    guide = compiled(folder, Constraint("regex", "|".join(CHOICES)))
+    constraint = Constraint("regex", "|".join(CHOICES))
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(VOCAB_SIZE)]
     rng, masks = np.random.default_rng(1), TokenMasks(VOCAB_SIZE, CPU)
     for _ in range(40):
-        one = Guide(guide.matcher.deep_copy(), guide._eos_ids)
+        one = opened(pool, constraint)
         output: list[int] = []
         while not one.complete:
             text = tokenizer.decode(output)
@@ -206,12 +208,12 @@ def test_masks_agree_with_the_obvious_reference(folder: Path, tokenizer: Tokeniz
             }
             if text in CHOICES:
                 expected |= {0, 2}
-            bits = masks.compute([one])
+            bits = masks.of([one])
             allowed = np.flatnonzero(masks.unpack(bits)[0].numpy())
             assert set(allowed.tolist()) == expected
             assert allows_only(bits[0], frozenset({0, 2})) == (expected <= {0, 2})
             output.append(int(rng.choice(allowed)))
-            one.follow([9, 9, *output], 2)
+            follow(pool, one, output)
             assert not one.error
         assert tokenizer.decode([t for t in output if t not in (0, 2)]) in CHOICES
 
@@ -233,16 +235,6 @@ def test_text_that_equals_a_special_token_is_written_as_text(
     assert text_of(engine, key, tokenizer) == (json.dumps(text) if kind == "json_schema" else text)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_several_masks_equal_those_made_one_by_one(folder: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_THREADS", threads)
-    guides = [compiled(folder, constraint) for constraint in (JSON, REGEX, LARK)]
-    masks = TokenMasks(VOCAB_SIZE, CPU)
-    together = masks.compute(guides)
-    assert (together == np.concatenate([masks.compute([guide]) for guide in guides])).all()
-    assert together.any(axis=1).all()
-
-
 def test_bits_are_unpacked_alike_on_every_device() -> None:
     bits = np.random.default_rng(0).integers(-(2**31), 2**31, size=(3, 7), dtype=np.int32)
     masks = TokenMasks(200, CPU)
@@ -252,12 +244,12 @@ def test_bits_are_unpacked_alike_on_every_device() -> None:
         assert bool(on_gpu[1, token]) == bool(bits[1, token // 32] >> (token % 32) & 1)
 
 
-def test_stop_tokens_are_not_masked_where_the_grammar_has_nothing_else(folder: Path, tokenizer: Tokenizer) -> None:
+def test_stop_tokens_are_not_masked_where_the_grammar_has_nothing_else(pool: MaskPool) -> None:
     sampler = Sampler(1, VOCAB_SIZE, CPU)
     one = make_sequence("a", [5], temperature=0.0, min_tokens=9, constraint=REGEX, eos=frozenset({0, 2}))
-    one.guide = compiled(folder, Constraint("regex", ""))
+    one.guide = opened(pool, Constraint("regex", ""))
     assert sampler.sample(torch.randn(1, VOCAB_SIZE), [one])[0][0] in (0, 2)
-    assert not one.guide.error
+    assert not one.dead_end
 
 
 # What goes wrong
@@ -294,14 +286,13 @@ def test_settings_that_leave_no_token_end_the_request_alone(engine: EngineUnderT
     assert len(engine.tokens(neighbour)) == 60
 
 
-def test_a_grammar_that_needs_too_much_at_run_time_ends_its_request_alone(
-    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_LIMITS", LLParserLimits(step_lexer_fuel=10, verbose_errors=False))
+def test_a_grammar_that_needs_too_much_at_run_time_ends_its_request_alone(engine: EngineUnderTest) -> None:
+    rules = "".join(f'r{i}: /[a-z ]/ r{(i + 1) % 400} | /[a-z ]/ r{(i + 2) % 400} | ""\n' for i in range(400))
     neighbour = engine.submit("n", PROMPT, max_tokens=60)
-    last = engine.last(ask(engine, "a", Constraint("regex", "([a-z]{3,70}|[0-9a-f]{4,100})+x")))
+    start = " | ".join(f"r{index}" for index in range(400))
+    last = engine.last(ask(engine, "a", Constraint("lark", f"start: {start}\n{rules}")))
     assert last.error_code == "invalid_request"
-    assert "lexer" in last.error_message
+    assert "Too many items" in last.error_message
     assert len(engine.tokens(neighbour)) == 60
 
 
@@ -324,97 +315,83 @@ def test_a_model_without_a_tokenizer_refuses_constraints_only(tmp_path: Path) ->
 # Compiling
 
 
-class SlowCompiler:
-    """Holds the compiler back until it is let go; counts what it compiles."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go = threading.Event()
-        self.compiled: list[str] = []
-        grammar = module._grammar
-
-        def slow(constraint: Constraint) -> str:
-            self.compiled.append(constraint.text)
-            assert self.go.wait(20)
-            return grammar(constraint)
-
-        monkeypatch.setattr(module, "_grammar", slow)
+@pytest.fixture
+def pool(folder: Path) -> Iterator[MaskPool]:
+    pool = MaskPool(folder / "tokenizer.json", VOCAB_SIZE, (2, 0))
+    yield pool
+    pool.stop()
 
 
-def compiled(folder: Path, constraint: Constraint) -> Guide:
-    posted: list[Any] = []
-    constraints = Constraints(folder / "tokenizer.json", VOCAB_SIZE, (2, 0), posted.append)
-    found: list[Guide | TandemError] = []
-    constraints.compile(constraint, found.append)
-    wait_for(lambda: posted)
-    posted[0]()
-    assert constraints.close()
-    (guide,) = found
-    assert isinstance(guide, Guide)
+def opened(pool: MaskPool, constraint: Constraint) -> Guide:
+    guide = pool.guide(constraint, "tenant", [])
+    settle(pool, guide)
     return guide
 
 
-def test_others_go_on_while_a_grammar_is_compiled(engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = SlowCompiler(monkeypatch)
+def follow(pool: MaskPool, guide: Guide, output: list[int]) -> None:
+    pool.follow(guide, output)
+    settle(pool, guide)
+
+
+def settle(pool: MaskPool, guide: Guide) -> None:
+    pool.send()
+    while guide.awaited:
+        assert pool.receive(TIMEOUT_S)
+        pool.send()
+
+
+class Held:
+    """Holds back the process from which mask processes are made."""
+
+    def __init__(self, engine: EngineUnderTest) -> None:
+        engine.engine._masks.start()
+        origin = engine.engine._masks._origin
+        assert origin is not None
+        self._pid = origin.pid
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def go(self) -> None:
+        os.kill(self._pid, signal.SIGCONT)
+
+
+def test_others_go_on_while_a_grammar_is_compiled(engine: EngineUnderTest) -> None:
+    held = Held(engine)
     keys = [ask(engine, f"g{i}", REGEX) for i in range(3)]
     assert len(engine.generate("other", PROMPT, max_tokens=20)) == 20
     assert not any(engine.ended(key) for key in keys)
-    compiler.go.set()
+    held.go()
     outputs = [engine.tokens(key) for key in keys]
     assert outputs[0] == outputs[1] == outputs[2]
     ask_again = ask(engine, "later", REGEX)
     assert engine.tokens(ask_again) == outputs[0]
-    assert len(compiler.compiled) == 1, "once for all of them"
+    assert len(engine.engine._masks.processes) == 1, "once for all of them"
 
 
-def test_a_request_may_end_while_its_grammar_is_compiled(
-    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import time
-
-    compiler = SlowCompiler(monkeypatch)
+def test_a_request_may_end_while_its_grammar_is_compiled(engine: EngineUnderTest) -> None:
+    held = Held(engine)
     cancelled = ask(engine, "cancelled", REGEX)
     late = ask(engine, "late", REGEX, deadline=time.monotonic() + 0.5)
     assert engine.last(late).error_code == "deadline_exceeded"
     engine.engine.cancel(cancelled)
     assert engine.last(cancelled).finish_reason is FinishReason.CANCELLED
-    compiler.go.set()
+    held.go()
     assert engine.tokens(ask(engine, "a", REGEX))
 
 
-def test_an_engine_that_stops_ends_those_whose_grammar_is_compiled(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "COMPILE_STOP_S", 0.01)
-    compiler = SlowCompiler(monkeypatch)
+def test_an_engine_that_stops_ends_those_whose_grammar_is_compiled(folder: Path) -> None:
     with EngineUnderTest(folder) as engine:
+        Held(engine)
         keys = [ask(engine, name, Constraint("regex", name)) for name in ("a", "b")]
-        wait_for(lambda: compiler.compiled)
+        wait_for(lambda: len(engine.engine._guided) == 2)
         assert engine.engine.stop(20)
         assert [engine.last(key).error_code for key in keys] == ["unavailable"] * 2
-        compiler.go.set()
 
 
-def test_the_compiled_grammars_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_COMPILED", 2)
-    posted: list[Any] = []
-    constraints = Constraints(folder / "tokenizer.json", VOCAB_SIZE, (2, 0), posted.append)
-    wanted = [Constraint("regex", text) for text in "abc"]
-    for count, constraint in enumerate(wanted, 1):
-        constraints.compile(constraint, lambda guide: None)
-        wait_for(lambda count=count: len(posted) == count)
-        posted[-1]()
-        assert constraints.guide(wanted[0]) is not None, "used, so kept"
-    assert [constraints.guide(constraint) is not None for constraint in wanted] == [True, False, True]
-    assert constraints.close()
-
-
-def test_guides_of_one_constraint_do_not_share_their_place(folder: Path) -> None:
-    guide = compiled(folder, Constraint("regex", "ab"))
-    other = Guide(guide.matcher.deep_copy(), frozenset())
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("ab").ids
-    guide.follow(tokens, 0)
+def test_guides_of_one_constraint_do_not_share_their_place(folder: Path, pool: MaskPool) -> None:
+    guide, other = (opened(pool, Constraint("regex", "ab")) for _ in range(2))
+    follow(pool, guide, Tokenizer.from_file(str(folder / "tokenizer.json")).encode("ab").ids)
     assert guide.complete
-    assert not other.complete
+    assert other.ready
 
 
 def test_a_submit_carries_its_constraint() -> None:

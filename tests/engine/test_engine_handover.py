@@ -219,7 +219,7 @@ def test_blocks_are_not_freed_while_bytes_arrive(decode: EngineUnderTest, monkey
     thread.start()
     assert writing.wait(30)
     decode.engine.cancel(key)
-    wait_for(lambda: decode.engine._inbox.empty())
+    wait_for(lambda: not decode.engine._inbox)
     assert decode.engine.blocks.holds(key)
     go_on.set()
     thread.join(30)
