@@ -58,7 +58,12 @@ class Platform(Cluster):
             yaml.safe_dump(
                 {
                     "tenants": [
-                        {"name": name, "weight": WEIGHTS[name], "keys": [hashlib.sha256(key.encode()).hexdigest()]}
+                        {
+                            "name": name,
+                            "weight": WEIGHTS[name],
+                            "keys": [hashlib.sha256(key.encode()).hexdigest()],
+                            "admin": name == "acme",
+                        }
                         for name, key in KEYS.items()
                     ]
                 }
