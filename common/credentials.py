@@ -21,6 +21,16 @@ from tandem.common.secret import derive
 
 Options = Sequence[tuple[str, Any]]
 
+SERVER_OPTIONS: Options = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # Strangers who connect and say nothing: they are hung up on, and leave descriptors for others.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_allowed_incoming_connections", 512),
+)
+"""Of a server to which `add_port` adds one."""
+
 _NAME = "tandem"
 _CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 """Of P-256."""

@@ -20,7 +20,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 import tandem
-from tandem.common.credentials import add_port
+from tandem.common.credentials import SERVER_OPTIONS, add_port
 from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.errors import ConfigError
 from tandem.common.secret import check_reachable, is_local, read_secret
@@ -53,12 +53,7 @@ STALLED_S = 60.0
 STALLED_STATUS = 70
 """Exit status of a worker whose engine hangs."""
 
-_SERVER_OPTIONS = [
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
+_SERVER_OPTIONS = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", 64 << 20)]
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 
 

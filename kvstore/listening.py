@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tandem.common.seldom import Seldom
+
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
@@ -36,6 +38,7 @@ class Listener:
         self._what = what
         self._accepted = accepted
         self._sockets: list[socket.socket] = []
+        self._complaints = Seldom(logger, logging.ERROR)
         self._stopping = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="kv-accept", daemon=True)
@@ -89,14 +92,14 @@ class Listener:
             sock, _ = listening.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # the client went away meanwhile
-        except OSError:
-            logger.exception("accepting a %s failed", self._what)
+        except OSError as error:
+            self._complaints.log("accepting a %s failed: %s", self._what, error)
             time.sleep(_ACCEPT_RETRY_S)  # out of descriptors, most likely: the socket stays readable
             return
         try:
             self._accepted(sock)
-        except OSError:
-            logger.exception("a %s could not be set up", self._what)
+        except OSError as error:
+            self._complaints.log("a %s could not be set up: %s", self._what, error)
             sock.close()
 
 

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from tandem.common.credentials import add_port
+from tandem.common.credentials import SERVER_OPTIONS, add_port
 from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.errors import ConfigError
 from tandem.common.scratch import scratch_folder
@@ -42,11 +42,6 @@ log = logging.getLogger(__name__)
 STOP_S = 5.0
 """For closing what is open, after the drain."""
 _THREADS = 8
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
 _SERVICE = kvnode_pb2.DESCRIPTOR.services_by_name["KvNode"].full_name
 _DIRECTORY = kvdirectory_pb2.DESCRIPTOR.services_by_name["KvDirectory"].full_name
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -95,7 +90,7 @@ def serve(config: KvStoreConfig) -> None:
     stopping = _signals(config.drain_grace_s + STOP_S + LATE_S)
     secret = read_secret(config.secret_file)
     check_reachable(secret, "--listen", config.listen)
-    server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=SERVER_OPTIONS)
     address = _bind(server, config.listen, secret)
     with contextlib.ExitStack() as stack:
         unix_path = config.kv_node or str(stack.enter_context(scratch_folder()) / "node.sock")

@@ -34,9 +34,7 @@ def _kept(path: Path) -> bytes:
     if path.exists():
         status = path.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise ConfigError(
-                f"secret_file {path}: must belong to this user and be readable to nobody else (chmod 600)"
-            )
+            raise ConfigError(f"kv_disk: {path} must belong to this user and be readable to nobody else (chmod 600)")
         return read_secret(str(path))
     secret = new_secret()
     try:

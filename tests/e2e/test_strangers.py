@@ -40,6 +40,8 @@ SERVICES: list[ServiceDescriptor] = [
 WAIT_S = 30.0
 FLOOD = 1000
 """Connections to each socket."""
+IDLE = 600
+"""Connections to each of two ports, on which nothing is said."""
 MAX_LINES = 40
 """Of a process's log while it is attacked."""
 
@@ -219,6 +221,28 @@ def test_a_flood_leaves_a_few_lines_and_keeps_nobody_out(deployment: Deployment)
     for connecting in deployment.sockets.values():
         for number in range(FLOOD):
             assert heard(connecting(), b"GET / HTTP/1.1\r\n\r\n" if number % 2 else bytes(100)) == b""
+
+
+def test_those_who_only_connect_are_hung_up_on(deployment: Deployment) -> None:
+    idle = [connect(deployment.ports[name]) for name in ("decode", "hand-over") for _ in range(IDLE)]
+    assert deployment.completion("a", "river") is not None
+    for sock in idle:
+        assert heard(sock, b"") == b""
+
+
+def test_a_router_with_another_secret_says_so_and_gets_no_worker(deployment: Deployment, tmp_path: Path) -> None:
+    wrong = tmp_path / "secret"
+    wrong.write_bytes(STRANGERS["with another"])
+    settings = deployment.processes["router"].settings | {"secret_file": str(wrong), "port": free_port()}
+    router = Process("router-2", "router", tmp_path, tandem_command(), settings)
+    router.start()
+    try:
+        for name in ("prefill", "decode"):
+            told = f"worker 127.0.0.1:{deployment.ports[name]} cannot be reached"
+            eventually(lambda told=told: router.logged(told), what=told)
+        assert router.logged("give both the same secret_file")
+    finally:
+        router.kill()
 
 
 def test_nobody_listens_to_other_machines_without_a_secret(tiny: Path, tmp_path: Path) -> None:
