@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.common.checkpoint import read_json, resolve_model
+from tandem.common.checkpoint import read_json, resolve_model, shown
 from tandem.common.errors import ConfigError, TandemError
 from tandem.common.fair_work import FairWork
 from tandem.common.sampling import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MAX_TOP_K, MIN_REPETITION_PENALTY
@@ -77,7 +77,9 @@ class SamplingDefaults:
             if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
                 known[name] = int(value) if name in ("top_k", "max_new_tokens") else float(value)
             elif value is not None:
-                logger.warning("%s: %s is %.60r and is ignored; it must be %g to %g", path, name, value, least, most)
+                logger.warning(
+                    "%s: %s is %s and is ignored; it must be %g to %g", path, name, shown(value), least, most
+                )
         return cls(**known)
 
 
@@ -103,8 +105,11 @@ class ServedModel:
         folder = resolve_model(config.model, weights=False)
         settings = read_json(folder / "config.json")
         vocab_size, context = settings.get("vocab_size"), settings.get("max_position_embeddings")
-        if not isinstance(vocab_size, int) or not isinstance(context, int):
-            raise ConfigError(f"{folder / 'config.json'}: vocab_size and max_position_embeddings must be integers")
+        for field_name, value in (("vocab_size", vocab_size), ("max_position_embeddings", context)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+                raise ConfigError(
+                    f"{folder / 'config.json'}: {field_name}: must be a positive integer, not {shown(value)}"
+                )
         name = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
         template = ChatTemplate.load(folder)
         if config.tool_format:
@@ -112,9 +117,17 @@ class ServedModel:
             if template is None:
                 raise ConfigError(f"--tool-format {config.tool_format}: the model has no chat template")
             template.tool_format = kind
+        text = ModelText(folder)
+        if text.highest_id >= vocab_size:
+            logger.warning(
+                "%s: has token ids up to %d, beyond vocab_size %d of config.json: prompts with such tokens are refused",
+                text.path,
+                text.highest_id,
+                vocab_size,
+            )
         return cls(
             name=name,
-            text=ModelText(folder),
+            text=text,
             template=template,
             defaults=SamplingDefaults.load(folder),
             vocab_size=vocab_size,

@@ -13,10 +13,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tandem.common.errors import ConfigError
 from tandem.router.literal_text import RenderedChat, SpecialTokens
 from tandem.router.text_cuts import cut, cut_pattern, steps
 from tandem.router.token_cache import TokenCache
+from tandem.router.tokenizer_file import open_tokenizer, whole_failures
 
 INLINE_CHARACTERS = 4000
 """Text up to this long (about 1 ms) is tokenized on the event loop, longer text in a thread."""
@@ -28,17 +28,7 @@ class ModelText:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "tokenizer.json"
-        if not self.path.is_file():
-            raise ConfigError(
-                f"{self.path}: is missing; where there is only tokenizer.model or vocab.json, make it with "
-                "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{self.path}: cannot be used as a tokenizer ({str(error)[:200]})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(self.path)
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
         self._cuts = cut_pattern(self._tokenizer)
         self.special = SpecialTokens(self._tokenizer)
@@ -50,6 +40,11 @@ class ModelText:
         )
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         """Bytes that a token stands for; a special token stands for its name."""
+
+    @property
+    def highest_id(self) -> int:
+        """Of its tokens; -1 where there are none."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     async def encode(self, text: str, *, add_special_tokens: bool, salt: bytes | None = None) -> list[int]:
         """`salt`: of the tenant's KV cache. With one, parts between special tokens that the same salt has brought
@@ -107,7 +102,8 @@ class ModelText:
         return [], []
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        with whole_failures():
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The token by itself; bytes that are no whole character become U+FFFD."""
@@ -152,7 +148,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool
     # The call without "batch" keeps the interpreter lock, and counts offsets that nobody wants. Several texts in
     # one call would go to the library's own threads, which costs more than tokenizing a short one.
     encode = tokenizer.encode_batch_fast
-    return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
+    with whole_failures():
+        return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         message = with_dashes(str(error), settings_of(module.SETTINGS)) if hasattr(module, "SETTINGS") else str(error)
         if is_child():  # who started it says so once, whoever else meets the same error
-            print(f"{ERROR_PREFIX}{message}", flush=True)
+            line = " ".join(message.splitlines()).encode("utf-8", "backslashreplace").decode()
+            print(f"{ERROR_PREFIX}{line}", flush=True)
         else:
             print(f"tandem {command}: {message}", file=sys.stderr)
         return 2

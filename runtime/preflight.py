@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +16,9 @@ from tandem.common.memory import readable_size, usable_memory
 from tandem.engine.settings import CPU_POOL_BYTES
 from tandem.runtime.plan import served_name
 from tandem.runtime.settings import ServeConfig
+
+CHECK_CPU_S = 120
+"""Processor time in which a folder is checked, but for its weights. The largest tokenizers take a few seconds."""
 
 
 def checked(config: ServeConfig) -> ServeConfig:
@@ -38,10 +43,13 @@ def in_a_fork(check: Callable[[], None]) -> None:
         status = 1
         try:
             os.close(read_end)
+            resource.setrlimit(resource.RLIMIT_CPU, (CHECK_CPU_S, CHECK_CPU_S))
             check()
             status = 0
         except ConfigError as error:
-            os.write(write_end, str(error).encode())
+            os.write(write_end, str(error).encode(errors="backslashreplace"))
+        except MemoryError:
+            os.write(write_end, b"the model's folder needs more memory to be read than there is")
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
@@ -52,6 +60,11 @@ def in_a_fork(check: Callable[[], None]) -> None:
     _, status = os.waitpid(process, 0)
     if message:
         raise ConfigError(message)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        raise ConfigError(
+            f"the model's folder cannot be read within {CHECK_CPU_S} s and the memory there is: its tokenizer.json or "
+            "chat template takes too long"
+        )
     if status:
         raise ConfigError("the model's folder could not be checked; the reason is above")
 
