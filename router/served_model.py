@@ -104,12 +104,7 @@ class ServedModel:
         """Raises ConfigError where the folder lacks something."""
         folder = resolve_model(config.model, weights=False)
         settings = read_json(folder / "config.json")
-        vocab_size, context = settings.get("vocab_size"), settings.get("max_position_embeddings")
-        for field_name, value in (("vocab_size", vocab_size), ("max_position_embeddings", context)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-                raise ConfigError(
-                    f"{folder / 'config.json'}: {field_name}: must be a positive integer, not {shown(value)}"
-                )
+        vocab_size = _size(folder, settings, "vocab_size")
         name = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
         template = ChatTemplate.load(folder)
         if config.tool_format:
@@ -131,7 +126,7 @@ class ServedModel:
             template=template,
             defaults=SamplingDefaults.load(folder),
             vocab_size=vocab_size,
-            max_position_embeddings=context,
+            max_position_embeddings=_size(folder, settings, "max_position_embeddings"),
             created=int(time.time()),
         )
 
@@ -258,6 +253,13 @@ class ServedModel:
                 param=param,
             )
         return Prompt(token_ids if truncation is None else truncation.cut(token_ids))
+
+
+def _size(folder: Path, settings: dict[str, Any], name: str) -> int:
+    value = settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise ConfigError(f"{folder / 'config.json'}: {name}: must be a positive integer, not {shown(value)}")
+    return value
 
 
 def _is_short(messages: list[Message]) -> bool:

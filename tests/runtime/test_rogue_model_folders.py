@@ -33,8 +33,8 @@ _FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 _EXTREMES: list[Any] = [
     10**9, 10**18, 10**400, -1, 0, 1, 1e300, 1e-300, -0.0, 0.5, float("nan"), float("inf"), float("-inf"), "", "x",
     "x" * 10**5, "\ud800", "\0", None, True, False, [], {}, [[]], [None], {"": None}, DEEP, "1e9", [10**9], [-1],
-    {"rope_type": "yarn", "factor": 1e-30}, {"rope_type": "llama3"}, {"type": "linear", "factor": 1e30}, "{{ 9**9**9 }}",
-    "{% for", [{"name": "default", "template": "x"}],
+    {"rope_type": "yarn", "factor": 1e-30}, {"rope_type": "llama3"}, {"type": "linear", "factor": 1e30},
+    "{{ 9**9**9 }}", "{% for", [{"name": "default", "template": "x"}],
 ]  # fmt: skip
 _NEW_FIELDS = (
     "head_dim", "sliding_window", "layer_types", "rope_scaling", "rope_parameters", "rope_theta", "max_window_layers",
