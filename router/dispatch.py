@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from tandem.common.fairness import LAST_BAND
 from tandem.common.sampling import SamplingParams
 from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, salted
 from tandem.kvstore.interfaces import ObjectKey
@@ -15,7 +16,7 @@ from tandem.router.attempt import Attempt, Listener
 from tandem.router.caller import Caller
 from tandem.router.load import Work
 from tandem.router.metrics import RouterMetrics
-from tandem.router.placement import Hits, Placement, Request, Stored, place
+from tandem.router.placement import Hits, Placement, Request, Stored, left_over, place
 from tandem.router.pool import Placed, Pool, WorkerState
 from tandem.router.served_model import Prompt
 from tandem.router.session import WorkerSession
@@ -84,15 +85,16 @@ class Dispatcher:
 
         Raises TandemError `unavailable` where no decode worker outside `avoid` is connected.
         """
-        decodes = [session for session in self.fleet.decode if session.identity not in avoid]
+        decodes, prefills = self.workers(sequence.priority, avoid)
         if not decodes:
             raise no_worker()
-        prefills = self.fleet.prefill
         chain, block_size = self._chain(sequence, decodes[0]), decodes[0].info.block_size
         hits = self._hits(chain, block_size)
         decoding, prefilling = [self.pool.state(s) for s in decodes], [self.pool.state(s) for s in prefills]
         self._turn += 1
         request = self._request(sequence, len(output_token_ids), decoding + prefilling)
+        if len(prefills) < len(self.fleet.prefill):
+            request = replace(request, one_place=request.one_place or ("" if prefills else "left_free"))
         placement = place(
             [state.load for state in decoding],
             [state.load for state in prefilling],
@@ -122,22 +124,37 @@ class Dispatcher:
         submit.exact_kv = sequence.exact_kv
         return Attempt(message, decode.session, None if prefill is None else prefill.session, listener, placement)
 
+    def workers(
+        self, priority: int, avoid: Collection[tuple[str, int]] = ()
+    ) -> tuple[list[WorkerSession], list[WorkerSession]]:
+        """Decode and prefill workers that a request of this band may use. The last band leaves one of each to others,
+        unless it cannot be served then."""
+        decodes = [session for session in self.fleet.decode if session.identity not in avoid]
+        prefills = list(self.fleet.prefill)
+        if priority != LAST_BAND:
+            return decodes, prefills
+        needed = prefills if self._disaggregate == "always" else []
+        return self._left_over(decodes) or decodes, self._left_over(prefills) or needed
+
+    def _left_over(self, sessions: Sequence[WorkerSession]) -> list[WorkerSession]:
+        return [sessions[index] for index in left_over([self.pool.state(session).load for session in sessions])]
+
     def room(self, waiting_tokens: int, priority: int) -> bool:
         """Whether a worker can begin with a prompt of `waiting_tokens` soon, rather than keep it in its queue; those of
         later bands it displaces. True where nobody is connected: `start` says so."""
-        decodes = self.fleet.decode
+        decodes, prefills = self.workers(priority)
         if not decodes:
             return True
         if not any(
             self.pool.state(session).load.has_room(waiting_tokens, SLACK_REQUESTS, priority) for session in decodes
         ):
             return False
-        return self._prompt_wait_s(decodes, priority) <= READY_S
+        return self._prompt_wait_s(decodes, prefills, priority) <= READY_S
 
     def wait_s(self, priority: int) -> float:
         """The least time until a new prompt of this band has its turn; 0 where nobody is connected."""
-        decodes = self.fleet.decode
-        return self._prompt_wait_s(decodes, priority) if decodes else 0.0
+        decodes, prefills = self.workers(priority)
+        return self._prompt_wait_s(decodes, prefills, priority) if decodes else 0.0
 
     def cached_tokens(self, sequence: SequenceSpec) -> int:
         """The longest prefix of the prompt that any one worker holds or will hold soon."""
@@ -147,8 +164,8 @@ class Dispatcher:
         matches = self.pool.index.match(self._chain(sequence, decodes[0]))
         return max((present + promised for _, present, promised in matches), default=0) * decodes[0].info.block_size
 
-    def _prompt_wait_s(self, decodes: Sequence[WorkerSession], priority: int) -> float:
-        computing = [*decodes, *self.fleet.prefill] if self._disaggregate != "always" else self.fleet.prefill or decodes
+    def _prompt_wait_s(self, decodes: list[WorkerSession], prefills: list[WorkerSession], priority: int) -> float:
+        computing = [*decodes, *prefills] if self._disaggregate != "always" else prefills or decodes
         now = time.monotonic()
         return min(self.pool.state(session).load.wait_s(now, priority) for session in computing)
 

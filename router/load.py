@@ -78,6 +78,10 @@ class WorkerLoad:
             - round(self.foreign_requests * self._foreign_later(priority))
         )
 
+    def has_band(self, priority: int) -> bool:
+        """Whether requests of `priority` are there, of any router."""
+        return priority in self.bands or priority in self.foreign_bands
+
     def wait_s(self, now: float, priority: int = LOWEST) -> float:
         """Until a prompt that arrives now has its turn.
 

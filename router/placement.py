@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tandem.common.fairness import LAST_BAND
 from tandem.router.load import LOWEST, WorkerLoad
 from tandem.router.settings import Disaggregate
 
@@ -26,9 +27,11 @@ REASONS = (
     "prompt_logprobs",
     "pooling",
     "switched_off",
+    "left_free",
 )
 """`handover`, or why there is none. `short_prompt`: it computes faster than it is sent; `cached_prefix`: most of
-it is on the decode worker; `cheaper_here`: neither, but nobody there is held up enough for a hand-over to pay."""
+it is on the decode worker; `cheaper_here`: neither, but nobody there is held up enough for a hand-over to pay;
+`left_free`: the last band leaves the last prefill worker to others."""
 
 Hits = Mapping[int, tuple[int, int]]
 """By slot: leading prompt tokens present, and tokens promised right after them."""
@@ -54,7 +57,7 @@ class Request:
     priority: int = LOWEST
     """It displaces requests of later bands (higher values) where a worker is full."""
     one_place: str = ""
-    """Why it cannot be handed over: `prompt_logprobs` or `pooling`."""
+    """Why it cannot be handed over: `prompt_logprobs`, `pooling` or `left_free`."""
     stored: Stored = field(default_factory=dict)
     adapter_s: Mapping[int, float] = field(default_factory=dict)
     """By slot of a decode worker: time to load the request's adapter there."""
@@ -189,11 +192,18 @@ def place(
     return Placement(here, None, why, prompt.prefill_s + prompt.fetch_s, tuple(ways))
 
 
+def left_over(loads: Sequence[WorkerLoad]) -> list[int]:
+    """Indices of the workers that the last band may use: not the last one that is free of it. A client who comes finds
+    a worker that batches do not keep busy, where there is more than one."""
+    free = [index for index, load in enumerate(loads) if not load.has_band(LAST_BAND)]
+    return [index for index in range(len(loads)) if len(free) > 1 or index not in free]
+
+
 def _forbidden(prefills: Sequence[WorkerLoad], request: Request, disaggregate: Disaggregate) -> str:
     if disaggregate == "never":
         return "switched_off"
     if not prefills:
-        return "no_prefill_worker"
+        return request.one_place or "no_prefill_worker"
     return request.one_place
 
 

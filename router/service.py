@@ -15,7 +15,7 @@ from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode
 
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
-from tandem.common.fairness import ServiceCounters
+from tandem.common.fairness import LAST_BAND, ServiceCounters
 from tandem.common.secret import derive
 from tandem.kvstore.identity import SALT_PURPOSE
 from tandem.router.accounts import Accounts, Charge
@@ -29,6 +29,7 @@ from tandem.router.generate import Call
 from tandem.router.metrics import RouterMetrics
 from tandem.router.request_log import RequestLog, request_pairs
 from tandem.router.served_model import ServedModel
+from tandem.router.session import WorkerSession
 from tandem.router.settings import RouterConfig
 from tandem.router.siblings import Siblings
 from tandem.router.store_view import StoreView
@@ -249,6 +250,11 @@ class Service:
             kind=SpanKind.SERVER,
             attributes={"tandem.request_id": request_id, "tandem.choices": choices},
         )
+
+    @property
+    def batch_workers(self) -> list[WorkerSession]:
+        """Decode workers that batches may use."""
+        return self._context.dispatcher.workers(LAST_BAND)[0]
 
     def pump(self) -> None:
         """Lets those who wait go on, as far as the workers have room."""

@@ -38,7 +38,7 @@ MAX_ACTIVE = 8
 MAX_RUNNING = 256
 """Lines in flight in this process, and never more than half of `max_requests`."""
 SLOT_SHARE = 0.75
-"""Of the workers' decode slots and KV blocks; batches leave the rest for clients who come while they run."""
+"""Of the decode slots and KV blocks of the workers that batches may use; the rest is for clients who come meanwhile."""
 POLL_S = 1.0
 """How often the index is looked at for new, cancelled and expired batches, and the lock is tried."""
 TICK_S = 0.02
@@ -194,7 +194,7 @@ class BatchLane:
         running = sum(run.running for run in runs)
         if service.draining or running >= min(MAX_RUNNING, service.config.max_requests // 2):
             return False
-        decode = service.fleet.decode
+        decode = service.batch_workers
         busy = sum(session.requests for session in decode) + service.admission.waiting_requests
         busy += sum(run.opening for run in runs)
         busy += service.admission.waiting_requests  # lines, too, that a worker has no room for yet

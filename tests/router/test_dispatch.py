@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
 
+from tandem.common.fairness import LAST_BAND
 from tandem.common.sampling import SamplingParams
 from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, salted
 from tandem.kvstore.interfaces import Location, ObjectKey, TierName
@@ -59,11 +61,12 @@ class Bench:
         self.sent = 0
 
     def start(  # type: ignore[no-untyped-def]
-        self, tokens: Sequence[int], output: Sequence[int] = (), caller: Caller = CALLER
+        self, tokens: Sequence[int], output: Sequence[int] = (), caller: Caller = CALLER, priority: int = 0
     ):
         self.sent += 1
         key = worker_pb2.RequestKey(request_id=f"r{self.sent}", epoch=1)
-        return self.dispatcher.start(key, sequence(tokens, caller), Listener(), timeout_s=10, output_token_ids=output)
+        spec = replace(sequence(tokens, caller), priority=priority)
+        return self.dispatcher.start(key, spec, Listener(), timeout_s=10, output_token_ids=output)
 
     def loads(self):  # type: ignore[no-untyped-def]
         return [self.dispatcher.pool.state(worker).load for worker in self.dispatcher.fleet.decode]
@@ -237,3 +240,34 @@ async def test_a_workers_salts_cannot_be_computed_from_names() -> None:
     assert b"acme" not in salt(CALLER)
     assert salt(CALLER) not in (CALLER.cache_salt(""), salt(ours), salt(Caller("initech")), salt(Caller("readers")))
     assert salt(ours) == salt(theirs), "a sharing group is one"
+
+
+async def test_batches_leave_a_worker_to_clients() -> None:
+    workers = [session(f"w{index}") for index in range(3)]
+    bench = Bench(Workers(workers))
+    taken = [bench.start(range(100 * i, 100 * i + 64), priority=LAST_BAND) for i in range(1, 7)]
+    (left,) = set(map(id, workers)) - {id(attempt.decode) for attempt in taken}
+    assert id(bench.start(range(64)).decode) == left
+    assert bench.dispatcher.room(64, 0)
+    assert bench.dispatcher.room(64, LAST_BAND)
+    for index in range(7, 13):
+        bench.start(range(100 * index, 100 * index + 64), priority=LAST_BAND)
+    assert not bench.dispatcher.room(64, LAST_BAND), "the free one is not theirs"
+
+
+async def test_batches_do_without_the_only_prefill_worker() -> None:
+    decode, prefill = session("d"), session("p", role=worker_pb2.ROLE_PREFILL)
+    bench = Bench(Workers([decode], [prefill]))
+    attempt = bench.start(range(4000), priority=LAST_BAND)
+    assert (attempt.prefill, attempt.placement.reason) == (None, "left_free")
+    bench.dispatcher._disaggregate = "always"
+    assert bench.start(range(4000), priority=LAST_BAND).prefill is prefill
+
+
+async def test_a_batch_is_served_where_only_the_free_worker_is_left() -> None:
+    workers = [session("w0"), session("w1")]
+    bench = Bench(Workers(workers))
+    first = bench.start(range(64), priority=LAST_BAND)
+    lost = first.decode
+    bench.dispatcher.fleet.decode.remove(lost)
+    assert bench.start(range(64), priority=LAST_BAND).decode is not lost

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.common.fairness import LAST_BAND
 from tandem.kvstore.identity import BlockHash
 from tandem.planner.perf_model import ModelShape, PerfModel
 from tandem.router.load import Work, WorkerLoad
@@ -20,6 +21,7 @@ from tandem.router.placement import (
     CandidateCost,
     Placement,
     Request,
+    left_over,
     place,
 )
 from tandem.router.prefix_index import PrefixIndex
@@ -307,3 +309,24 @@ def test_other_routers_requests_yield_as_well() -> None:
     assert (load.batch_before(7), load.batch_before(6), load.batch_before(0)) == (4, 1, 1)
     assert load.has_room(10, 0, 6)
     assert not load.has_room(10, 0, 7)
+
+
+@given(st.lists(st.booleans(), max_size=6))
+def test_the_last_band_leaves_one_worker_to_others(taken: list[bool]) -> None:
+    loads = [worker(index) for index in range(len(taken))]
+    for load, busy in zip(loads, taken, strict=True):
+        if busy:
+            Work(load, 100, 10, 0.1, priority=LAST_BAND).start(0.0)
+    allowed = left_over(loads)
+    for index in allowed:
+        after = [busy or place == index for place, busy in enumerate(taken)]
+        assert not all(after) or all(taken)
+    assert set(allowed) >= {index for index, busy in enumerate(taken) if busy}
+    if taken.count(False) > 1:
+        assert len(allowed) == len(loads)
+
+
+def test_other_routers_batches_count_too() -> None:
+    loads = [worker(0), worker(1)]
+    loads[1].foreign(requests=1, decoding=1, pending_tokens=0, used_tokens=0, by_band={LAST_BAND: 1})
+    assert left_over(loads) == [1]
