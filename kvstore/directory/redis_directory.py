@@ -6,8 +6,10 @@ and say everything again.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import cast
 
 import msgspec
@@ -36,7 +38,13 @@ STREAM_UPDATES = 2_000
 """Kept for watchers: 45 MB if every one is full, as a rule far less."""
 _PAGE_UPDATES = 64
 _SWEEP_KEYS = 200
+_SWEEP_EMPTY = 50
 _SWEEPS_PER_ROUND = 50
+_MAX_DUMP = 4_000_000
+"""Entries of a node that are read: as many as a table of a directory holds."""
+_MAX_SEQ = 10**11
+_SEQ = re.compile(rb"\d{1,11}")
+_SIZE = re.compile(rb"[1-9]\d{0,14}")
 _MAX_PARSED = 4_096
 """Locations kept ready: as a rule there are a few per node, of one size each."""
 _TTL_MS = int(NODE_TTL_S * 1000)
@@ -79,7 +87,7 @@ class RedisDirectory(RemoteDirectory):
     def announce(self, node: NodeInfo, seq: int) -> Reply:
         try:
             info = msgspec.msgpack.encode(node)
-            args = (node.node_id, _epoch(node.epoch), seq, info, _TTL_MS, time.time())
+            args = (node.node_id, _epoch(node.epoch), seq, info, _TTL_MS)
             return _reply(self._announce_script([_PREFIX], args))
         except _FAULTS:
             return UNREACHABLE
@@ -117,8 +125,8 @@ class RedisDirectory(RemoteDirectory):
             entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", raw)
             if not entries:
                 return Page((), self._cursor_after_nothing(cursor))
-            updates = tuple([_update(fields) for _, fields in entries])
-            return Page(updates, entries[-1][0].decode())
+            updates = [update for _, fields in entries if (update := _update(fields)) is not None]
+            return Page(tuple(updates), entries[-1][0].decode())
         except _FAULTS:
             return None
 
@@ -128,10 +136,8 @@ class RedisDirectory(RemoteDirectory):
             if member is None:
                 return None
             held = f"{_PREFIX}:held:".encode() + member.incarnation
-            events = [
-                DirectoryEvent(ObjectKey(field[:-1]), _TIERS[field[-1:]], int(size))
-                for field, size in self._slow.hscan_iter(held, count=1_000)
-            ]
+            fields = islice(self._slow.hscan_iter(held, count=1_000), _MAX_DUMP)
+            events = [event for field, size in fields if (event := _event(field[:-1], field[-1:], size)) is not None]
             return Dump(member.state.info.epoch, member.state.seq, events)
         except (DirectoryFault, *_FAULTS):
             return None
@@ -143,41 +149,47 @@ class RedisDirectory(RemoteDirectory):
             found = cast("list[list[bytes]]", self._lookup_script([_PREFIX, *keys]))
             if len(found) != len(keys):
                 raise DirectoryFault(f"{len(found)} answers to {len(keys)} keys")
-            return [tuple([self._location(row[i], row[i + 1]) for i in range(0, len(row), 2)]) for row in found]
+            return [
+                tuple([it for i in range(0, len(row), 2) if (it := self._location(row[i], row[i + 1])) is not None])
+                for row in found
+            ]
         except _FAULTS as error:
             raise DirectoryFault(str(error)) from error
 
-    def _location(self, field: bytes, size: bytes) -> Location:
+    def _location(self, field: bytes, size: bytes) -> Location | None:
+        """None for an entry that is none of ours."""
         location = self._parsed.get((field, size))
         if location is None:
+            epoch_end = 1 + scripts.EPOCH_DIGITS
+            tier = _TIERS.get(field[:1])
+            try:
+                node_id, epoch = field[epoch_end + scripts.GENERATION_DIGITS :].decode(), int(field[1:epoch_end])
+            except ValueError:
+                return None
+            if tier is None or not _SIZE.fullmatch(size):
+                return None
             if len(self._parsed) >= _MAX_PARSED:
                 self._parsed.clear()
-            epoch_end = 1 + scripts.EPOCH_DIGITS
-            node_id = field[epoch_end + scripts.GENERATION_DIGITS :].decode()
-            location = Location(node_id, int(field[1:epoch_end]), _TIERS[field[:1]], int(size))
-            self._parsed[field, size] = location
+            location = self._parsed[field, size] = Location(node_id, epoch, tier, int(size))
         return location
 
     def _tend(self) -> None:
         """Buries the long dead and sweeps what is void: any client may, and all at once do no harm."""
-        now = time.time()
+        now = time.monotonic()
         try:
             if now >= self._bury_at:
                 self._bury_at = now + FORGET_S / 4
-                self._bury(now - FORGET_S)
+                self._bury(FORGET_S)
             for _ in range(_SWEEPS_PER_ROUND):
-                void = cast("bytes | None", self._slow.srandmember(f"{_PREFIX}:void"))
-                if void is None or self._closing.is_set():
+                if not self._sweep_script([_PREFIX], [_SWEEP_KEYS, _SWEEP_EMPTY]) or self._closing.is_set():
                     return
-                self._sweep_script([_PREFIX], [void, _SWEEP_KEYS])
         except _FAULTS as error:
             raise DirectoryFault(str(error)) from error
 
-    def _bury(self, oldest: float) -> None:
-        for it in self._members():
-            if not it.alive and it.heard < oldest:
-                node = it.state.info
-                self._bury_script([_PREFIX], [node.node_id, _epoch(node.epoch), oldest])
+    def _bury(self, silent_s: float) -> None:
+        for node, epoch, *_, ago, alive in self._rows():
+            if alive != 1 and float(cast(bytes, ago)) > silent_s:
+                self._bury_script([_PREFIX], [node, epoch, silent_s])
 
     def _disconnect(self) -> None:
         self._fast.close()
@@ -186,10 +198,16 @@ class RedisDirectory(RemoteDirectory):
     # Inside
 
     def _members(self) -> list[_Member]:
+        return [member for row in self._rows() if (member := _Member.parse(row)) is not None]
+
+    def _rows(self) -> list[list[bytes | int]]:
         try:
-            return [_Member.parse(row) for row in cast("list[list[bytes]]", self._states_script([_PREFIX]))]
+            found = self._states_script([_PREFIX])
         except _FAULTS as error:
             raise DirectoryFault(str(error)) from error
+        if not isinstance(found, list):
+            raise DirectoryFault("there are more members than nodes can be; they are made anew")
+        return found
 
     def _cursor_after_nothing(self, cursor: str) -> str:
         """A stream that ends before the cursor is a new one: Redis came back without it."""
@@ -201,16 +219,23 @@ class RedisDirectory(RemoteDirectory):
 class _Member(msgspec.Struct, frozen=True):
     state: NodeState
     incarnation: bytes
-    heard: float
     alive: bool
 
     @classmethod
-    def parse(cls, row: Sequence[bytes | int]) -> _Member:
-        node, epoch, generation, seq, info, heard, alive = row
-        if not isinstance(node, bytes) or not isinstance(epoch, bytes) or not isinstance(generation, bytes):
-            raise TypeError("not a row of ours")
-        told = msgspec.msgpack.decode(cast(bytes, info), type=NodeInfo)
-        return cls(NodeState(told, int(seq)), epoch + generation + node, float(heard), alive == 1)
+    def parse(cls, row: Sequence[bytes | int]) -> _Member | None:
+        """None for a row that is none of ours: of that node nothing is known."""
+        node, epoch, generation, seq, info, _, alive = row
+        try:
+            told = msgspec.msgpack.decode(cast(bytes, info), type=NodeInfo)
+            if (
+                told.node_id.encode() != node
+                or _epoch(told.epoch).encode() != epoch
+                or not _SEQ.fullmatch(cast(bytes, seq))
+            ):
+                return None
+        except (msgspec.MsgspecError, UnicodeError, TypeError):
+            return None
+        return cls(NodeState(told, int(seq)), epoch + cast(bytes, generation) + node, alive == 1)
 
 
 def _connect(url: str, timeout_s: float) -> redis.Redis:
@@ -255,9 +280,21 @@ def _unpack(packed: bytes) -> tuple[DirectoryEvent, ...]:
     return tuple(events)
 
 
-def _update(fields: dict[bytes, bytes]) -> Update:
-    batch = EventBatch(fields[b"node"].decode(), int(fields[b"epoch"]), int(fields[b"seq"]), _unpack(fields[b"events"]))
-    return Update(batch, fields[b"reset"] == b"1")
+def _update(fields: dict[bytes, bytes]) -> Update | None:
+    """None for an entry of the stream that is none of ours."""
+    try:
+        epoch, seq = int(fields[b"epoch"]), int(fields[b"seq"])
+        batch = EventBatch(fields[b"node"].decode(), epoch, seq, _unpack(fields[b"events"]))
+        return Update(batch, fields[b"reset"] == b"1") if 0 <= epoch < 1 << 64 and 0 <= seq < _MAX_SEQ else None
+    except (KeyError, ValueError, IndexError):
+        return None
+
+
+def _event(key: bytes, letter: bytes, size: bytes) -> DirectoryEvent | None:
+    tier = _TIERS.get(letter)
+    if tier is None or not key or len(key) > 255 or not _SIZE.fullmatch(size):
+        return None
+    return DirectoryEvent(ObjectKey(key), tier, int(size))
 
 
 def _place(cursor: str) -> tuple[int, int]:
