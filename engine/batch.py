@@ -7,8 +7,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+_EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+_PIECE = 1 << 15
 
 
 @dataclass(slots=True)
@@ -49,6 +53,8 @@ class ForwardBatch:
     """P: of the last P of `logit_rows` the normalised hidden states are wanted instead of logits."""
     pooled: Tensor | None = None
     """Those, [P, hidden_size], written by the model."""
+    finite: bool | None = None
+    """Whether all K and V that the step has written are finite; None where the model did not look."""
 
 
 class KvPool:
@@ -99,6 +105,12 @@ class KvPool:
         self._rows[layer, 0].index_copy_(0, slots, k.reshape(k.shape[0], -1))
         self._rows[layer, 1].index_copy_(0, slots, v.reshape(v.shape[0], -1))
 
+    def finite(self, slots: Tensor) -> npt.NDArray[np.bool_]:
+        """Which of `slots` int64 [N] hold finite numbers alone, in all layers: [N]."""
+        rows = torch.isfinite(self._rows.index_select(2, slots)).all(dim=3).flatten(0, 1).all(dim=0)
+        found: npt.NDArray[np.bool_] = rows.cpu().numpy()
+        return found
+
     def read_rows(self, layer: int, slots: Tensor, out: memoryview) -> None:
         """Copies the KV of `slots` int64 [N] to `out` (N * row_bytes) in layout [K|V][token][kv_head][dim]."""
         for part in range(2):
@@ -120,6 +132,15 @@ class KvPool:
             else:
                 rows = _tensor_over(payload).view(self.storage.dtype).view(2, tokens, -1)
                 self._rows[layer, part].index_copy_(0, slots, rows[part, taken].to(self.storage.device))
+
+
+def all_finite(payload: memoryview, dtype: torch.dtype) -> bool:
+    """Whether all numbers in `payload`, of `dtype`, are finite: of none the exponent is all ones. About as fast as a
+    checksum, in one thread and without torch's, which belong to the engine thread."""
+    exponent = _EXPONENTS[dtype]
+    words: npt.NDArray[np.uint32] = np.frombuffer(payload, f"u{dtype.itemsize}")
+    pieces = (words[start : start + _PIECE] for start in range(0, len(words), _PIECE))
+    return all((piece & exponent).max() != exponent for piece in pieces)
 
 
 def _tensor_over(payload: memoryview) -> Tensor:

@@ -59,6 +59,16 @@ class _Gather:
     k: Tensor
     """[requests, num_kv_heads, keys, head_dim]"""
     v: Tensor
+    rows: Tensor
+    """[2 * requests * keys, ...]: the same memory, key by key."""
+    stale: Tensor
+    """int64: those of `rows` behind the end of a request, where its last block holds what others left there. They are
+    masked, but a number that is not finite would come through a mask."""
+
+    def read(self, storage: Tensor) -> None:
+        """`storage`: a layer of the pool as [K|V blocks, ...]."""
+        torch.index_select(storage, 0, self.index, out=self.target)
+        self.rows.index_fill_(0, self.stale, 0)
 
 
 @dataclass(slots=True)
@@ -127,7 +137,7 @@ class CpuAttention:
             else:
                 out.index_copy_(0, rows, self._decode(heads.index_select(0, rows), group, storage).flatten(1))
         for gather, pieces in plan.prefill:
-            torch.index_select(storage, 0, gather.index, out=gather.target)
+            gather.read(storage)
             for piece in pieces:
                 self._prefill(heads, gather, piece, out)
         return out
@@ -135,7 +145,7 @@ class CpuAttention:
     def _decode(self, q: Tensor, group: _DecodeGroup, storage: Tensor) -> Tensor:
         """q and result [requests, num_kv_heads, group, head_dim]."""
         gather = group.gather
-        torch.index_select(storage, 0, gather.index, out=gather.target)
+        gather.read(storage)
         heads = q.shape[2]
         if q.dtype == torch.float32:
             q = F.pad(q, (0, 0, 0, max(0, _fewest_rows(q.dtype, q.shape[3]) - heads)))
@@ -155,8 +165,8 @@ class CpuAttention:
         o = o[0, :, : count * heads.shape[2]].view(heads.shape[1], count, heads.shape[2], -1).transpose(0, 1)
         out[first : first + count].view(o.shape).copy_(o)
 
-    def _gather(self, blocks: Tensor, pool: KvPool) -> _Gather:
-        """blocks int64 [requests, blocks]."""
+    def _gather(self, blocks: Tensor, ends: Tensor, pool: KvPool) -> _Gather:
+        """blocks int64 [requests, blocks]; ends int64 [requests]: keys of each that are its own."""
         index = blocks.flatten()
         index = torch.cat((index, index + pool.num_blocks))
         width = pool.block_size * pool.num_kv_heads * pool.head_dim
@@ -165,7 +175,12 @@ class CpuAttention:
             self._scratch = torch.empty(size, dtype=pool.storage.dtype)
         flat = self._scratch[:size]
         k, v = flat.view(2, blocks.shape[0], -1, pool.num_kv_heads, pool.head_dim).transpose(2, 3).unbind(0)
-        return _Gather(index, flat.view(-1, width), k, v)
+        keys = torch.arange(blocks.shape[1] * pool.block_size)
+        ends = ends.unsqueeze(1)
+        full = -(-ends // pool.block_size) * pool.block_size
+        stale = ((keys >= ends) & (keys < full)).flatten().nonzero().squeeze(1)
+        stale = torch.cat((stale, stale + blocks.shape[0] * len(keys)))
+        return _Gather(index, flat.view(-1, width), k, v, flat.view(-1, width // pool.block_size), stale)
 
     def _plan(self, window: int | None, q: Tensor, batch: ForwardBatch, pool: KvPool) -> _StepPlan:
         step = math.lcm(pool.block_size, _GRANULARITY.get(q.dtype, pool.block_size)) // pool.block_size
@@ -207,13 +222,16 @@ class CpuAttention:
         first = torch.tensor(starts).unsqueeze(1)
         columns = first + torch.arange(span)
         blocks = tables.gather(1, columns.clamp_max(tables.shape[1] - 1))
+        blocks.masked_fill_(columns >= tables.shape[1], 0)
         positions = first * pool.block_size + torch.arange(span * pool.block_size)
         last = (ends - 1).unsqueeze(1)
         visible = positions <= last
         if window is not None:
             visible &= positions > last - window
         mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-        return _DecodeGroup(rows, self._gather(blocks, pool), mask[:, None, None])
+        return _DecodeGroup(
+            rows, self._gather(blocks, ends - first.squeeze(1) * pool.block_size, pool), mask[:, None, None]
+        )
 
     def _plan_slice(
         self, piece: PrefillSlice, window: int | None, step: int, q: Tensor, pool: KvPool
@@ -223,7 +241,8 @@ class CpuAttention:
         start = _first_block(piece.context_len, window, block_size)
         count = _round_up(-(-total // block_size) - start, step)
         blocks = piece.block_ids[start : -(-total // block_size)]
-        gather = self._gather(F.pad(blocks, (0, count - blocks.numel())).unsqueeze(0), pool)
+        ends = torch.tensor([total - start * block_size])
+        gather = self._gather(F.pad(blocks, (0, count - blocks.numel())).unsqueeze(0), ends, pool)
         rows = _PREFILL_ROWS if total <= _LONG_CONTEXT else _LONG_CONTEXT_ROWS
         group = q.shape[1] // pool.num_kv_heads
         tokens = max(1, rows // group)

@@ -40,7 +40,6 @@ from tandem.engine.loader import load_model
 from tandem.engine.masks.guide import Guide
 from tandem.engine.masks.pool import MaskPool
 from tandem.engine.memory import make_pool
-from tandem.engine.pooling import pool_rows
 from tandem.engine.request import (
     EngineRequest,
     FinishReason,
@@ -52,11 +51,12 @@ from tandem.engine.request import (
 )
 from tandem.engine.reservation import Reservation
 from tandem.engine.runner import Runner
-from tandem.engine.sampler import Sampler, score_prompts
+from tandem.engine.sampler import Sampler
 from tandem.engine.scheduler import Scheduler, StepPlan
 from tandem.engine.sequence import Phase, Sequence
 from tandem.engine.settings import EXPORT_LEASE_S, MAX_WAITING, EngineConfig
 from tandem.engine.status import EngineStatus, StepMeter
+from tandem.engine.step import ChunkRows, ComputedStep, compute_in_parts, not_finite
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.flow import StoreFlow
 
@@ -357,10 +357,22 @@ class Engine:
         return True
 
     def _step(self, plan: StepPlan) -> None:
+        try:
+            computed = self._compute(plan, yields=self._yields(plan))
+        except _GivenUp:
+            self._runner.forget_decodes()
+        except Exception:
+            logger.exception("a step failed; its %d requests are computed again in parts", len(plan.sequences))
+            self._step_in_parts(plan)
+        else:
+            self._take(computed)
+
+    def _compute(self, plan: StepPlan, *, yields: bool) -> ComputedStep:
+        """Raises what the model and the sampler raise, with nothing but KV written; and _GivenUp."""
         started = time.perf_counter()
         gate = self._store.gate(plan) if self._store is not None else None
         announcer = LayerAnnouncer(plan, gate.broken if gate is not None else ())
-        yields = gate is None and self._yields(plan)
+        yields = yields and gate is None
 
         def on_layer(layer: int) -> None:
             self._moved = time.monotonic()
@@ -368,47 +380,25 @@ class Engine:
                 raise _GivenUp
             announcer(layer)
 
-        try:
-            batch, sampled = self._runner.build(plan)
-            logits = self.loaded.decoder.forward(batch, self.pool, on_layer, gate)
-            if yields and self._hurry:
-                raise _GivenUp
-            if logits.shape[0] > len(sampled):
-                score_prompts(plan.chunks, logits[len(sampled) :])
-                logits = logits[: len(sampled)]
-            if batch.pooled is not None:
-                pool_rows(plan.chunks, batch.pooled)
-            if not sampled and self.loaded.device.type == "cuda":
-                # Nothing else waits for the device; its time and its errors belong to this step.
-                torch.cuda.synchronize(self.loaded.device)
-            if gate is not None and self._store is not None:
-                self._store.stepped(gate)
-                logits, sampled = self._without(gate.broken, plan, logits, sampled)
-            logits, sampled = self._with_masks(plan, logits, sampled, time.perf_counter() - started)
-            tokens, logprobs = self._sampler.sample(logits, sampled)
-            self.scheduler.computed(plan)
-            for sequence in announcer.broken:
-                self._fail(sequence, "internal", "the hand-over failed; see the worker's log")
-            for index, sequence in enumerate(sampled):
-                if sequence.phase is Phase.RUNNING:
-                    self._advance(sequence, tokens[index], logprobs[index] if logprobs is not None else None)
-            self._finish_pooling(plan)
-            self._masks.send()
-        except _GivenUp:
-            self._runner.forget_decodes()
-            return
-        except Exception as error:
-            logger.exception("a step failed; its %d requests are given up", len(plan.decodes) + len(plan.chunks))
-            for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
-                if sequence.key in self._sequences:
-                    self._fail(sequence, "internal", f"computing the request failed ({type(error).__name__})")
-            return
-        prefill_tokens, seconds = plan.num_tokens - len(plan.decodes), time.perf_counter() - started
-        self.scheduler.took(plan, seconds)
-        if gate is None:
-            self._meter.add(len(plan.decodes), prefill_tokens, seconds)
-        elif not gate.broken:
-            self._meter.add(len(plan.decodes), prefill_tokens, seconds - gate.waited_s)
+        batch, sampled = self._runner.build(plan)
+        logits = self.loaded.decoder.forward(batch, self.pool, on_layer, gate)
+        if yields and self._hurry:
+            raise _GivenUp
+        if not sampled and self.loaded.device.type == "cuda":
+            # Nothing else waits for the device; its time and its errors belong to this step.
+            torch.cuda.synchronize(self.loaded.device)
+        scored, logits = logits[len(sampled) :], logits[: len(sampled)]
+        out = not_finite(plan, batch, self.pool)
+        if gate is not None and gate.broken:
+            out = [sequence for sequence in out if sequence not in gate.broken]
+        if unfit := [*out, *(gate.broken if gate is not None else ())]:
+            kept = [index for index, sequence in enumerate(sampled) if sequence not in unfit]
+            logits, sampled = logits[kept], [sampled[index] for index in kept]
+        chunks = list(plan.chunks)
+        logits, sampled = self._with_masks(plan, logits, sampled, time.perf_counter() - started)
+        tokens, logprobs = self._sampler.sample(logits, sampled)
+        rows = ChunkRows(chunks, scored, batch.pooled)
+        return ComputedStep(plan, started, gate, announcer, out, sampled, tokens, logprobs, rows)
 
     def _yields(self, plan: StepPlan) -> bool:
         """Whether the step may be given up between two layers and computed again, for those who come meanwhile. A GPU
@@ -417,15 +407,66 @@ class Engine:
         last = all(each.priority == LAST_BAND and each.request.kv_export is None for each in sequences)
         return last and self.loaded.device.type == "cpu"
 
-    def _without(
-        self, broken: list[Sequence], plan: StepPlan, logits: torch.Tensor, sampled: list[Sequence]
-    ) -> tuple[torch.Tensor, list[Sequence]]:
-        """Takes sequences whose KV came too late out of the step: nothing of theirs is sampled or published."""
-        for sequence in broken:
-            self._runner.release(sequence)
-        plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence not in broken]
-        kept = [index for index, sequence in enumerate(sampled) if sequence not in broken]
-        return logits[kept], [sampled[index] for index in kept]
+    def _take(self, step: ComputedStep) -> None:
+        """The consequences, for one request after the other: what goes wrong with one ends that one."""
+        plan, gate = step.plan, step.gate
+        decodes, prefill_tokens = len(plan.decodes), plan.num_tokens - len(plan.decodes)
+        failed = step.rows.take(plan)
+        if gate is not None and self._store is not None:
+            self._store.stepped(gate)
+            for sequence in gate.broken:
+                self._runner.release(sequence)
+        for sequence, error in failed:
+            self._fail_alone(sequence, error)
+        for sequence in step.not_finite:
+            if sequence.phase is Phase.RUNNING:
+                self._fail(sequence, "computation_failed", "the model computed numbers that are not finite")
+        plan.drop([sequence for sequence in plan.sequences if sequence.phase is not Phase.RUNNING])
+        self.scheduler.computed(plan)
+        for sequence in step.announcer.broken:
+            if sequence.phase is Phase.RUNNING:
+                self._fail(sequence, "internal", "the hand-over failed; see the worker's log")
+        for index, sequence in enumerate(step.sampled):
+            if sequence.phase is Phase.RUNNING:
+                try:
+                    self._advance(sequence, step.tokens[index], step.logprobs[index] if step.logprobs else None)
+                except Exception as error:
+                    self._fail_alone(sequence, error)
+        self._finish_pooling(plan)
+        self._masks.send()
+        seconds = time.perf_counter() - step.started
+        self.scheduler.took(plan, seconds)
+        if gate is None:
+            self._meter.add(decodes, prefill_tokens, seconds)
+        elif not gate.broken:
+            self._meter.add(decodes, prefill_tokens, seconds - gate.waited_s)
+
+    def _step_in_parts(self, plan: StepPlan) -> None:
+        """`plan` has raised: those that make it raise end, the others do not notice."""
+        exports = [chunk.sequence for chunk in plan.chunks if chunk.sequence.request.kv_export is not None]
+        for sequence in exports:
+            # Rows may be on their way already, and do not change under an exporter: the decode worker computes them.
+            self._fail(sequence, "unavailable", "the step that computed the prompt failed")
+        plan.drop(exports)
+        if not plan.num_tokens:
+            return
+
+        def compute(part: StepPlan) -> ComputedStep:
+            self._runner.forget_decodes()
+            return self._compute(part, yields=False)
+
+        parts = compute_in_parts(plan, compute, self._take, lambda: not self._stopping)
+        for sequence, error in parts.failed:
+            if parts.computed:
+                self._fail_alone(sequence, error)
+            else:  # it may as well be this worker that fails: others can try
+                self._fail(sequence, "internal", f"computing the request failed ({type(error).__name__})")
+
+    def _fail_alone(self, sequence: Sequence, error: Exception) -> None:
+        """`error` is the doing of `sequence`, whatever it is."""
+        logger.error("request %s failed alone", sequence.key, exc_info=error)
+        if sequence.key in self._sequences:
+            self._fail(sequence, "computation_failed", f"computing the request failed ({type(error).__name__})")
 
     def _with_masks(
         self, plan: StepPlan, logits: torch.Tensor, sampled: list[Sequence], step_s: float
@@ -493,7 +534,11 @@ class Engine:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             if sequence.pooler is not None and sequence.phase is Phase.RUNNING and not sequence.remaining:
-                embedding = sequence.pooler.result()
+                try:
+                    embedding = sequence.pooler.result()
+                except (ValueError, ArithmeticError) as error:
+                    self._fail_alone(sequence, error)
+                    continue
                 output = RequestOutput(sequence.key, finish_reason=FinishReason.STOP, embedding=embedding)
                 _add_report(sequence, output)
                 self._end(sequence, output)
@@ -668,13 +713,23 @@ class Engine:
             self.pool,
             slots,
             skip_tokens=sequence.num_computed,
-            completed=lambda first: self._inbox.put(partial(self._import_completed, sequence, first)),
-            failed=lambda reason: self._inbox.put(partial(self._import_failed, sequence, reason)),
+            completed=lambda first: self._inbox.put(partial(self._about, sequence, self._import_completed, first)),
+            failed=lambda reason: self._inbox.put(partial(self._about, sequence, self._import_failed, reason)),
         )
         kv_import.reserved(sequence.reservation)
 
+    def _about(self, sequence: Sequence, call: Callable[..., None], *arguments: object) -> None:
+        """Carries out what is about `sequence` alone: if it raises, that request ends."""
+        try:
+            call(sequence, *arguments)
+        except Exception as error:
+            self._fail_alone(sequence, error)
+
     def _import_completed(self, sequence: Sequence, first: RequestOutput) -> None:
         if sequence.phase is not Phase.IMPORTING:
+            return
+        if len(first.token_ids) > 1 or any(token >= self.loaded.config.vocab_size for token in first.token_ids):
+            self._import_failed(sequence, "the first output is none of this model")
             return
         inexact_from = first.prompt.inexact_from if first.prompt is not None else None
         if inexact_from is not None:  # what was here before is exact; what came was computed after rows that are not

@@ -237,16 +237,18 @@ class Decoder:
 
         `on_layer(l)` is called as soon as layer l of the pool holds them. `before_attention(l)` is called before
         anything reads layer l of the pool: it may wait for rows that others write there. Returns float32 logits
-        [R - P, vocab_size] of `batch.logit_rows`; sets `batch.pooled` if P is not 0.
+        [R - P, vocab_size] of `batch.logit_rows`; sets `batch.finite`, and `batch.pooled` if P is not 0.
         """
         num_rows, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         every_row = num_logits == num_rows and not batch.prefills
+        finite = True
         angles = self._rotary.angles(batch.positions) if self.native else self._rotary.at(batch.positions, self.dtype)
         hidden = self._padded(self._embedding.index_select(0, batch.token_ids))
         for index in self._used_layers:
             layer = self._layers[index]
             qkv = layer.qkv(layer.input_norm(hidden))[:num_rows]
-            q = self._rotate_and_write(qkv, angles, index, batch.slots, pool)
+            q, all_finite = self._rotate_and_write(qkv, angles, index, batch.slots, pool)
+            finite = finite and all_finite
             if before_attention is not None:
                 before_attention(index)
             if on_layer is not None:
@@ -258,6 +260,7 @@ class Decoder:
                 hidden = self._padded(hidden.index_select(0, batch.logit_rows))
             hidden = layer.output.plus(self._padded(attended), hidden)
             hidden = layer.down.plus(self._gated(layer.gate_up(layer.mlp_norm(hidden))), hidden)
+        batch.finite = finite if self.native is not None else None
         hidden = self._final_norm(hidden)
         if batch.num_pooled:
             num_rows, num_logits = num_logits, num_logits - batch.num_pooled
@@ -267,8 +270,9 @@ class Decoder:
 
     def _rotate_and_write(
         self, qkv: Tensor, angles: tuple[Tensor, Tensor], index: int, slots: Tensor, pool: KvPool
-    ) -> Tensor:
-        """Returns q [N, num_heads, head_dim] of qkv [N, ...], normed and rotated; k, so too, and v go to the pool."""
+    ) -> tuple[Tensor, bool]:
+        """Returns q [N, num_heads, head_dim] of qkv [N, ...], normed and rotated; k, so too, and v go to the pool. The
+        second value is False where native kernels saw numbers among them that are not finite."""
         heads, rotated, layer = (
             self.config.num_heads,
             self.config.num_heads + self.config.num_kv_heads,
@@ -277,14 +281,14 @@ class Decoder:
         qkv = qkv.view(qkv.shape[0], rotated + self.config.num_kv_heads, -1)
         if self.native is not None:
             eps = self.config.rms_norm_eps
-            self.native.rotate_and_write(qkv, layer.native_qk_norm, eps, angles, index, slots, pool)
-            return qkv[:, :heads]
+            finite = self.native.rotate_and_write(qkv, layer.native_qk_norm, eps, angles, index, slots, pool)
+            return qkv[:, :heads], finite
         qk, v = qkv[:, :rotated], qkv[:, rotated:]
         if layer.qk_norm is not None:
             qk = layer.qk_norm(qk)
         qk = rotate(qk, *angles)
         pool.write(index, slots, qk[:, heads:], v)
-        return qk[:, :heads]
+        return qk[:, :heads], True
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         if self.native is not None:

@@ -126,6 +126,20 @@ INLINE vec numbers(const element *p) { return load(p); }
 INLINE void write(element *p, vec x) { store(p, x); }
 #endif
 
+/* Whether all n values are finite numbers: no exponent is all ones. */
+static int64_t is_finite(const element *x, int64_t n) {
+#ifdef BFLOAT16
+    uint16_t bits, exponent = 0x7f80, bad = 0;
+#else
+    uint32_t bits, exponent = 0x7f800000, bad = 0;
+#endif
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(&bits, x + i, sizeof bits);
+        bad |= (bits & exponent) == exponent;
+    }
+    return !bad;
+}
+
 /* ---- Row by row ---- */
 
 /* out[i] = x[i] / sqrt(mean(x[i]^2) + eps) * weight; x, out [rows, n], weight float [n], n a multiple of 16. */
@@ -153,11 +167,11 @@ void silu_mul(const element *x, element *out, int64_t rows, int64_t n) {
 
 /* For each row of qkv [rows, (heads + 2 kv_heads) * dim]: norms the heads of q and k (unless the weights, float [dim],
    are null), rotates them in place by cos, sin float [rows, dim / 2], and writes k and v to row slots[i] of the pool.
-   dim is a multiple of 16. */
-void rotate_and_write(element *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos,
+   dim is a multiple of 16. Returns whether all that was written is finite. */
+int64_t rotate_and_write(element *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos,
                       const float *sin, element *k_pool, element *v_pool, const int64_t *slots, int64_t rows,
                       int64_t heads, int64_t kv_heads, int64_t dim) {
-    int64_t half = dim / 2, kv = kv_heads * dim;
+    int64_t half = dim / 2, kv = kv_heads * dim, all = 1;
     for (int64_t i = 0; i < rows; i++, cos += half, sin += half, qkv += (heads + 2 * kv_heads) * dim) {
         for (int64_t h = 0; h < heads + kv_heads; h++) {
             const float *weight = h < heads ? q_norm : k_norm;
@@ -177,7 +191,9 @@ void rotate_and_write(element *qkv, const float *q_norm, const float *k_norm, fl
         }
         memcpy(k_pool + slots[i] * kv, qkv + heads * dim, kv * sizeof(element));
         memcpy(v_pool + slots[i] * kv, qkv + heads * dim + kv, kv * sizeof(element));
+        all &= is_finite(qkv + heads * dim, 2 * kv);
     }
+    return all;
 }
 
 /* ---- Products of small matrices ---- */
@@ -392,12 +408,10 @@ static void pack(const source *s, int64_t start, int64_t from, int64_t to) {
 
 /* Whether all values of [from, to) are finite. */
 static int all_finite(const source *s, int64_t from, int64_t to) {
-    int32_t bad = 0;
-    for (int64_t key = from; key < to; key++) {
-        const element *v = s->v + (s->table[key / s->block] * s->block + key % s->block) * s->row;
-        for (int64_t d = 0; d < s->dim; d++) bad |= !isfinite(number(v[d]));
-    }
-    return !bad;
+    int64_t all = 1;
+    for (int64_t key = from; key < to; key++)
+        all &= is_finite(s->v + (s->table[key / s->block] * s->block + key % s->block) * s->row, s->dim);
+    return all;
 }
 
 /* Rows [first, first + count), count <= ROWS, attend to the packed tile that begins at `start`. */

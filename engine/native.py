@@ -45,8 +45,9 @@ class NativeKernels:
         self._rotate_and_write.argtypes = [*[_POINTER] * 3, _FLOAT, *[_POINTER] * 5, *[_INT] * 4]
         self._attend = long.attend
         self._attend.argtypes = [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 5, _FLOAT, *[_INT] * 2]
-        for function in (self._rms_norm, self._silu_mul, self._rotate_and_write, self._attend):
+        for function in (self._rms_norm, self._silu_mul, self._attend):
             function.restype = None
+        self._rotate_and_write.restype = _INT
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [N, n] -> [N, n]; weight float32 [n]."""
@@ -70,13 +71,13 @@ class NativeKernels:
         layer: int,
         slots: Tensor,
         pool: KvPool,
-    ) -> None:
+    ) -> bool:
         """Norms (with float32 weights [head_dim] for q and k, unless None) and rotates q and k of
         qkv [N, heads + 2 * kv_heads, head_dim] in place and writes k and v to `slots` of `pool`. `angles` are cos and
-        sin, float32 [N, head_dim / 2]."""
+        sin, float32 [N, head_dim / 2]. Returns whether all k and v are finite."""
         q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         rows, heads, head_dim = qkv.shape
-        self._rotate_and_write(
+        finite = self._rotate_and_write(
             qkv.data_ptr(),
             q_norm,
             k_norm,
@@ -91,6 +92,7 @@ class NativeKernels:
             pool.num_kv_heads,
             head_dim,
         )
+        return bool(finite)
 
     def attend(
         self,

@@ -41,10 +41,13 @@ class Pooler:
         self._sum, self._count = None, 0
 
     def result(self) -> bytes:
-        """float32, little-endian [hidden_size]. Raises ValueError before any row."""
+        """float32, little-endian [hidden_size]. Raises ValueError before any row, and where a number is not finite."""
         if self._sum is None:
             raise ValueError("there is nothing to pool")
-        return (self._sum / self._count).astype("<f4").tobytes()
+        mean = (self._sum / self._count).astype("<f4")
+        if not np.isfinite(mean).all():
+            raise ValueError("the model computed numbers that are not finite")
+        return mean.tobytes()
 
 
 def pool_rows(chunks: Seq[Chunk], hidden: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from tandem.engine.batch import KvPool
+from tandem.engine.batch import KvPool, all_finite
 from tandem.engine.request import RequestOutput
 
 
@@ -36,6 +36,7 @@ class Reservation:
         self._failed = failed
         self._lock = threading.Lock()
         self._open = True
+        self._finite = True
         self._covered = np.zeros((pool.num_layers, slots.numel()), dtype=np.bool_)
         self._covered[:, :skip_tokens] = True
 
@@ -54,6 +55,7 @@ class Reservation:
         if payload.nbytes != count * self._pool.row_bytes:
             raise ValueError(f"{count} rows take {count * self._pool.row_bytes} bytes, not {payload.nbytes}")
         first = max(start, self._skip_tokens)
+        finite = all_finite(payload, self._pool.storage.dtype)
         with self._lock:
             if not self._open:
                 return False
@@ -61,6 +63,7 @@ class Reservation:
                 rows = payload if first == start else self._without_head(payload, first - start)
                 self._pool.write_rows(layer, self._slots[first:stop], rows)
                 self._covered[layer, first:stop] = True
+                self._finite = self._finite and finite
         return True
 
     def _without_head(self, payload: memoryview, count: int) -> memoryview:
@@ -70,8 +73,8 @@ class Reservation:
         return memoryview(bytearray(raw[count * row : half]) + bytearray(raw[half + count * row :]))
 
     def complete(self, first: RequestOutput) -> None:
-        """Raises ValueError if rows are missing or `first` holds neither a token nor an end. Without effect once it
-        has ended."""
+        """Raises ValueError if rows are missing or not finite, or `first` holds neither a token nor an end. Without
+        effect once it has ended."""
         with self._lock:
             if not self._open:
                 return
@@ -79,6 +82,8 @@ class Reservation:
                 layer, row = (int(axis[0]) for axis in np.nonzero(~self._covered))
                 missing = int((~self._covered).sum())
                 raise ValueError(f"{missing} rows are missing, the first is row {row} of layer {layer}")
+            if not self._finite:
+                raise ValueError("the rows hold numbers that are not finite")
             if not first.token_ids and first.finish_reason is None:
                 raise ValueError("the first output holds neither a token nor a finish reason")
             self._open = False

@@ -29,7 +29,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 
 from tandem.common.errors import TandemError
@@ -65,6 +65,24 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that it computes."""
+        return [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
+
+    def drop(self, gone: Collection[Sequence]) -> None:
+        """Computes nothing of `gone`."""
+        if gone:
+            self.decodes = [sequence for sequence in self.decodes if sequence not in gone]
+            self.chunks = [chunk for chunk in self.chunks if chunk.sequence not in gone]
+
+    def halves(self) -> tuple[StepPlan, StepPlan]:
+        """What it computes, in two plans of about as many sequences."""
+        half = (len(self.decodes) + len(self.chunks) + 1) // 2
+        decodes, chunks = self.decodes, self.chunks
+        rest = max(half - len(decodes), 0)
+        return StepPlan(decodes[:half], chunks[:rest]), StepPlan(decodes[half:], chunks[rest:])
 
 
 class Scheduler:

@@ -9,6 +9,7 @@ wrong on the way, the request goes on with what it has and computes the rest.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,8 @@ from tandem.engine.store.threads import Workers
 from tandem.kvstore.bundle import ChunkSpec
 from tandem.kvstore.identity import extend_chain
 from tandem.kvstore.interfaces import ObjectKey
+
+logger = logging.getLogger(__name__)
 
 LOOKUP_S = 0.3
 """A slower look-up is a miss."""
@@ -298,8 +301,12 @@ class StoreFlow:
         if state is None:
             return
         chunks = sequence.exact_tokens // self._chunk_tokens
-        for index in range(state.offered, chunks):
-            self._offer(sequence, index)
+        try:
+            for index in range(state.offered, chunks):
+                self._offer(sequence, index)
+        except Exception:
+            logger.exception("chunks of %s could not be offered to the KV store", sequence.key)
+            self._store.counters.save("failed")
         state.offered = max(state.offered, chunks)
 
     def _offer(self, sequence: Sequence, index: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tandem.engine.batch import KvPool
+from tandem.engine.batch import KvPool, all_finite
 from tandem.engine.scheduler import StepPlan
 from tandem.engine.sequence import Sequence
 from tandem.engine.store.cache import EngineStore
@@ -245,6 +245,9 @@ class Load:
         rows = bundle.layer(layer) if bundle is not None else None
         if rows is None:
             self._wrong(index, "corrupt", f"the checksum of layer {layer} is wrong")
+            return False
+        if not all_finite(rows, self._pool.storage.dtype):
+            self._wrong(index, "corrupt", f"layer {layer} holds numbers that are not finite")
             return False
         first, end = self._rows(index)
         offset = first - (self.first_chunk + index) * self._store.chunk_tokens

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tandem.engine.batch import KvPool
+from tandem.engine.batch import KvPool, all_finite
 from tandem.engine.block_manager import BlockId
 from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.bundle import BundleWriter, ChunkSpec, bundle_size
@@ -84,7 +84,10 @@ class Save:
     def _fill(self, ticket: PutTicket) -> None:
         writer = BundleWriter(self._spec, ticket.buffer)
         for layer in range(self._pool.num_layers):
-            self._pool.read_rows(layer, self._slots, writer.layer(layer))
+            rows = writer.layer(layer)
+            self._pool.read_rows(layer, self._slots, rows)
+            if not all_finite(rows, self._pool.storage.dtype):
+                raise ValueError(f"layer {layer} holds numbers that are not finite")
         writer.finish()
 
 

@@ -115,32 +115,6 @@ def test_a_key_in_use_is_refused_and_free_again_afterwards(engine: EngineUnderTe
     assert engine.generate("a", PROMPT)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken kernel"), MemoryError("out of memory")])
-def test_a_failed_step_ends_its_requests_and_nothing_else(
-    engine: EngineUnderTest, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = engine.generate("before", PROMPT)
-    forward = engine.engine.loaded.decoder.forward
-    calls = 0
-
-    def failing(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise error
-        return forward(*arguments)
-
-    monkeypatch.setattr(engine.engine.loaded.decoder, "forward", failing)
-    keys = [engine.submit(f"r{i}", PROMPT[i:], max_tokens=50) for i in range(3)]
-    for key in keys:
-        last = engine.last(key)
-        assert last.error_code in ("internal", "")
-    assert any(engine.last(key).error_code == "internal" for key in keys)
-    assert "a step failed" in caplog.text
-    engine.check_all_free()
-    assert engine.generate("after", PROMPT) == expected
-
-
 def test_a_receiver_that_raises_does_not_stop_the_engine(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with EngineUnderTest(folder) as engine:
         collect, engine.engine._on_outputs = engine.engine._on_outputs, lambda outputs: 1 / 0
