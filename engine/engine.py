@@ -403,8 +403,7 @@ class Engine:
     def _yields(self, plan: StepPlan) -> bool:
         """Whether the step may be given up between two layers and computed again, for those who come meanwhile. A GPU
         is not asked: it has all layers long before it has computed the first."""
-        sequences = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
-        last = all(each.priority == LAST_BAND and each.request.kv_export is None for each in sequences)
+        last = all(each.priority == LAST_BAND and each.request.kv_export is None for each in plan.sequences)
         return last and self.loaded.device.type == "cpu"
 
     def _take(self, step: ComputedStep) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.engine.store.conftest import MakeEngine, fill, report_of
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine.store.test_loading_from_the_store import stats
-from tests.engine_harness import EngineUnderTest
+from tests.engine_harness import EngineUnderTest, wait_for
 
 RNG = random.Random(13)
 POISON = 7
@@ -43,7 +43,7 @@ def test_rows_that_became_infinite_are_not_saved(make: MakeEngine, home: Scripte
     engine = make()
     fill_with_infinity(engine, home)
     assert not home.objects
-    assert stats(engine).saves == {"failed": 4}
+    wait_for(lambda: stats(engine).saves == {"failed": 4})
 
 
 def test_a_stored_object_with_such_rows_is_dropped_and_the_prompt_computed(
