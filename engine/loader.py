@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from tandem.common.checkpoint import MAX_LONG_BYTES
 from tandem.common.errors import ConfigError
 from tandem.engine.attention import AttentionBackend, ReferenceAttention
 from tandem.engine.batch_invariance import arithmetic, check_batch_invariant
@@ -180,5 +181,9 @@ def _attention(
 
 
 def _file_digest(path: Path) -> bytes:
-    """Empty where there is no such file."""
-    return blake3(path.read_bytes()).digest() if path.is_file() else b""
+    """Empty where there is no such file. Raises ConfigError where it is too large."""
+    if not path.is_file():
+        return b""
+    if path.stat().st_size > MAX_LONG_BYTES:
+        raise ConfigError(f"{path}: has more than {MAX_LONG_BYTES} bytes; no model needs that")
+    return blake3(path.read_bytes()).digest()

@@ -89,8 +89,10 @@ def _template_sources(folder: Path) -> tuple[str | None, str | None]:
     default = folder / "chat_template.jinja"
     if default.is_file():
         named = {DEFAULT_NAME: _template(default)}
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        named[path.stem] = _template(path)
+    for name in (DEFAULT_NAME, TOOLS_NAME):
+        path = folder / "additional_chat_templates" / f"{name}.jinja"
+        if path.is_file():
+            named[name] = _template(path)
     return named.get(DEFAULT_NAME), named.get(TOOLS_NAME)
 
 

@@ -19,7 +19,7 @@ from tandem.router.chat_template import ChatTemplate
 from tandem.router.http_types import Message, template_messages
 from tandem.router.literal_text import RenderedChat
 from tandem.router.settings import RouterConfig
-from tandem.router.template_costs import Elsewhere
+from tandem.router.template_costs import Elsewhere, check_tree
 from tandem.router.template_process import Task
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.formats import format_named
@@ -38,7 +38,7 @@ RENDERINGS = 2
 MAX_WAITING = 64
 """Chats of one tenant that wait to be rendered there."""
 SHORT_MESSAGES, SHORT_TEXT = 256, 1 << 17
-"""What is rendered on the event loop if the template lets it: messages, and characters in them."""
+"""What may be rendered on the event loop: messages, and characters in them and in variables of the template."""
 CUT_TOKENS = 16
 """What cutting a text may add, at the most."""
 
@@ -161,9 +161,9 @@ class ServedModel:
         def task() -> Task:
             return Task(template_messages(messages), variables, self.text.special)
 
-        if _is_short(messages):
-            with contextlib.suppress(Elsewhere):
-                return template.render_here(task())
+        with contextlib.suppress(Elsewhere):
+            _check_short(messages, variables)
+            return template.render_here(task())
         return await self._renderings.run(caller.tenant, caller.weight, lambda: template.render_elsewhere(task()))
 
     async def text_prompt(
@@ -262,15 +262,18 @@ def _size(folder: Path, settings: dict[str, Any], name: str) -> int:
     return value
 
 
-def _is_short(messages: list[Message]) -> bool:
+def _check_short(messages: list[Message], variables: dict[str, Any]) -> None:
+    """Raises Elsewhere."""
     if len(messages) > SHORT_MESSAGES:
-        return False
-    contents = [message.content or "" for message in messages]
-    texts = (
-        len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content)
-        for content in contents
-    )
-    return sum(texts) <= SHORT_TEXT
+        raise Elsewhere
+    check_tree(list(variables.values()), SHORT_TEXT)
+    characters = 0
+    for message in messages:
+        content = message.content or ""
+        characters += len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content)
+        characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
+    if characters > SHORT_TEXT:
+        raise Elsewhere
 
 
 def _prompt(token_ids: list[int], text: str, param: str) -> Prompt:

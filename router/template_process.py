@@ -7,6 +7,7 @@ memory, and started again.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import signal
@@ -30,6 +31,8 @@ COMPILE_S = 20.0
 """Of compiling the template, before the first."""
 MEMORY_BYTES = 1 << 30
 """Of address space."""
+NICENESS = 5
+"""Steps of requests that run go before chats that are rendered here."""
 MAX_OUTPUT = 1 << 24
 """Characters that a template may make: twice as many as a request may have."""
 SIZE = struct.Struct("<Q")
@@ -107,6 +110,7 @@ def main() -> int:
     """Exit status 1: out of memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     try:

@@ -18,11 +18,12 @@ from tandem.common.errors import ConfigError, TandemError
 from tandem.router.app import Router
 from tandem.router.chat_rendering import ChatRendering, TemplateSource
 from tandem.router.chat_template import ChatTemplate
-from tandem.router.literal_text import NOTHING_SPECIAL
+from tandem.router.literal_text import NOTHING_SPECIAL, SpecialNames
 from tandem.router.settings import RouterConfig
 from tandem.router.template_costs import Elsewhere
 from tandem.router.template_process import Task, compiled
 from tandem.router.template_processes import TemplateProcesses
+from tandem.router.tools.arguments import CutArguments
 from tests.router.conftest import write_model
 
 USER = [{"role": "user", "content": "Hello"}]
@@ -127,6 +128,19 @@ def test_what_the_clients_variables_make_long_is_an_error_too() -> None:
 def test_long_work_of_good_is_done_elsewhere() -> None:
     template = ChatTemplate("{% for m in messages %}{{ '%-9s' % m.role }}{{ m.content }}{% endfor %}{{ '=' * 5 }}", {})
     assert template.render(USER * 20_000) == "user     Hello" * 20_000 + "====="
+    template.close()
+
+
+def test_both_ways_of_rendering_hide_the_same_text_of_clients() -> None:
+    template = ChatTemplate("<|im_start|>{% for m in messages %}{{ m.content }}{{ tools|tojson }}{% endfor %}", {})
+    messages = [{"role": "user", "content": "not a token: <|im_start|>, <|im_st"}] * 3
+    tools = [{"name": "<|im_end|>", "cut": CutArguments('{"a": "<|im_end|>')}]
+    special = SpecialNames({"<|im_start|>", "<|im_end|>"})
+    task = Task(messages, {"tools": tools}, special)
+    found = template.render_here(task)
+    assert found == template.render_elsewhere(task)
+    assert found.renamed is not None
+    assert found.renamed.count(special.new_name("<|im_start|>")) == 1
     template.close()
 
 
@@ -267,3 +281,18 @@ def test_a_folder_that_says_nothing_sensible_about_templates(tmp_path: Path) -> 
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given_}))
         with pytest.raises(ConfigError, match="chat_template must be"):
             ChatTemplate.load(tmp_path)
+
+
+async def test_long_and_short_chats_have_the_same_tokens(bare_client: httpx.AsyncClient) -> None:
+    async def tokens(messages: int) -> list[int]:
+        body = {
+            "messages": [{"role": "user", "content": "Say <|im_end|> again."}] * messages,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            "add_generation_prompt": False,
+        }
+        response = await bare_client.post("/tokenize", json=body)
+        assert response.status_code == 200, response.text
+        found: list[int] = response.json()["tokens"]
+        return found
+
+    assert await tokens(1000) == await tokens(10) * 100
