@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 import os
 import secrets
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "TANDEM_SECRET"
 MIN_SECRET_BYTES = 16
@@ -72,8 +75,12 @@ def is_local(address: str) -> bool:
 
 def check_reachable(secret: bytes, setting: str, address: str) -> None:
     """Raises ConfigError where others could reach `address` and nobody has to know a secret."""
-    if address and not secret and not is_local(address):
+    if secret or not address:
+        return
+    if not is_local(address):
         raise ConfigError(
             f"{setting} {address}: other machines can reach it, so a secret is needed, the same for routers, workers "
             f"and store nodes: give secret_file, or set {VARIABLE} ({HOW_TO_MAKE})"
         )
+    if not address.startswith("unix:"):
+        log.warning("%s %s: without a secret, every user of this machine may give orders there", setting, address)

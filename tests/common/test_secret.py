@@ -64,11 +64,15 @@ def test_what_is_written_is_for_this_user_alone(tmp_path: Path) -> None:
         ("db:1", False),
     ],
 )
-def test_only_loopback_may_be_listened_on_without_a_secret(address: str, local: bool) -> None:
+def test_only_loopback_may_be_listened_on_without_a_secret(
+    address: str, local: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     assert is_local(address) is local
     check_reachable(SECRET, "listen", address)
+    assert not caplog.records
     if local:
         check_reachable(b"", "listen", address)
+        assert bool(caplog.records) is not address.startswith("unix:")
     else:
         with pytest.raises(ConfigError, match=rf"listen .*secret_file.*{VARIABLE}"):
             check_reachable(b"", "listen", address)

@@ -150,11 +150,13 @@ class Rows:
 class Rig:
     """One server and one pool that reach each other over one transport."""
 
-    def __init__(self, transport: str, folder: Path, settings: TransportSettings) -> None:
+    def __init__(self, transport: str, folder: Path, settings: TransportSettings, key: bytes) -> None:
         self.transport = transport
+        self.key = key
         self.settings = settings
         self.sink = Sink()
-        self.server = KvServer(folder / "kv.sock", ("127.0.0.1", 0), PeerIdentity("d", 1, DIGEST), self.sink, settings)
+        identity = PeerIdentity("d", 1, DIGEST, key)
+        self.server = KvServer(folder / "kv.sock", ("127.0.0.1", 0), identity, self.sink, settings)
         self.server.start()
         self.both = self.server.endpoint
         self.endpoint = self.only(transport, self.both)
@@ -166,8 +168,9 @@ class Rig:
             return Endpoint(endpoint.worker_id, endpoint.worker_epoch, endpoint.host_id, endpoint.unix_path)
         return Endpoint(endpoint.worker_id, endpoint.worker_epoch, host=endpoint.host, port=endpoint.port)
 
-    def new_pool(self, digest: bytes = DIGEST) -> KvClientPool:
-        return KvClientPool(PeerIdentity("p", 1, digest), self.settings)
+    def new_pool(self, digest: bytes = DIGEST, key: bytes | None = None) -> KvClientPool:
+        """`key` None: the server's."""
+        return KvClientPool(PeerIdentity("p", 1, digest, self.key if key is None else key), self.settings)
 
     def listener(self) -> Listener:
         return Listener()
@@ -199,10 +202,11 @@ def transport(request: pytest.FixtureRequest) -> str:
 def make_rig(transport: str, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def make(**settings: float) -> Rig:
+    def make(key: bytes = b"", **settings: float) -> Rig:
+        """`key`: of both ends."""
         folder = tmp_path / str(len(rigs))
         folder.mkdir()
-        rigs.append(Rig(transport, folder, TransportSettings(**settings)))  # type: ignore[arg-type]
+        rigs.append(Rig(transport, folder, TransportSettings(**settings), key))  # type: ignore[arg-type]
         return rigs[-1]
 
     yield make

@@ -29,6 +29,35 @@ def test_a_wrong_digest_is_refused_for_good_and_names_both(rig):
     assert not rig.sink.opened_streams
 
 
+def test_both_ends_prove_the_secret_once_and_hand_over(make_rig):
+    rig = make_rig(key=b"k" * 32)
+    for number in range(3):
+        rows = rig.rows(seed=number)
+        stream, listener = rig.open(f"r{number}", rows)
+        rows.send(stream)
+        assert listener.ending() == ("done", "")
+        assert rows.equal(rig.sink.data[f"r{number}", 1])
+    assert rig.server.stats().open_connections == 1
+
+
+@pytest.mark.parametrize(
+    ("server_key", "client_key", "message"),
+    [
+        (b"k" * 32, b"o" * 32, "another secret"),
+        (b"k" * 32, b"", "this process has none"),
+        (b"", b"k" * 32, "it may have no secret"),
+    ],
+)
+def test_without_the_same_secret_nothing_is_handed_over(make_rig, server_key, client_key, message):
+    rig = make_rig(key=server_key)
+    pool = rig.new_pool(key=client_key)
+    _, listener = rig.open("r", rig.rows(), pool=pool)
+    assert listener.ending() == ("lost", "unreachable")
+    assert message in listener.endings[0][1].message
+    pool.close()
+    assert not rig.sink.opened_streams
+
+
 def test_another_protocol_version_is_refused_for_good(rig):
     """A server of a later version, as this client sees it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
