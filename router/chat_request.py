@@ -10,7 +10,7 @@ from tandem.common.sampling import MAX_LOGPROBS
 from tandem.router.bad_words import bad_word_tokens
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
-from tandem.router.constraints import CheckedConstraint, constraint_of
+from tandem.router.constraints import Asking, CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_errors import renamed
 from tandem.router.http_types import ChatBody, template_variables
@@ -48,13 +48,14 @@ async def chat_prompt(
     model = service.model
     model.check_name(body.model)
     body.check()
-    answer = await constraint_of(body, model.text)
+    asking = Asking(caller, model.text, body.n or 1)
+    answer = await constraint_of(body, asking)
     tools = await tool_use(
         body.tools,
         body.tool_choice,
         parallel=body.parallel_tool_calls is not False,
         format=model.template.tool_format if model.template else None,
-        text=model.text,
+        asking=asking,
         answer=answer,
     )
     chat = await model.render_chat(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tandem.router.bad_words import bad_word_tokens
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec, with_seeds
-from tandem.router.constraints import CheckedConstraint, constraint_of
+from tandem.router.constraints import Asking, CheckedConstraint, constraint_of
 from tandem.router.dispatch import SequenceSpec
 from tandem.router.http_types import MAX_CHOICES, CompletionBody
 from tandem.router.named_contexts import recipe
@@ -26,7 +26,7 @@ async def plan_completion(body: CompletionBody, service: Service, caller: Caller
     prompts = await _prompts_after_context(body, service, caller)
     if len(prompts) * n > MAX_CHOICES:
         raise invalid("prompt", f"x n may make at most {MAX_CHOICES} choices, got {len(prompts) * n}")
-    checked = await constraint_of(body, service.model.text)
+    checked = await constraint_of(body, Asking(caller, service.model.text, len(prompts) * n))
     bad_words = await bad_word_tokens(body.bad_words, service.model.text, service.model.vocab_size)
     choices: list[ChoiceSpec] = []
     for prompt in prompts:

@@ -6,7 +6,6 @@ event loop. Answers are kept, bad ones too, so that sending the same bomb again 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import signal
@@ -14,19 +13,22 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.common.fair_work import FairWork
+from tandem.router.caller import Caller
 from tandem.router.structured.prepare import SchemaOptions
 
-PROCESSES = 2
+PROCESSES = 3
 """Checks at once: one that runs long does not hold up the others. They are started when they are needed."""
-MAX_WAITING = 64
-"""More are refused, so that nobody waits for long behind somebody's bombs."""
+SHARE = 2
+"""Of them that one tenant may keep busy, so that another's check starts at once."""
+MAX_WAITING = 32
+"""Checks of one tenant; more are refused, so that nobody waits for long behind bombs of their own."""
 MAX_KEPT = 128
 """Answers."""
 PATIENCE_S = 30.0
@@ -56,6 +58,8 @@ class Answer:
     rules: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     """Places in a schema that the output is not held to."""
+    mask_s: float = 0.0
+    """Processor time to find what may come next, on average."""
 
 
 _DECODER = msgspec.json.Decoder(Answer)
@@ -65,26 +69,20 @@ class ConstraintCheck:
     """Checks for any number of event loops and threads."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(PROCESSES, "constraint-check")
+        self._work = FairWork("constraint-check", PROCESSES, max_waiting=MAX_WAITING, share=SHARE)
         self._mine = threading.local()
         self._known: OrderedDict[Question, Answer] = OrderedDict()
-        self._waiting = 0
 
-    async def answer(self, question: Question) -> Answer:
-        """Raises TandemError `overloaded`, `unavailable` where none can be had now."""
+    async def answer(self, question: Question, caller: Caller) -> Answer:
+        """In `caller`'s turn. Raises TandemError `overloaded`, `unavailable` where none can be had now."""
         known = self._known.get(question)
         if known is not None:
             self._known.move_to_end(question)
             return known
-        if self._waiting >= MAX_WAITING:
-            raise TandemError("overloaded", "too many schemas and grammars wait to be checked", retry_after_s=1.0)
-        self._waiting += 1
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, question)
+            found = await self._work.run(caller.tenant, caller.weight, self._ask, question)
         except OSError as error:
             raise TandemError("unavailable", f"constraints cannot be checked ({error})", retry_after_s=1.0) from error
-        finally:
-            self._waiting -= 1
         self._known[question] = found
         if len(self._known) > MAX_KEPT:
             self._known.popitem(last=False)
@@ -103,7 +101,7 @@ class ConstraintCheck:
                 return _DECODER.decode(line)
             status = -process.wait()
             if status == signal.SIGPROF:
-                return Answer("it takes too long to compile; make it smaller")
+                return Answer("it takes too long to compile, or to find what may come next; make it smaller")
             if status in _NESTED:
                 return Answer("it is nested too deeply or needs too much memory; make it smaller")
         return Answer(f"it ended the process that checks it, {_TRIES} times (status {-status}); make it smaller")

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from tandem.common.constraint_limits import MAX_LEXER_STATES, MAX_ROW_ITEMS
+from tandem.common.constraint_limits import MASK_S, MAX_LEXER_STATES, MAX_ROW_ITEMS
 from tandem.router.structured.lark import endless
 from tandem.router.structured.prepare import SchemaOptions, prepare
 
@@ -32,8 +32,10 @@ STACK_BYTES = 2 << 20
 """A quarter of what threads have elsewhere, so that what passes here is safe in a worker."""
 WALKS = 2
 WALK_TOKENS = 48
-WALK_S = 0.1
-"""Processor time of all walks."""
+WALK_S = 0.5
+"""Processor time of all walks: after it, they end."""
+WARM_UP_S = 0.1
+"""Of it, what the first masks may take; the others `MASK_S` each."""
 _PLACE = re.compile(r"^at \d+\(\d+\): (?=failed to compile JSON schema)|\n +\d+ \| start: %json.*", re.DOTALL)
 _LIMITS = LLParserLimits(max_items_in_row=MAX_ROW_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
@@ -54,13 +56,19 @@ def _used(question: dict[str, Any]) -> dict[str, Any]:
     """Raises ValueError, RecursionError, and what the library does not catch."""
     kind, text, tokenizer = question["kind"], question["text"], question["tokenizer"]
     if kind != "json_schema":
-        _warnings(text if kind == "lark" else _regex_as_lark(text), tokenizer)
-        return {"problem": ""}
+        _, mask_s = _checked(text if kind == "lark" else _regex_as_lark(text), tokenizer)
+        return {"problem": "", "mask_s": mask_s}
     prepared = prepare(text, SchemaOptions(**question["options"]), question["prefix"], _pattern_problem)
-    warnings = _warnings("\n".join([f"start: {prepared.expression}", *prepared.rules]), tokenizer)
+    warnings, mask_s = _checked("\n".join([f"start: {prepared.expression}", *prepared.rules]), tokenizer)
     coerced = ["oneOf (taken as anyOf)"] if any("oneOf" in warning for warning in warnings) else []
     ignored = [*prepared.ignored, *coerced]
-    return {"problem": "", "expression": prepared.expression, "rules": prepared.rules, "ignored": ignored}
+    return {
+        "problem": "",
+        "expression": prepared.expression,
+        "rules": prepared.rules,
+        "ignored": ignored,
+        "mask_s": mask_s,
+    }
 
 
 def _regex_as_lark(regex: str) -> str:
@@ -68,21 +76,21 @@ def _regex_as_lark(regex: str) -> str:
     return lark
 
 
-def _warnings(lark: str, tokenizer: str) -> list[str]:
-    """What the library says of a grammar that can be used. Raises ValueError where it cannot."""
+def _checked(lark: str, tokenizer: str) -> tuple[list[str], float]:
+    """What the library says of a grammar that can be used, and what a mask takes (s). Raises ValueError where it
+    cannot."""
     if endless(lark):
         raise ValueError("no text that ends can match it: its rules need themselves")
     vocabulary = _vocabulary(tokenizer)
     wrong, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark), vocabulary)
     if wrong:
         raise ValueError(messages[0] or "it is malformed")
-    if vocabulary is not None:
-        _walk(lark, vocabulary)
-    return messages
+    return messages, 0.0 if vocabulary is None else _walk(lark, vocabulary)
 
 
-def _walk(lark: str, vocabulary: LLTokenizer) -> None:
-    """Writes output as a model without sense would. Raises ValueError where it cannot go on."""
+def _walk(lark: str, vocabulary: LLTokenizer) -> float:
+    """Writes output as a model without sense would. Returns the processor time (s) of a mask. Raises ValueError where
+    it cannot go on, or takes too long."""
     matcher = LLMatcher(
         vocabulary,
         LLMatcher.grammar_from_lark(f'{lark}\n%llguidance {{"no_forcing": true}}'),
@@ -90,19 +98,29 @@ def _walk(lark: str, vocabulary: LLTokenizer) -> None:
         limits=_LIMITS,
     )
     ends = frozenset(vocabulary.eos_tokens)
-    until = time.thread_time() + WALK_S
+    costs: list[float] = []
     for seed in range(WALKS):
-        draw, one = random.Random(seed), matcher.deep_copy()
+        draw, one, token = random.Random(seed), matcher.deep_copy(), -1
         for _ in range(WALK_TOKENS):
-            token = -1 if one.is_error() or one.is_stopped() else _any_of(one.compute_bitmask(), draw, ends)
+            started = time.thread_time()
+            if token >= 0:
+                one.consume_token(token)
+            mask = b"" if one.is_error() or one.is_stopped() else one.compute_bitmask()
+            costs.append(time.thread_time() - started)
+            token = _any_of(mask, draw, ends) if mask else -1
             if one.is_error():
                 reason = one.get_error().splitlines()[0]
                 raise ValueError(
                     "no text can match it" if reason == "NoExtensionBias" else f"it takes too much: {reason}"
                 )
-            if token < 0 or time.thread_time() > until:
+            if token < 0 or sum(costs) > WALK_S:
                 break
-            one.consume_token(token)
+    if sum(costs) > WARM_UP_S + MASK_S * len(costs):
+        raise ValueError(
+            f"to find what may come next takes {1000 * sum(costs) / len(costs):.0f} ms a token, the most is "
+            f"{1000 * MASK_S:.0f} ms; use fewer rules that match the same text"
+        )
+    return sum(costs[1:]) / max(len(costs) - 1, 1)
 
 
 def _any_of(mask: bytes, draw: random.Random, ends: frozenset[int]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from tandem.common.sampling import Constraint
+from tandem.router.caller import Caller
 from tandem.router.constraint_check import CHECK, Answer, Question
 from tandem.router.json_depth import PROBLEM, too_deep
 from tandem.router.sampling_fields import SamplingFields, invalid
@@ -24,6 +25,8 @@ from tandem.router.tools.grammar import literal
 MAX_CONSTRAINT_CHARACTERS = 128 * 1024
 """Of a schema, expression or grammar. OpenAI's limit on schemas is about the same."""
 MAX_CHOICES_LISTED = 1024
+ALL_MASKS_S = 0.25
+"""Processor time to find what may come next in all answers of a request, on average."""
 
 
 class JsonSchemaFormat(msgspec.Struct):
@@ -74,7 +77,17 @@ class CheckedConstraint:
     rules: tuple[str, ...] = ()
 
 
-async def constraint_of(fields: ConstraintFields, text: ModelText) -> CheckedConstraint | None:
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Whose constraint it is, and for how much of what model."""
+
+    caller: Caller
+    text: ModelText
+    answers: int = 1
+    """That the request is to have."""
+
+
+async def constraint_of(fields: ConstraintFields, asking: Asking) -> CheckedConstraint | None:
     """Raises TandemError `invalid_request` where it cannot be used, or where more than one is asked for."""
     found = _found(fields)
     if not found:
@@ -83,25 +96,25 @@ async def constraint_of(fields: ConstraintFields, text: ModelText) -> CheckedCon
         raise invalid(found[1][0], f"cannot be combined with {found[0][0]}; one of them says what the output must be")
     param, constraint = found[0]
     if constraint.kind == "json_schema":
-        return await checked_schema(constraint.text, _options(fields), param, text, place=_PLACES.get(param, param))
-    await check(constraint, param, text)
+        return await checked_schema(constraint.text, _options(fields), param, asking, place=_PLACES.get(param, param))
+    await check(constraint, param, asking)
     return CheckedConstraint(constraint)
 
 
-async def check(constraint: Constraint, param: str, text: ModelText) -> None:
+async def check(constraint: Constraint, param: str, asking: Asking) -> None:
     """Checks an expression or a grammar. Raises TandemError `invalid_request` naming `param`."""
-    await _answer(Question(constraint.kind, constraint.text, str(text.path)), param)
+    await _answer(Question(constraint.kind, constraint.text, str(asking.text.path)), param, asking)
 
 
 async def checked_schema(
-    schema: str, options: SchemaOptions, param: str, text: ModelText, *, prefix: str = "s", place: str = ""
+    schema: str, options: SchemaOptions, param: str, asking: Asking, *, prefix: str = "s", place: str = ""
 ) -> CheckedConstraint:
     """`prefix`: of the names of its rules, in a grammar that holds several. `place`: where in the request the schema
     is; empty: `param`.
 
     Raises TandemError `invalid_request` naming `param`.
     """
-    answer = await _answer(Question("json_schema", schema, str(text.path), options, prefix), param)
+    answer = await _answer(Question("json_schema", schema, str(asking.text.path), options, prefix), param, asking)
     if answer.expression.startswith("%json "):
         constraint = Constraint("json_schema", answer.expression.removeprefix("%json "))
     else:
@@ -110,13 +123,20 @@ async def checked_schema(
     return CheckedConstraint(constraint, ignored, answer.expression, answer.rules)
 
 
-async def _answer(question: Question, param: str) -> Answer:
+async def _answer(question: Question, param: str, asking: Asking) -> Answer:
     size = len(question.text)
     if size > MAX_CONSTRAINT_CHARACTERS:
         raise invalid(param, f"may have at most {MAX_CONSTRAINT_CHARACTERS} characters, got {size}")
-    answer = await CHECK.answer(question)
+    answer = await CHECK.answer(question, asking.caller)
     if answer.problem:
         raise invalid(param, f"cannot be used: {answer.problem}")
+    if asking.answers * answer.mask_s > ALL_MASKS_S:
+        raise invalid(
+            "n",
+            f"makes {asking.answers} answers, and to find what may come next with this {param} takes "
+            f"{1000 * answer.mask_s:.1f} ms for each token of each; the most is {1000 * ALL_MASKS_S:.0f} ms together: "
+            "ask for fewer answers, or use fewer rules that match the same text",
+        )
     return answer
 
 

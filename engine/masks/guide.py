@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.common.constraint_limits import MASK_S
 from tandem.common.sampling import Constraint
 from tandem.engine.masks.messages import Reply
 
 BUDGET_S = 2.0
 """Processor time that the masks of a tenant's sequences with one constraint may take together, and for each token"""
-BUDGET_PER_TOKEN_S = 0.005
-"""so much more. A mask of good will takes 0.01 to 1 ms."""
+BUDGET_PER_TOKEN_S = MASK_S
+"""so much more."""
 PROMPT_S = 0.005
 """A sequence whose last mask took longer is left out of steps until the next one is there."""
 MAX_STRIKES = 2

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import msgspec
 
 from tandem.common.sampling import Constraint
-from tandem.router.constraints import CheckedConstraint, check, checked_schema, schema_text
+from tandem.router.constraints import Asking, CheckedConstraint, check, checked_schema, schema_text
 from tandem.router.sampling_fields import invalid, shown
 from tandem.router.structured.prepare import SchemaOptions
-from tandem.router.tokenizer import ModelText
 from tandem.router.tools.events import ToolParser
 from tandem.router.tools.formats import ToolFormat
 from tandem.router.tools.grammar import literal
@@ -75,7 +74,7 @@ async def tool_use(
     *,
     parallel: bool,
     format: ToolFormat | None,
-    text: ModelText,
+    asking: Asking,
     answer: CheckedConstraint | None = None,
 ) -> ToolUse | None:
     """None where no call can come out. `answer`: what the output must be where it is no call.
@@ -99,7 +98,7 @@ async def tool_use(
     must_call = choice not in (None, "auto")
     constraint = None
     if must_call or answer is not None:
-        constraint = await _constraint(forced, parallel, format, text, None if must_call else answer)
+        constraint = await _constraint(forced, parallel, format, asking, None if must_call else answer)
     return ToolUse(format, tuple(tools), constraint)
 
 
@@ -126,10 +125,10 @@ def _check_tools(tools: list[Tool]) -> None:
 
 
 async def _constraint(
-    tools: list[Tool], parallel: bool, format: ToolFormat, text: ModelText, answer: CheckedConstraint | None
+    tools: list[Tool], parallel: bool, format: ToolFormat, asking: Asking, answer: CheckedConstraint | None
 ) -> CheckedConstraint:
     def mark(token: str) -> str:
-        found = text.token_id(token)
+        found = asking.text.token_id(token)
         return literal(token) if found is None else f"<[{found}]>"
 
     lines: list[str] = []
@@ -138,7 +137,7 @@ async def _constraint(
     for index, tool in enumerate(tools):
         name, param = f"arguments_{index}", f"tools[{index}].function.parameters"
         options = SchemaOptions(lenient=not tool.function.strict)
-        arguments = await checked_schema(_arguments_schema(tool), options, param, text, prefix=f"{name}_")
+        arguments = await checked_schema(_arguments_schema(tool), options, param, asking, prefix=f"{name}_")
         lines += [f"{name}: {arguments.expression}", *arguments.rules]
         ignored += arguments.ignored
         calls.append((tool.function.name, name))
@@ -150,7 +149,7 @@ async def _constraint(
         lines += answer.rules
         ignored += answer.ignored
     constraint = Constraint("lark", "\n".join([start, *format.rules(calls, parallel, mark), *lines]))
-    await check(constraint, "tools", text)
+    await check(constraint, "tools", asking)
     return CheckedConstraint(constraint, tuple(ignored))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,10 @@ import httpx
 import pytest
 
 from tandem.common.errors import TandemError
-from tandem.router import constraint_check
+from tandem.router import constraint_check, constraints
+from tandem.router.caller import ANYBODY, Caller
 from tandem.router.constraint_check import Answer, ConstraintCheck, Question
+from tests.router.conftest import until
 from tests.router.tool_models import bare_router, write_tool_model
 
 
@@ -30,7 +33,7 @@ def rules_in_a_row(count: int) -> str:
 
 
 async def problem(check: ConstraintCheck, kind: Literal["json_schema", "regex", "lark"], text: str) -> str:
-    return (await check.answer(Question(kind, text))).problem
+    return (await check.answer(Question(kind, text), ANYBODY)).problem
 
 
 async def test_what_overflows_the_stack_is_refused_and_the_next_check_goes_on() -> None:
@@ -79,21 +82,103 @@ async def test_what_ends_or_holds_up_the_process_is_refused(
 async def test_a_process_that_died_between_two_questions_is_replaced() -> None:
     check = ConstraintCheck()
     assert await problem(check, "regex", "a+") == ""
-    process = await asyncio.get_running_loop().run_in_executor(check._threads, check._process)
+    process = await check._work.run("default", 1.0, check._process)
     process.kill()
     for index in range(3):
         assert await problem(check, "regex", f"b{index}") == ""
 
 
-async def test_no_more_wait_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constraint_check, "MAX_WAITING", 2)
+class HeldCheck(ConstraintCheck):
+    """A stand-in for the processes, which answers when it is let go; says whose turn it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.begun: list[str] = []
+
+    def _ask(self, question: Question) -> Answer:
+        self.begun.append(question.text)
+        assert self.go.wait(60)
+        return Answer()
+
+
+def asked(check: ConstraintCheck, tenant: str, text: str) -> asyncio.Task[Answer]:
+    return asyncio.create_task(check.answer(Question("regex", text), Caller(tenant)))
+
+
+async def test_a_tenant_waits_for_its_own_checks_only() -> None:
+    check = HeldCheck()
+    many = [asked(check, "many", f"m{index}") for index in range(24)]
+    await until(lambda: len(check.begun) == constraint_check.SHARE)
+    other = asked(check, "other", "o")
+    await until(lambda: len(check.begun) == constraint_check.SHARE + 1)
+    assert check.begun[-1] == "o", "a place is left, though 22 came earlier"
+    third = asked(check, "third", "t")
+    await until(lambda: check._work.waiting("third") == 1)
+    check.go.set()
+    await asyncio.gather(*many, other, third)
+    assert check.begun.index("t") < len(check.begun) - 10, "its turn comes before theirs"
+
+
+async def test_more_checks_of_a_tenant_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraint_check, "MAX_WAITING", 4)
+    check = HeldCheck()
+    tasks = [asked(check, "many", f"m{index}") for index in range(12)]
+    await until(lambda: sum(task.done() for task in tasks) >= 6)
+    other = asked(check, "other", "o")
+    check.go.set()
+    found = await asyncio.gather(*tasks, other, return_exceptions=True)
+    refused = [each for each in found if not isinstance(each, Answer)]
+    assert {(type(each), getattr(each, "code", "")) for each in refused} == {(TandemError, "overloaded")}
+    assert isinstance(found[-1], Answer)
+
+
+async def test_a_trivial_check_passes_beside_many_large_ones() -> None:
+    """The real processes: how many of the others end before it, not how long it takes."""
     check = ConstraintCheck()
-    found = await asyncio.gather(
-        *(problem(check, "regex", "a" * (1 + index)) for index in range(5)), return_exceptions=True
-    )
-    assert [answer for answer in found if isinstance(answer, str)] == ["", ""]
-    refused = [answer for answer in found if not isinstance(answer, str)]
-    assert [(type(answer), getattr(answer, "code", "")) for answer in refused] == [(TandemError, "overloaded")] * 3
+    large = json.dumps({f"property_{index}": {"type": "string", "maxLength": index + 1} for index in range(1500)})
+
+    async def one(index: int) -> Answer:
+        schema = f'{{"type": "object", "title": "{index}", "properties": {large}}}'
+        return await check.answer(Question("json_schema", schema), Caller("many"))
+
+    tasks = [asyncio.create_task(one(index)) for index in range(12)]
+    await asyncio.sleep(0)
+    assert (await check.answer(Question("regex", "a+"), Caller("other"))).problem == ""
+    assert sum(task.done() for task in tasks) < len(tasks) / 2
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def overlapping_rules(count: int) -> str:
+    rules = "".join(f'r{index}: "a"+ | "b" s | /[a-c]/ s\n' for index in range(count))
+    return f'start: s\ns: {" | ".join(f"s r{index}" for index in range(count))} | "a"\n{rules}'
+
+
+async def test_what_masks_cost_is_measured(bare_client: httpx.AsyncClient) -> None:
+    for count in (400, 100):
+        body = {"prompt": "a", "guided_grammar": overlapping_rules(count)}
+        response = await bare_client.post("/v1/completions", json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "guided_grammar"
+        assert "to find what may come next" in response.json()["error"]["message"]
+    response = await bare_client.post("/v1/completions", json={"prompt": "a", "guided_grammar": overlapping_rules(2)})
+    assert response.status_code == 503, "it is good, and there is no worker"
+
+
+async def test_the_number_of_answers_multiplies_what_masks_cost(
+    bare_client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraints, "ALL_MASKS_S", 1e-12)
+    for path, said in (
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 8}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 16}),
+    ):
+        response = await bare_client.post(path, json={**said, "guided_regex": "[a-z]{2,99}"})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "n"
+        assert "makes 16 answers" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
