@@ -20,6 +20,7 @@ import numpy as np
 from blake3 import blake3
 
 from tandem.common.errors import ConfigError
+from tandem.common.private import private_folder, private_opener
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +93,10 @@ class ContextFiles:
         """Raises OSError; then an older version is as it was."""
         path = self._path(context.owner, context.name)
         body = self._seal(msgspec.msgpack.encode(context), path.stem)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         unfinished = path.with_suffix(_UNFINISHED)
         try:
-            with unfinished.open("wb") as file:
+            with open(unfinished, "wb", opener=private_opener) as file:
                 file.write(_MAGIC + blake3(body).digest() + body)
                 file.flush()
                 os.fsync(file.fileno())

@@ -25,6 +25,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from tandem.common.errors import ConfigError
+from tandem.common.private import private_folder
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, StoreIntegrityError, TierName
 from tandem.kvstore.tiers.blockfile import Staging, takes_direct_io
 from tandem.kvstore.tiers.faults import FaultLog
@@ -173,7 +174,7 @@ class DiskTier:
 
     def _claim(self) -> int:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            private_folder(self.directory)
             fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tandem.common.errors import ConfigError
+from tandem.common.private import private_opener
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, StoreIntegrityError, TierName
 from tandem.kvstore.tiers.books import Books
 from tandem.kvstore.tiers.faults import FaultLog
@@ -35,7 +36,7 @@ class FolderTier:
         self._unique = itertools.count()
         self._closed = False
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there may be shared
             probe = self._unfinished()
             probe.touch()
             probe.unlink()
@@ -59,8 +60,8 @@ class FolderTier:
         unfinished = self._unfinished()
         try:
             path = self._path(key)
-            path.parent.mkdir(exist_ok=True)
-            with open(unfinished, "xb", buffering=0) as file:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with open(unfinished, "xb", buffering=0, opener=private_opener) as file:
                 for piece in (memoryview(page), content):
                     done = 0
                     while done < piece.nbytes:

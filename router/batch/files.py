@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from tandem.common.errors import ConfigError, TandemError
+from tandem.common.private import private_file, private_folder, private_opener
 from tandem.router.batch.records import FileRecord, new_id
 from tandem.router.batch.store import Index
 
+INDEX = "index.sqlite"
 MAX_FILE_BYTES = 200 << 20
 """Of one uploaded file, as OpenAI's batches."""
 MAX_UPLOADS = 32
@@ -49,8 +51,10 @@ class Storage:
         """By tenant."""
         self._closed = False
         try:
-            self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._index = self._thread.submit(Index, folder / "index.sqlite").result()
+            private_folder(folder)
+            private_folder(self._files)
+            private_file(folder / INDEX)  # SQLite gives the files that it adds the same mode
+            self._index = self._thread.submit(Index, folder / INDEX).result()
         except (OSError, sqlite3.Error) as error:
             self._thread.shutdown()
             raise ConfigError(f"--storage {folder}: cannot be used ({error})") from error
@@ -187,7 +191,7 @@ class Upload:
         part, self._buffer = self._buffer, bytearray()
         try:
             if self._file is None:
-                self._file = await asyncio.to_thread(self._partial.open, "wb", 0)
+                self._file = await asyncio.to_thread(open, self._partial, "wb", 0, opener=private_opener)
             await asyncio.to_thread(write_all, self._file.fileno(), part)
         except OSError as error:
             raise broken(error) from error

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.common.private import private_opener
 from tandem.router.batch.files import write_all
 from tandem.router.batch.records import BatchError, Counts
 from tandem.router.request_fields import BodyReader, log_ignored
@@ -172,7 +173,7 @@ class Results:
 class _Journal:
     def __init__(self, path: Path, done: set[str]) -> None:
         """Adds what it finds to `done`, and cuts off what a crash left after the last whole line."""
-        self._file = path.open("a+b", buffering=0)
+        self._file = os.fdopen(private_opener(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b", buffering=0)
         self.lines = 0
         self._size = 0
         with path.open("rb") as before:

@@ -67,6 +67,14 @@ def test_files_stay_within_their_bytes_whatever_is_deleted(tmp_path: Path) -> No
     again.close()
 
 
+def test_the_folder_is_closed_to_other_users(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    tier = DiskTier(tmp_path, 16 << 20)
+    assert put(tier, 1, b"x" * 4096)
+    tier.close()
+    assert not [path for path in (tmp_path, *tmp_path.iterdir()) if path.stat().st_mode & 0o077]
+
+
 def test_objects_larger_than_a_segment_are_stored_and_give_their_place_back(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 8 << 20)
     assert tier.segment_bytes < 1 << 20

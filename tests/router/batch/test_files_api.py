@@ -56,6 +56,23 @@ async def test_a_file_comes_back_as_it_was(office: Desk) -> None:
     assert answer.headers["content-length"] == str(len(content))
 
 
+async def test_the_storage_is_closed_to_other_users_also_one_that_was_open(tmp_path: Path) -> None:
+    (tmp_path / "storage" / "files").mkdir(parents=True)
+    (tmp_path / "storage" / files.INDEX).touch()
+    (tmp_path / "storage" / files.INDEX).chmod(0o644)
+    before = os.umask(0)
+    try:
+        storage = Storage(tmp_path / "storage")
+        async with storage.upload("alice") as upload:
+            await upload.write(b"{}")
+            await upload.finish("input.jsonl", 3600)
+        assert not [path for path in (tmp_path / "storage").rglob("*") if path.stat().st_mode & 0o077]
+        assert (tmp_path / "storage").stat().st_mode & 0o777 == 0o700
+        await storage.close()
+    finally:
+        os.umask(before)
+
+
 async def test_the_openai_client_manages_files(office: Desk) -> None:
     client = AsyncOpenAI(
         base_url=f"{office.router.url}/v1", api_key="none", http_client=httpx.AsyncClient(trust_env=False)
