@@ -480,7 +480,7 @@ async def test_lines_of_any_depth_get_an_answer(desk: OpenDesk, house: House) ->
     """What can just be read may be too deep to be written."""
     office = await desk(await house.decode())
     rows = []
-    for depth in [*range(100, 900, 100), *range(490, 510), *range(900, 1000)]:
+    for depth in range(80, 110):
         row = json.dumps(completion(str(depth), deep="DEEP"))
         rows.append(row.replace('"DEEP"', "[" * depth + "]" * depth))
     readable = [row for row in rows if await asyncio.to_thread(can_be_read, row)]

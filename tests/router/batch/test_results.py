@@ -47,7 +47,7 @@ def test_files_from_windows_are_taken(tmp_path: Path) -> None:
 
 
 def test_depth_is_counted_where_there_is_some() -> None:
-    wide = line("a", body={"prompt": "[" * 2000, "x": [[], {}] * 1000, "y": json.loads("[" * 400 + "]" * 400)})
+    wide = line("a", body={"prompt": "[" * 2000, "x": [[], {}] * 1000, "y": json.loads("[" * 90 + "]" * 90)})
     assert read(wide, 20_000)[1] == []
 
 
