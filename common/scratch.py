@@ -1,7 +1,8 @@
 """Private folders for what a process needs on disk while it lives: sockets, settings of children.
 
 Where a supervisor runs, they lie in its run folder and go with it. A folder of its own has a file that its owner keeps
-locked; the next process that makes one removes those whose owner is dead, as kill -9 leaves them.
+locked; the next process that makes one removes those whose owner is dead, as kill -9 leaves them, and ends what still
+runs for them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-RUN_FOLDER_VARIABLE = "TANDEM_SUPERVISOR_RUN_DIRECTORY"
-"""Set by a supervisor for its children: its own scratch folder."""
+from tandem.common.caretaker import RUN_FOLDER_VARIABLE, end_processes_of
+
 PREFIX = "tandem-"
 _LOCK = "owner.lock"
 _LONGEST = 70
@@ -81,6 +82,7 @@ def _remove_if_abandoned(root: Path, name: str) -> None:
             if not stat.S_ISREG(os.fstat(lock).st_mode):
                 return
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end_processes_of(str(root / name))
             shutil.rmtree(root / name)
         finally:
             os.close(lock)

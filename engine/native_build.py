@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from tandem.common.scratch import PREFIX, RUN_FOLDER_VARIABLE
+from tandem.common.caretaker import RUN_FOLDER_VARIABLE
+from tandem.common.scratch import PREFIX
 
 logger = logging.getLogger(__name__)
 

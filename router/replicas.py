@@ -12,8 +12,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.common.caretaker import RUN_FOLDER_VARIABLE
 from tandem.common.errors import ConfigError
-from tandem.common.scratch import RUN_FOLDER_VARIABLE
 
 PLACE_VARIABLE = "TANDEM_SUPERVISOR_REPLICA"
 """Set by a supervisor: index, count and the descriptor of the socket, with blanks between them."""

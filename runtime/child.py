@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tandem.common.caretaker import end_session
 from tandem.runtime.parent import WHERE_SIGNAL
 from tandem.runtime.probe import Probe
 
@@ -193,8 +194,7 @@ class Child:
         watch = asyncio.create_task(self._end_where_silent(process))
         try:
             status = await _ended(process)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # processes that it started must not outlive it
+            end_session(process.pid)  # what it started must not outlive it
             await asyncio.wait(words, timeout=_WORDS_S)
         finally:
             for task in (watch, *words):

@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 
+from tandem.common.caretaker import RUN_FOLDER_VARIABLE
 from tandem.common.ending import die_with_parent, is_orphan
-from tandem.common.scratch import RUN_FOLDER_VARIABLE
 
 SUPERVISOR_VARIABLE = "TANDEM_SUPERVISOR_PID"
 WHERE_SIGNAL = signal.SIGUSR2

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import yaml
 
+from tandem.common import caretaker
+from tandem.common.caretaker import RUN_FOLDER_VARIABLE
 from tandem.common.ending import ending_signals
-from tandem.common.scratch import RUN_FOLDER_VARIABLE, scratch_folder
+from tandem.common.scratch import scratch_folder
 from tandem.common.settings import CONFIG_VARIABLE, plain, settings_of
 from tandem.router.replicas import PLACE_VARIABLE, health_path
-from tandem.runtime import caretaker
 from tandem.runtime.child import PROBE_S, Child, ChildFailed, tell
 from tandem.runtime.parent import SUPERVISOR_VARIABLE
 from tandem.runtime.plan import ChildPlan
@@ -209,7 +210,7 @@ async def _end(child: Child, run: asyncio.Task[None], until: float) -> None:
 
 
 async def _keep_caretaker(run_folder: Path, stdin: int) -> None:
-    """Starts the process that removes the folder after this one, and again should it die before."""
+    """Starts the process that tidies up after this one, and again should it die before."""
     while True:
         started = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", caretaker.__file__, str(run_folder)),

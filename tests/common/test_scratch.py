@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tandem.common import scratch
-from tandem.common.scratch import RUN_FOLDER_VARIABLE, remove_abandoned, scratch_folder
+from tandem.common.caretaker import RUN_FOLDER_VARIABLE
+from tandem.common.scratch import remove_abandoned, scratch_folder
 
 HOLDS = """
 import sys, time
