@@ -73,7 +73,7 @@ def _plan_store(config: ServeConfig, run_directory: Path) -> list[ChildPlan]:
     if config.kv_node or not config.kv_host_bytes:
         return []
     own: dict[str, object] = {
-        "node_id": "kvstore",
+        "node_id": f"kvstore-{config.store_listen}" if config.store_listen else "kvstore",
         "listen": f"unix:{run_directory / 'kvstore.sock'}",
         "kv_node": str(run_directory / "kvstore.kv"),
         "kv_quotas": _quotas(config),

@@ -17,6 +17,7 @@ from typing import TypeVar
 import yaml
 
 from tandem.common.errors import ConfigError
+from tandem.common.hidden_arguments import has_password, hide_arguments
 from tandem.common.settings.fields import REQUIRED, Group, Setting, settings_of, with_dashes
 from tandem.common.settings.help import help_text
 from tandem.common.settings.sources import (
@@ -50,12 +51,14 @@ def parse_settings(
 
     `examples` are pairs (what it does, command line), shown below the help. Flags may be written with dashes or
     underscores, never abbreviated; a word without a flag is the setting `word`. `foreign` and `short`: see `Known`.
-    Prints and raises SystemExit(0) on `--help` and `--print-config`; raises ConfigError naming flag and remedy.
+    Secrets in `argv` are no longer shown by `ps` afterwards. Prints and raises SystemExit(0) on `--help` and
+    `--print-config`; raises ConfigError naming flag and remedy.
     """
     settings = settings_of(config_class)
     known = Known(settings, foreign, short, word)
     try:
         line = read_command_line(argv, known)
+        hide_arguments(_secrets(line.given, settings))
         if line.help is not None:
             print(_help(config_class, command, description, examples, line.help, word), end="")
             raise SystemExit(0)
@@ -75,6 +78,14 @@ def parse_settings(
         print(_as_yaml(filled, settings), end="")
         raise SystemExit(0)
     return filled
+
+
+def _secrets(given: Mapping[str, Given], settings: Mapping[str, Setting]) -> list[str]:
+    found: list[str] = []
+    for name, each in given.items():
+        if settings[name].secret:
+            found += each.raw if isinstance(each.raw, list) else [str(each.raw)]
+    return found
 
 
 def _parsed(setting: Setting, given: Given) -> object:
@@ -110,14 +121,14 @@ def _help(
 
 
 def _as_yaml(filled: object, settings: Mapping[str, Setting]) -> str:
-    """Groups as comments; secrets left out."""
+    """Groups as comments; secrets, and URLs with a password, left out."""
     lines: list[str] = []
     group = ""
     for setting in settings.values():
         if setting.group != group:
             group = setting.group
             lines.append(f"# {group}\n")
-        if setting.secret:
+        if setting.secret or has_password(str(getattr(filled, setting.name))):
             lines.append(f"# {setting.name}: not shown\n")
         else:
             value = yaml.safe_dump(plain(getattr(filled, setting.name)), default_flow_style=True, width=math.inf)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 import redis
 from redis.backoff import NoBackoff
+from redis.client import Pipeline
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
@@ -31,6 +33,10 @@ MAX_CONNECTIONS = 8
 MAX_OBJECT_BYTES = 64 << 20
 """Redis works on one command at a time: a larger value would make everybody wait."""
 SCAN_COUNT = 1000
+MAX_RECORD_BYTES = 64 << 10
+"""A longer one is none of ours; no more of it is fetched."""
+MAX_LISTED = 8_000_000
+"""Keys of one listing."""
 PACK_BYTES = 6000
 """Larger pieces of a command are sent from where they lie: hiredis would copy a content several times."""
 READ_AHEAD_BYTES = 16 << 20
@@ -155,7 +161,7 @@ class RedisTier:
             with self._client.pipeline(transaction=False) as pipe:
                 for key, offset, out in batch:
                     pipe.getrange(CONTENT + key, max(offset, 0), offset + max(out.nbytes, 1) - 1)
-                return list(pipe.execute())
+                return [answer if isinstance(answer, bytes) else b"" for answer in self._answers(pipe)]
 
         answers = self._attempt("read", fetch)
         if answers is None:
@@ -189,14 +195,25 @@ class RedisTier:
         """Record and content length of each."""
         with self._client.pipeline(transaction=False) as pipe:
             for key in keys:
-                pipe.get(INFO + key)
+                pipe.getrange(INFO + key, 0, MAX_RECORD_BYTES - 1)
                 pipe.strlen(CONTENT + key)
-            answers = pipe.execute()
-        return list(zip(answers[::2], answers[1::2], strict=True))
+            answers = self._answers(pipe)
+        return [
+            (body, size) if isinstance(body, bytes) and isinstance(size, int) else (None, 0)
+            for body, size in zip(answers[::2], answers[1::2], strict=True)
+        ]
+
+    def _answers(self, pipe: Pipeline) -> list[object]:
+        """One that is refused, because its key has another type, does not spoil those of other keys."""
+        answers: list[object] = pipe.execute(raise_on_error=False)
+        refused = next((answer for answer in answers if isinstance(answer, redis.ResponseError)), None)
+        if refused is not None:
+            self.faults.report("read", refused)
+        return answers
 
     def _scan(self) -> list[ObjectKey]:
-        found = {key[len(INFO) :] for key in self._client.scan_iter(match=INFO + b"*", count=SCAN_COUNT)}
-        return [ObjectKey(key) for key in found if len(key) == KEY_BYTES]
+        keys = islice(self._client.scan_iter(match=INFO + b"?" * KEY_BYTES, count=SCAN_COUNT), MAX_LISTED)
+        return [ObjectKey(key) for key in {key[len(INFO) :] for key in keys}]
 
     def _sizes(self) -> Iterable[tuple[ObjectKey, int]] | None:
         keys = self._attempt("list", self._scan)

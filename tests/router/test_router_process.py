@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import IO
 
 import httpx
 import psutil
@@ -39,12 +40,13 @@ class Process:
         return (await asyncio.wait_for(self.process.stdout.readline(), 90)).decode()
 
 
-async def start(worker: FakeWorker, model: Path, *flags: str) -> Process:
+async def start(worker: FakeWorker, model: Path, *flags: str, stderr: IO[bytes] | None = None) -> Process:
     port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PROGRAM, f"--model={model}", f"--decode-workers=[{worker.target}]", f"--port={port}"),
         *flags,
         stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
     )
     return Process(process, port)
 

