@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
@@ -14,7 +15,7 @@ from tandem.common.errors import TandemError
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec
 from tandem.router.generate import Usage
-from tandem.router.limits import Buckets, Limits, LocalBuckets, Reservation
+from tandem.router.limits import Buckets, Limits, LocalBuckets, RateLimited, Reservation
 from tandem.router.usage import UsageCollector, UsageLog
 
 REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded"})
@@ -27,6 +28,30 @@ class Accounts:
         self.usage = UsageLog(time.time)
         if registry is not None:
             registry.register(UsageCollector(self.usage))
+
+    @asynccontextmanager
+    async def entering(self, caller: Caller, size: Callable[[], int], *, generates: bool) -> AsyncIterator[None]:
+        """One request at a front door, from its arrival on. `size`: bytes that it had in the end; `generates`: it goes
+        to the workers, unless it is refused. Raises RateLimited."""
+        await self.limits.hear_before_entering(caller)
+        place = self.limits.enter(caller, tokens=generates)
+        read_in_vain = not generates
+        try:
+            yield
+        except RateLimited:
+            place.give_back()
+            read_in_vain = False
+            raise
+        except TandemError as error:
+            read_in_vain = read_in_vain or error.kind.http_status < 500
+            raise
+        except BaseException:  # the client has gone
+            read_in_vain = True
+            raise
+        finally:
+            if read_in_vain:
+                place.charge(size())
+            place.close()
 
     async def open(self, model: str, choices: Sequence[ChoiceSpec]) -> Charge:
         """Raises TandemError `permission_denied` or `rate_limit_exceeded`."""

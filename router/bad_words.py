@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tandem.router.caller import Caller
 from tandem.router.sampling_fields import invalid
 from tandem.router.tokenizer import ModelText
 
@@ -12,7 +13,9 @@ MAX_CHARACTERS = 256
 """Of a word."""
 
 
-async def bad_word_tokens(words: Sequence[str] | None, text: ModelText, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+async def bad_word_tokens(
+    words: Sequence[str] | None, text: ModelText, vocab_size: int, caller: Caller
+) -> tuple[tuple[int, ...], ...]:
     """Raises TandemError `invalid_request`.
 
     A model can still write a word with other tokens than the tokenizer would: only these sequences are forbidden.
@@ -21,13 +24,11 @@ async def bad_word_tokens(words: Sequence[str] | None, text: ModelText, vocab_si
         return ()
     if len(words) > MAX_WORDS:
         raise invalid("bad_words", f"may hold at most {MAX_WORDS} words, got {len(words)}")
-    found: dict[tuple[int, ...], None] = {}
+    spellings: dict[str, None] = {}
     for word in words:
         bare = word.lstrip()
         if not bare or len(word) > MAX_CHARACTERS:
             raise invalid("bad_words", f"must hold words of 1 to {MAX_CHARACTERS} characters that are not all blank")
-        for spelling in (bare, f" {bare}"):
-            token_ids = tuple(await text.encode(spelling, add_special_tokens=False))
-            if token_ids and max(token_ids) < vocab_size:
-                found[token_ids] = None
-    return tuple(found)
+        spellings |= {bare: None, f" {bare}": None}
+    found = map(tuple, await text.encode_all(list(spellings), caller=caller))
+    return tuple(dict.fromkeys(token_ids for token_ids in found if token_ids and max(token_ids) < vocab_size))

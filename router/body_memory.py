@@ -1,13 +1,15 @@
-"""Memory for the bodies of large requests, which all requests of the process share, by whichever door they come."""
+"""Memory for the bodies of requests, which all requests of the process share, by whichever door they come."""
 
 from __future__ import annotations
 
 from tandem.common.errors import TandemError
 
-LARGE_BODY_BYTES = 256 * 1024
-MAX_HELD_BYTES = 128 << 20
-"""Of bodies larger than that, from arrival to the end of the answer; what is made of them can be 20 times as large."""
+MAX_HELD_BYTES = 256 << 20
+"""Of all bodies, from arrival to the end of the answer; what is made of them can be 20 times as large. A tenant may
+hold as much as is left free then: one alone half of it, two that fill it a third each, and a newcomer finds room."""
 
+_held: dict[str, int] = {}
+"""By tenant."""
 _held_bytes = 0
 
 
@@ -19,25 +21,36 @@ def held_bytes() -> int:
 class BodyMemory:
     """What one request holds. `release` it whatever happens."""
 
-    __slots__ = ("_held",)
+    __slots__ = ("_size", "_tenant")
 
     def __init__(self) -> None:
-        self._held = 0
+        self._tenant = ""
+        self._size = 0
 
-    def hold(self, size: int) -> None:
-        """The body has so many bytes now. Raises TandemError `overloaded` where too much is held."""
-        if size > LARGE_BODY_BYTES:
-            self._take(size)
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def hold(self, size: int, tenant: str) -> None:
+        """The body of this tenant's request has so many bytes now. Raises TandemError `overloaded` where too much is
+        held."""
+        more = size - self._size
+        if _held.get(tenant, 0) + more > MAX_HELD_BYTES - (_held_bytes + more):
+            problem = f"requests of tenant `{tenant}` fill the memory that this router has for bodies"
+            raise TandemError("overloaded", f"{problem}; try again shortly", retry_after_s=1.0)
+        self._tenant = tenant
+        self._take(size)
 
     def release(self) -> None:
         """The request is over, and what was made of its body is gone."""
-        self._take(0)
+        if self._size:
+            self._take(0)
 
     def _take(self, size: int) -> None:
         global _held_bytes
-        more = size - self._held
-        if more > 0 and _held_bytes + more > MAX_HELD_BYTES:
-            problem = "large requests fill the memory that this router has for them; try again shortly"
-            raise TandemError("overloaded", problem, retry_after_s=1.0)
-        self._held = size
+        more = size - self._size
+        self._size = size
         _held_bytes += more
+        mine = _held[self._tenant] = _held.get(self._tenant, 0) + more
+        if not mine:
+            del _held[self._tenant]

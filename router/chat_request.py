@@ -68,6 +68,7 @@ async def chat_prompt(
     )
     prompt = await model.chat_prompt(
         chat,
+        caller=caller,
         add_special_tokens=bool(body.add_special_tokens),
         salt=caller.cache_salt(body.cache_salt or ""),
         any_length=any_length,
@@ -101,7 +102,7 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         max_tokens=max_tokens,
         logprobs=_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
-        bad_words=await bad_word_tokens(body.bad_words, model.text, model.vocab_size),
+        bad_words=await bad_word_tokens(body.bad_words, model.text, model.vocab_size, caller),
         constraint=checked.constraint if checked else None,
     )
     marked = tools is not None and any(map(model.text.is_special, tools.format.marks))

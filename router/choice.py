@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tandem.common.errors import TandemError
+from tandem.common.fair_work import FairWork
 from tandem.proto import worker_pb2
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.admission import Admission
@@ -67,6 +68,8 @@ class CallContext:
     worker_wait_s: float
     keepalive_s: float
     admission: Admission
+    answers: FairWork
+    """Threads for what takes long to write."""
     retries: RetryBudget = field(default_factory=RetryBudget)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tandem.router.bad_words import bad_word_tokens
 from tandem.router.caller import Caller
 from tandem.router.choice import ChoiceSpec, with_seeds
@@ -27,7 +29,7 @@ async def plan_completion(body: CompletionBody, service: Service, caller: Caller
     if len(prompts) * n > MAX_CHOICES:
         raise invalid("prompt", f"x n may make at most {MAX_CHOICES} choices, got {len(prompts) * n}")
     checked = await constraint_of(body, Asking(caller, service.model.text, len(prompts) * n))
-    bad_words = await bad_word_tokens(body.bad_words, service.model.text, service.model.vocab_size)
+    bad_words = await bad_word_tokens(body.bad_words, service.model.text, service.model.vocab_size, caller)
     choices: list[ChoiceSpec] = []
     for prompt in prompts:
         choices += with_seeds(_spec(body, prompt, service, caller, checked, bad_words), n)
@@ -43,15 +45,16 @@ async def _prompts_after_context(body: CompletionBody, service: Service, caller:
             max_model_len=service.max_model_len,
         )
         special = body.add_special_tokens is not False
-        return await _prompts(body.prompt, service, add_special_tokens=special, truncation=truncation)
+        return await _prompts(body.prompt, service, caller, add_special_tokens=special, truncation=truncation)
     before = await recipe(service, caller, body.context)
-    prompts = await _prompts(body.prompt, service, add_special_tokens=False)  # the context begins the sequence
+    prompts = await _prompts(body.prompt, service, caller, add_special_tokens=False)  # the context begins the sequence
     return [Prompt([*before, *prompt.token_ids]) for prompt in prompts]
 
 
 async def _prompts(
     given: str | list[str | int | list[int]],
     service: Service,
+    caller: Caller,
     *,
     add_special_tokens: bool,
     truncation: Truncation | None = None,
@@ -60,21 +63,30 @@ async def _prompts(
     model = service.model
 
     async def of_text(text: str, param: str) -> Prompt:
-        return await model.text_prompt(text, param=param, add_special_tokens=add_special_tokens, truncation=truncation)
+        return await model.text_prompt(
+            text, param=param, caller=caller, add_special_tokens=add_special_tokens, truncation=truncation
+        )
 
     if isinstance(given, str):
         return [await of_text(given, "prompt")]
     if not given:
         raise invalid("prompt", "must not be empty")
-    texts = [item for item in given if isinstance(item, str)]
-    ids = [item for item in given if isinstance(item, int)]
-    lists = [item for item in given if isinstance(item, list)]
-    if len(ids) == len(given):
-        return [model.token_prompt(ids, param="prompt", truncation=truncation)]
+    if isinstance(given[0], int):
+        kept = given if truncation is None else truncation.cut(given)
+        model.check_length(len(kept), "prompt")
+        ids = [item for item in kept if isinstance(item, int)]
+        if len(ids) == len(kept):
+            return [model.token_prompt(ids, param="prompt")]
     if len(given) > MAX_CHOICES:
         raise invalid("prompt", f"may hold at most {MAX_CHOICES} prompts, got {len(given)}")
+    texts = [item for item in given if isinstance(item, str)]
+    lists = [item for item in given if isinstance(item, list)]
     if len(texts) == len(given):
-        return [await of_text(text, f"prompt[{i}]") for i, text in enumerate(texts)]
+        prompts: list[Prompt] = []
+        for index, text in enumerate(texts):
+            prompts.append(await of_text(text, f"prompt[{index}]"))
+            await asyncio.sleep(0)  # each may take a millisecond
+        return prompts
     if len(lists) == len(given):
         return [model.token_prompt(entry, param=f"prompt[{i}]", truncation=truncation) for i, entry in enumerate(lists)]
     raise invalid("prompt", "must be a string, strings, token ids, or lists of token ids, not a mixture")

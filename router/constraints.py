@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
-
+from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint
 from tandem.router.caller import Caller
 from tandem.router.constraint_check import CHECK, Answer, Question
 from tandem.router.json_depth import PROBLEM, too_deep
 from tandem.router.sampling_fields import SamplingFields, invalid
+from tandem.router.strict_fields import Fields
 from tandem.router.structured.prepare import WHITESPACE, SchemaOptions
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.grammar import literal
@@ -29,19 +29,19 @@ ALL_MASKS_S = 0.25
 """Processor time to find what may come next in all answers of a request, on average."""
 
 
-class JsonSchemaFormat(msgspec.Struct):
+class JsonSchemaFormat(Fields):
     name: str | None = None
     description: str | None = None
     schema: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct):
+class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(msgspec.Struct):
+class StructuredOutputs(Fields):
     """vLLM's. At most one of those that say what the output must be; the others are options of a JSON schema."""
 
     json: dict[str, Any] | str | None = None
@@ -124,9 +124,8 @@ async def checked_schema(
 
 
 async def _answer(question: Question, param: str, asking: Asking) -> Answer:
-    size = len(question.text)
-    if size > MAX_CONSTRAINT_CHARACTERS:
-        raise invalid(param, f"may have at most {MAX_CONSTRAINT_CHARACTERS} characters, got {size}")
+    if len(question.text) > MAX_CONSTRAINT_CHARACTERS:
+        raise _too_long(param)
     answer = await CHECK.answer(question, asking.caller)
     if answer.problem:
         raise invalid(param, f"cannot be used: {answer.problem}")
@@ -174,7 +173,10 @@ def _found(fields: ConstraintFields) -> list[tuple[str, Constraint]]:
             ("structured_outputs.regex", _regex(given.regex)),
             ("structured_outputs.choice", _choice("structured_outputs.choice", given.choice)),
             ("structured_outputs.grammar", _grammar(given.grammar)),
-            ("structured_outputs.json_object", _schema({"type": "object"}) if given.json_object else None),
+            (
+                "structured_outputs.json_object",
+                _schema({"type": "object"}, "structured_outputs.json_object") if given.json_object else None,
+            ),
         ]
     return [(param, constraint) for param, constraint in found if constraint is not None]
 
@@ -183,15 +185,17 @@ def _response_format(given: ResponseFormat | None) -> Constraint | None:
     if given is None or given.type == "text":
         return None
     if given.type == "json_object":
-        return _schema({"type": "object"})
+        return _schema({"type": "object"}, "response_format")
     if given.json_schema is None or given.json_schema.schema is None:
         raise invalid("response_format.json_schema.schema", "is required with type json_schema")
-    return _schema(given.json_schema.schema)
+    return _schema(given.json_schema.schema, "response_format.json_schema.schema")
 
 
 def _json(param: str, given: dict[str, Any] | str | None) -> Constraint | None:
     if not isinstance(given, str):
-        return None if given is None else _schema(given)
+        return None if given is None else _schema(given, param)
+    if len(given) > MAX_CONSTRAINT_CHARACTERS:
+        raise _too_long(param)
     try:
         schema = json.loads(given)
     except (ValueError, RecursionError) as error:
@@ -203,12 +207,29 @@ def _json(param: str, given: dict[str, Any] | str | None) -> Constraint | None:
     return Constraint("json_schema", given)  # as it came: the numbers are exact in it
 
 
-def _schema(schema: dict[str, Any]) -> Constraint:
-    return Constraint("json_schema", schema_text(schema))
+def _schema(schema: dict[str, Any], param: str) -> Constraint:
+    return Constraint("json_schema", schema_text(schema, param))
 
 
-def schema_text(schema: dict[str, Any]) -> str:
+def schema_text(schema: dict[str, Any], param: str) -> str:
+    """Raises TandemError naming `param` where it would be too long, before it is written."""
+    left = MAX_CONSTRAINT_CHARACTERS
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        left -= len(part) if isinstance(part, str) else 1
+        if left < 0:
+            raise _too_long(param)
+        if isinstance(part, dict):
+            parts += part.keys()
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
     return json.dumps(schema, ensure_ascii=False)
+
+
+def _too_long(param: str) -> TandemError:
+    return invalid(param, f"may have at most {MAX_CONSTRAINT_CHARACTERS} characters")
 
 
 def _regex(given: str | None) -> Constraint | None:
@@ -222,6 +243,8 @@ def _grammar(given: str | None) -> Constraint | None:
 def _choice(param: str, given: Sequence[str] | None) -> Constraint | None:
     if given is None:
         return None
-    if not given or not all(given) or len(given) > MAX_CHOICES_LISTED:
+    if not given or len(given) > MAX_CHOICES_LISTED or not all(given):
         raise invalid(param, f"must hold 1 to {MAX_CHOICES_LISTED} strings, none of them empty")
+    if sum(map(len, given)) > MAX_CONSTRAINT_CHARACTERS:
+        raise _too_long(param)
     return Constraint("lark", "start: " + " | ".join(map(literal, dict.fromkeys(given))))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +18,7 @@ from tandem.router.dispatch import SequenceSpec
 from tandem.router.sampling_fields import check_salt, in_range, invalid, output_tokens
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
+from tandem.router.strict_fields import Fields
 from tandem.router.truncation import Side, truncation_of
 
 MAX_INPUTS = 2048
@@ -30,7 +31,7 @@ Vector = npt.NDArray[np.float32]
 _POOLING = {"mean": worker_pb2.POOLING_MEAN, "last": worker_pb2.POOLING_LAST}
 
 
-class EmbeddingsBody(msgspec.Struct):
+class EmbeddingsBody(Fields):
     input: str | list[str | int | list[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -50,7 +51,7 @@ async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller
     service.model.check_name(body.model)
     in_range("priority", body.priority, -(2**31), 2**31 - 1)
     check_salt(body.cache_salt)
-    prompts = await _prompts(body, service)
+    prompts = await _prompts(body, service, caller)
     specs = [_spec(prompt, body, service, caller) for prompt in prompts]
     return (specs[start : start + AT_ONCE] for start in range(0, len(specs), AT_ONCE))
 
@@ -64,7 +65,7 @@ def vectors(choices: Sequence[Choice], dimensions: int | None) -> list[Vector]:
     return found
 
 
-async def _prompts(body: EmbeddingsBody, service: Service) -> list[Prompt]:
+async def _prompts(body: EmbeddingsBody, service: Service, caller: Caller) -> list[Prompt]:
     """The four forms: a text, texts, token ids, lists of token ids."""
     model, given = service.model, body.input
     truncation = truncation_of(
@@ -77,23 +78,29 @@ async def _prompts(body: EmbeddingsBody, service: Service) -> list[Prompt]:
 
     async def of_text(text: str, param: str) -> Prompt:
         special = body.add_special_tokens is not False
-        return await model.text_prompt(text, param=param, add_special_tokens=special, truncation=truncation)
+        return await model.text_prompt(
+            text, param=param, caller=caller, add_special_tokens=special, truncation=truncation
+        )
 
     if isinstance(given, str):
         return [await of_text(given, "input")]
     if not given:
         raise invalid("input", "must not be empty")
-    ids = [item for item in given if isinstance(item, int)]
-    if len(ids) == len(given):
-        return [model.token_prompt(ids, param="input", truncation=truncation)]
+    if isinstance(given[0], int):
+        kept = given if truncation is None else truncation.cut(given)
+        model.check_length(len(kept), "input")
+        ids = [item for item in kept if isinstance(item, int)]
+        if len(ids) == len(kept):
+            return [model.token_prompt(ids, param="input")]
     if len(given) > MAX_INPUTS:
         raise invalid("input", f"may hold at most {MAX_INPUTS} inputs, got {len(given)}")
-    if ids:
+    if any(isinstance(item, int) for item in given):
         raise invalid("input", "must be a string, strings, token ids, or lists of token ids, not a mixture")
     prompts: list[Prompt] = []
     for index, item in enumerate(given):
         if isinstance(item, str):
             prompts.append(await of_text(item, f"input[{index}]"))
+            await asyncio.sleep(0)  # each may take a millisecond
         elif isinstance(item, list):
             prompts.append(model.token_prompt(item, param=f"input[{index}]", truncation=truncation))
     return prompts

@@ -25,6 +25,10 @@ MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 """A client that leaves this much unread is cut off. An upper estimate, see `Choice.buffered_bytes`."""
 
 
+SUBMITTING_S = 0.01
+"""Of one turn of the event loop."""
+
+
 @dataclass(slots=True)
 class Usage:
     prompt_tokens: int = 0
@@ -203,9 +207,28 @@ class Call:
 
     def _granted(self) -> None:
         self.spec.record.granted()
-        for choice in self.choices:
+        self._submit(0)
+
+    def _submit(self, first: int) -> None:
+        """The choices from `first` on. Where there is much to hash and to send, the event loop turns in between."""
+        pause_at = time.monotonic() + SUBMITTING_S
+        for index in range(first, len(self.choices)):
             self.context.retries.request()
-            choice.submit()
+            self.choices[index].submit()
+            if index + 1 < len(self.choices) and time.monotonic() > pause_at:
+                self._loop.call_soon(self._submit_later, index + 1)
+                return
+
+    def _submit_later(self, first: int) -> None:
+        if self._closed or self.error is not None:
+            return
+        try:
+            self._submit(first)
+        except TandemError as error:
+            self.fail(error)
+        except Exception:
+            log.exception("request %s could not be started", self.spec.request_id)
+            self.fail(TandemError("internal", "an internal error; the router's log has more"))
 
     async def _wait(self) -> None:
         self._waiter = self._loop.create_future()

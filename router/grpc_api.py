@@ -49,7 +49,9 @@ class Method:
     request: type[Message]
     handler: Handler
     generates: bool = False
-    """Limits and load are looked at first."""
+    """It goes to the workers."""
+    costs: bool = True
+    """It counts among its tenant's requests, as a POST over HTTP does."""
 
 
 METHODS = {
@@ -58,13 +60,13 @@ METHODS = {
     "Embed": Method(pb.EmbedRequest, grpc_info.embed, generates=True),
     "Tokenize": Method(pb.TokenizeRequest, grpc_info.tokenize),
     "Detokenize": Method(pb.DetokenizeRequest, grpc_info.detokenize),
-    "ListModels": Method(pb.ListModelsRequest, grpc_info.list_models),
+    "ListModels": Method(pb.ListModelsRequest, grpc_info.list_models, costs=False),
     "CreateContext": Method(pb.CreateContextRequest, grpc_info.create_context),
-    "GetContext": Method(pb.GetContextRequest, grpc_info.get_context),
-    "ListContexts": Method(pb.ListContextsRequest, grpc_info.list_contexts),
-    "DeleteContext": Method(pb.DeleteContextRequest, grpc_info.delete_context),
-    "GetRequest": Method(pb.GetRequestRequest, get_request),
-    "GetUsage": Method(pb.GetUsageRequest, grpc_info.get_usage),
+    "GetContext": Method(pb.GetContextRequest, grpc_info.get_context, costs=False),
+    "ListContexts": Method(pb.ListContextsRequest, grpc_info.list_contexts, costs=False),
+    "DeleteContext": Method(pb.DeleteContextRequest, grpc_info.delete_context, costs=False),
+    "GetRequest": Method(pb.GetRequestRequest, get_request, costs=False),
+    "GetUsage": Method(pb.GetUsageRequest, grpc_info.get_usage, costs=False),
 }
 
 
@@ -88,7 +90,7 @@ class InferenceService:
 
     def _behaviour(self, name: str, method: Method) -> Callable[[bytes, Context], Awaitable[bytes | None]]:
         async def answer(raw: bytes, context: Context) -> bytes | None:
-            exchange = GrpcExchange(f"/{SERVICE_NAME}/{name}", context, self._accounts)
+            exchange = GrpcExchange(f"/{SERVICE_NAME}/{name}", context, self._accounts, self._service.work)
             metrics, status = self._service.metrics, "CANCELLED"
             try:
                 response = await self._answer(method, exchange, raw)
@@ -124,11 +126,16 @@ class InferenceService:
         """None of a stream, which has been sent. Raises TandemError."""
         if self._tenants is not None:
             exchange.caller = self._tenants.authenticate(exchange.authorization)
-        exchange.memory.hold(len(raw))
-        if method.generates:
-            self._accounts.limits.check(exchange.caller)
-            self._service.check_load()
-        request, unknown = read_message(method.request, raw)
+        exchange.memory.hold(len(raw), exchange.caller.tenant)
+        if not method.costs:
+            return await self._run(method, exchange, raw)
+        async with self._accounts.entering(exchange.caller, lambda: len(raw), generates=method.generates):
+            if method.generates:
+                self._service.check_load()
+            return await self._run(method, exchange, raw)
+
+    async def _run(self, method: Method, exchange: GrpcExchange, raw: bytes) -> bytes | None:
+        request, unknown = await exchange.off_loop(read_message, method.request, raw)
         exchange.ignore(unknown)
         response = await method.handler(exchange, request, self._service)
         if response is None:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 import grpc.aio
 from google.protobuf.message import Message
 
 from tandem.common.errors import TandemError
+from tandem.common.fair_work import FairWork
 from tandem.router.accounts import Accounts
 from tandem.router.body_memory import BodyMemory
 from tandem.router.caller import ANYBODY
 from tandem.router.grpc_errors import Metadata, status_of
 from tandem.router.http_exchange import IGNORED_HEADER, header_list
-from tandem.router.request_fields import log_ignored
+from tandem.router.request_fields import SMALL_BODY_BYTES, log_ignored
 from tandem.router.request_ids import request_id_of, traceparent_of
 from tandem.router.sampling_fields import in_range
 
 MAX_TIMEOUT_S = 1e6
 
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcExchange:
-    def __init__(self, method: str, context: Context, accounts: Accounts) -> None:
+    def __init__(self, method: str, context: Context, accounts: Accounts, work: FairWork) -> None:
+        """`work`: threads for what would hold the event loop."""
         self.method = method
         self.arrived = time.monotonic()
         self.caller = ANYBODY
@@ -33,6 +36,7 @@ class GrpcExchange:
         self.memory = BodyMemory()
         self._context = context
         self._accounts = accounts
+        self._work = work
         self._metadata = dict(context.invocation_metadata() or ())
         self._ignored: list[str] = []
         self._begun = False
@@ -58,6 +62,13 @@ class GrpcExchange:
         in_range("timeout_s", asked, 0, MAX_TIMEOUT_S)
         left = self._context.time_remaining()
         return min([each for each in (asked, left) if each is not None], default=None)
+
+    async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of a function that takes long where the message is large, on the tenant's account. Raises
+        TandemError `overloaded`, and what the function raises."""
+        if self.memory.size <= SMALL_BODY_BYTES:
+            return function(*args)
+        return await self._work.run(self.caller.tenant, self.caller.weight, function, *args)
 
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of the request that have no effect: the answer's metadata tells the client, the log says it once."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from tandem.common.errors import TandemError
 from tandem.proto import inference_pb2 as pb
@@ -21,6 +22,7 @@ from tandem.router.grpc_requests import generation_body, naming, our_names
 from tandem.router.http_answers import STALLED_S
 from tandem.router.http_logprobs import LOWEST
 from tandem.router.http_types import CompletionBody
+from tandem.router.large_answers import written
 from tandem.router.service import Service
 from tandem.router.tokenizer import ModelText
 from tandem.router.tools.choice import ToolUse
@@ -44,7 +46,10 @@ async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service:
                 call.on_failed = lambda: patience.reschedule(asyncio.get_running_loop().time() + STALLED_S)
                 while not call.finished:
                     for delta in await call.next():
-                        await exchange.send(answers.of(delta))
+                        if answers.begun(delta):
+                            await exchange.send(answers.of(delta))
+                        else:  # it tells of the prompt, which may be long
+                            await exchange.send(await written(call, exchange.memory, partial(answers.of, delta)))
                 last = pb.GenerateResponse(request_id=exchange.request_id, usage=usage_message(call.usage()))
                 if request.explain:
                     last.explain.CopyFrom(account_message(account_of(call)))
@@ -59,7 +64,8 @@ async def complete(exchange: GrpcExchange, request: pb.GenerateRequest, service:
     plan = await _plan(exchange, request, service)
     async with _call(exchange, request, service, plan, streaming=False) as call:
         answers = _Answers(exchange, request, service, plan, call)
-        choices = [answers.of(delta) for delta in await call.result()]
+        deltas = await call.result()
+        choices = await written(call, exchange.memory, lambda: list(map(answers.of, deltas)))
         answer = pb.CompleteResponse(request_id=exchange.request_id, choices=choices, usage=usage_message(call.usage()))
         if request.explain:
             answer.explain.CopyFrom(account_message(account_of(call)))
@@ -68,7 +74,7 @@ async def complete(exchange: GrpcExchange, request: pb.GenerateRequest, service:
 
 async def _plan(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> _Plan:
     with naming(request):
-        body = generation_body(request)
+        body = await exchange.off_loop(generation_body, request)
         if isinstance(body, CompletionBody):
             plan = _Plan(await plan_completion(body, service, exchange.caller))
         else:
@@ -107,6 +113,10 @@ class _Answers:
         """Characters that the text of a choice begins with, of those that have begun."""
         self._called: set[int] = set()
         """Choices that have called a function."""
+
+    def begun(self, delta: Delta) -> bool:
+        """Whether something has been told of this choice before."""
+        return delta.index in self._before
 
     def of(self, delta: Delta) -> pb.GenerateResponse:
         answer = pb.GenerateResponse(request_id=self._request_id, index=delta.index, token_ids=delta.piece.token_ids)

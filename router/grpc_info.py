@@ -19,7 +19,7 @@ from tandem.router.usage import TenantUsage
 
 
 async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Service) -> pb.EmbedResponse:
-    body = embeddings_body(request)
+    body = await exchange.off_loop(embeddings_body, request)
     timeout_s = exchange.timeout_s(request.timeout_s if request.HasField("timeout_s") else None)
     answer = pb.EmbedResponse(request_id=exchange.request_id)
     for group in await plan_embeddings(body, service, exchange.caller):
@@ -41,17 +41,18 @@ async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Servi
 
 async def tokenize(exchange: GrpcExchange, request: pb.TokenizeRequest, service: Service) -> pb.TokenizeResponse:
     with naming(request):
-        tokens = await tokenized(tokenize_body(request), service.model, exchange.caller)
+        body = await exchange.off_loop(tokenize_body, request)
+        tokens = await tokenized(body, service.model, exchange.caller)
     text = service.model.text
-    return pb.TokenizeResponse(
-        token_ids=tokens,
-        token_strs=[text.token_text(token) for token in tokens] if request.return_token_strs else [],
-        max_model_len=service.max_model_len,
+    strings: list[str] = (
+        await exchange.off_loop(list, map(text.token_text, tokens)) if request.return_token_strs else []
     )
+    return pb.TokenizeResponse(token_ids=tokens, token_strs=strings, max_model_len=service.max_model_len)
 
 
 async def detokenize(exchange: GrpcExchange, request: pb.DetokenizeRequest, service: Service) -> pb.DetokenizeResponse:
-    return pb.DetokenizeResponse(text=detokenized(detokenize_body(request), service.model))
+    body = await exchange.off_loop(detokenize_body, request)
+    return pb.DetokenizeResponse(text=await detokenized(body, service.model, exchange.caller))
 
 
 async def list_models(exchange: GrpcExchange, request: pb.ListModelsRequest, service: Service) -> pb.ListModelsResponse:
@@ -66,7 +67,8 @@ async def list_models(exchange: GrpcExchange, request: pb.ListModelsRequest, ser
 async def create_context(exchange: GrpcExchange, request: pb.CreateContextRequest, service: Service) -> pb.Context:
     open_call = partial(service.call, exchange.request_id, arrived=exchange.arrived, traceparent=exchange.traceparent)
     with naming(request):
-        return _context(await named_contexts.create(context_body(request), service, exchange.caller, open_call))
+        body = await exchange.off_loop(context_body, request)
+        return _context(await named_contexts.create(body, service, exchange.caller, open_call))
 
 
 async def get_context(exchange: GrpcExchange, request: pb.GetContextRequest, service: Service) -> pb.Context:

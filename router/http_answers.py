@@ -12,6 +12,7 @@ from tandem.common.errors import TandemError
 from tandem.router.choice import Choice, Delta
 from tandem.router.generate import Call, Usage, account_of
 from tandem.router.http_exchange import ClientGone, Exchange
+from tandem.router.large_answers import written
 
 T = TypeVar("T")
 
@@ -47,10 +48,13 @@ async def answer(exchange: Exchange, call: Call, shapes: Format) -> None:
     if call.spec.streaming:
         await _while_connected(exchange, call, _stream(exchange, call, shapes))
     else:
-        content = shapes.answer(await whole(exchange, call), call.usage())
-        if wants_account(exchange):
-            content["explain"] = account_of(call)
-        await exchange.reply_json(content)
+        deltas, usage = await whole(exchange, call), call.usage()
+        explain = {"explain": account_of(call)} if wants_account(exchange) else {}
+
+        def write() -> bytes:
+            return msgspec.json.encode(shapes.answer(deltas, usage) | explain)
+
+        await exchange.reply(await written(call, exchange.memory, write))
 
 
 async def whole(exchange: Exchange, call: Call) -> list[tuple[Choice, Delta]]:
@@ -101,9 +105,14 @@ async def _stream(exchange: Exchange, call: Call, shapes: Format) -> None:
                 call.on_failed = lambda: patience.reschedule(asyncio.get_running_loop().time() + STALLED_S)
                 while not call.finished:
                     deltas = await call.next()
-                    events = b"" if started else shapes.opening()
-                    events += b"".join([shapes.chunks(delta) for delta in deltas]) if deltas else KEEPALIVE
-                    if not started:
+                    if started:
+                        events = b"".join([shapes.chunks(delta) for delta in deltas]) if deltas else KEEPALIVE
+                    else:  # what it tells of the prompt may be long
+
+                        def begun(deltas: list[Delta] = deltas) -> bytes:
+                            return shapes.opening() + b"".join([shapes.chunks(delta) for delta in deltas])
+
+                        events = await written(call, exchange.memory, begun) or KEEPALIVE
                         started = True
                         await exchange.start_events()
                     if call.finished:

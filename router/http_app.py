@@ -75,7 +75,7 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"this server speaks HTTP only, not {scope['type']}")
-        exchange = Exchange(scope, receive, send, self._service.config.max_body_bytes)
+        exchange = Exchange(scope, receive, send, self._service.config.max_body_bytes, self._service.work)
         exchange.cors = self._cors
         metrics = self._service.metrics
         try:
@@ -111,10 +111,10 @@ class HttpApp:
                 headers.append((b"allow", ", ".join(_methods(exchange.path)).encode()))
                 takes = " or ".join(handlers)
                 raise TandemError("method_not_allowed", f"{exchange.path} takes {takes}, not {exchange.method[:16]}")
-            if exchange.path in GENERATING:
-                self._accounts.limits.check(exchange.caller)
-                self._service.check_load()
-            await handler(exchange, self._service)
+            if exchange.method == "POST":
+                await self._take_in(exchange, handler)
+            else:
+                await handler(exchange, self._service)
         except TandemError as error:
             self._accounts.refused(exchange.caller, error)
             if exchange.status:
@@ -127,6 +127,14 @@ class HttpApp:
             if exchange.status:
                 raise
             await exchange.reply_error(TandemError("internal", "an internal error; the router's log has more"))
+
+    async def _take_in(self, exchange: Exchange, handler: Handler) -> None:
+        """A request that costs something: it counts among those of its tenant, also where it is refused."""
+        generates = exchange.path in GENERATING
+        async with self._accounts.entering(exchange.caller, lambda: exchange.body_bytes, generates=generates):
+            if generates:
+                self._service.check_load()
+            await handler(exchange, self._service)
 
     def _authenticate(self, exchange: Exchange) -> None:
         """Raises TandemError `invalid_api_key` or `permission_denied`."""

@@ -12,6 +12,7 @@ from tandem.router.http_exchange import Exchange
 from tandem.router.http_logprobs import chat_logprobs, prompt_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import ChatBody
+from tandem.router.large_json import encoded_ids
 from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text, collect
@@ -23,6 +24,10 @@ async def chat_completions(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     exchange.name(body.request_id)
     plan = await plan_chat(body, service, exchange.caller)
+    prompt_text = None
+    if body.return_prompt_text:
+        ids = plan.spec.sequence.prompt.token_ids
+        prompt_text = await service.model.text.decode_long(ids, skip_special_tokens=False, caller=exchange.caller)
     async with service.call(
         exchange.request_id,
         with_seeds(plan.spec, body.n or 1),
@@ -30,13 +35,16 @@ async def chat_completions(exchange: Exchange, service: Service) -> None:
         traceparent=exchange.traceparent,
         streaming=bool(body.stream),
     ) as call:
-        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, plan, call))
+        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, plan, call, prompt_text))
 
 
 class ChatShapes(Shapes):
     """Events and answers of one chat request."""
 
-    def __init__(self, request_id: str, service: Service, body: ChatBody, plan: ChatPlan, call: Call) -> None:
+    def __init__(
+        self, request_id: str, service: Service, body: ChatBody, plan: ChatPlan, call: Call, prompt_text: str | None
+    ) -> None:
+        """`prompt_text`: to be told of in the answer."""
         super().__init__(f"chatcmpl-{request_id}", "chat.completion", service, body, call)
         self._num_choices = body.n or 1
         self._role = body.answer_role
@@ -47,9 +55,9 @@ class ChatShapes(Shapes):
         self._logprobs = bool(body.logprobs)
         self._token_ids = bool(body.return_token_ids)
         prompt = plan.spec.sequence.prompt
-        self._of_prompt: dict[str, Any] = {"prompt_token_ids": prompt.token_ids} if self._token_ids else {}
-        if body.return_prompt_text:
-            self._of_prompt["prompt_text"] = self.text.decode(prompt.token_ids, skip_special_tokens=False)
+        self._of_prompt: dict[str, Any] = {"prompt_token_ids": encoded_ids(prompt.token_ids)} if self._token_ids else {}
+        if prompt_text is not None:
+            self._of_prompt["prompt_text"] = prompt_text
         self._tools = plan.tools
         self._parsers = [plan.tools.parser() for _ in range(self._num_choices)] if plan.tools else []
         self._called: set[int] = set()
@@ -110,7 +118,7 @@ class ChatShapes(Shapes):
                 "stop_reason": delta.stop_reason,
             }
             if self._token_ids:
-                choice["token_ids"] = delta.piece.token_ids
+                choice["token_ids"] = encoded_ids(delta.piece.token_ids)
             choices.append(choice)
         extra = dict(self._of_prompt)
         if self._prompt_top is not None:

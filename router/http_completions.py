@@ -14,6 +14,7 @@ from tandem.router.http_exchange import Exchange
 from tandem.router.http_logprobs import completion_logprobs, prompt_logprobs
 from tandem.router.http_shapes import Shapes, usage_object
 from tandem.router.http_types import CompletionBody
+from tandem.router.large_json import encoded_ids
 from tandem.router.request_fields import BodyReader
 from tandem.router.served_model import Prompt
 from tandem.router.service import Service
@@ -95,8 +96,8 @@ class CompletionShapes(Shapes):
         }
         if self._token_ids:
             if first:
-                choice["prompt_token_ids"] = prompt.token_ids
-            choice["token_ids"] = delta.piece.token_ids
+                choice["prompt_token_ids"] = encoded_ids(prompt.token_ids)
+            choice["token_ids"] = encoded_ids(delta.piece.token_ids)
         return choice
 
     def _logprobs_of(self, delta: Delta, prompt: Prompt, echo: bool) -> dict[str, Any] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
+
+import msgspec
 
 from tandem.router.embedding_request import EmbeddingsBody, Vector, plan_embeddings, vectors
 from tandem.router.generate import account_of
@@ -27,9 +30,10 @@ async def embeddings(exchange: Exchange, service: Service) -> None:
         ) as call:
             await whole(exchange, call)
             for vector in vectors(call.choices, body.dimensions):
-                data.append(
-                    {"object": "embedding", "index": len(data), "embedding": _shape(vector, body.encoding_format)}
-                )
+                embedding = msgspec.json.encode(_shape(vector, body.encoding_format))
+                exchange.memory.hold(exchange.memory.size + len(embedding), exchange.caller.tenant)
+                data.append({"object": "embedding", "index": len(data), "embedding": msgspec.Raw(embedding)})
+                await asyncio.sleep(0)  # a long vector takes half a millisecond
             prompt_tokens += call.usage().prompt_tokens
             if wants_account(exchange):
                 explain = {"explain": account_of(call)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.common.fair_work import FairWork
 from tandem.router.accounts import Accounts
 from tandem.router.body_memory import BodyMemory
 from tandem.router.caller import ANYBODY
@@ -22,7 +23,7 @@ from tandem.router.http_errors import (
     error_body,
     error_headers,
 )
-from tandem.router.request_fields import BodyReader, log_ignored
+from tandem.router.request_fields import SMALL_BODY_BYTES, BodyReader, log_ignored
 from tandem.router.request_ids import request_id_of, traceparent_of
 from tandem.router.sampling_fields import invalid
 
@@ -43,8 +44,14 @@ class ClientGone(Exception):
 
 class Exchange:
     def __init__(
-        self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable, max_body_bytes: int
+        self,
+        scope: HTTPScope,
+        receive: ASGIReceiveCallable,
+        send: ASGISendCallable,
+        max_body_bytes: int,
+        work: FairWork,
     ) -> None:
+        """`work`: threads for what would hold the event loop."""
         self.method = scope["method"]
         self.path = scope["path"]
         self.arrived = time.monotonic()
@@ -63,7 +70,11 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
-        self._memory = BodyMemory()
+        self._work = work
+        self.memory = BodyMemory()
+        """Of the body, and of an answer that is long."""
+        self.body_bytes = 0
+        """What has come of the body."""
         self.request_id = request_id_of(self.header(b"x-request-id"))
 
     def header(self, name: bytes) -> str:
@@ -98,14 +109,15 @@ class Exchange:
             size += len(part)
             if size > self._max_body_bytes:
                 raise self._too_large()
-            self._memory.hold(size)
+            self.memory.hold(size, self.caller.tenant)
+            self.body_bytes = size
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
 
     def release(self) -> None:
         """The request is over, and what was made of its body is gone."""
-        self._memory.release()
+        self.memory.release()
 
     def query(self) -> dict[str, str]:
         """Parameters of the URL; the last one of a name counts."""
@@ -128,10 +140,18 @@ class Exchange:
             more = message.get("more_body", False)
 
     async def decode(self, reader: BodyReader[T]) -> T:
-        """Raises TandemError `invalid_request` naming the field."""
-        body, ignored = reader.read(await self.body())
+        """Raises TandemError `invalid_request` naming the field, `request_too_large`, `overloaded`."""
+        raw = await self.body()
+        if len(raw) <= SMALL_BODY_BYTES:
+            body, ignored = reader.read(raw)
+        else:
+            body, ignored = await self.off_loop(reader.read, raw)
         self.ignore(ignored)
         return body
+
+    async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of a function that takes long, on the tenant's account. Raises TandemError `overloaded`."""
+        return await self._work.run(self.caller.tenant, self.caller.weight, function, *args)
 
     def name(self, given: str | None) -> None:
         """The request's id, where the client has put one into the body. Raises TandemError `invalid_request`."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import msgspec
+
 import tandem
 from tandem.common.errors import TandemError
 from tandem.router.all_metrics import all_metrics
 from tandem.router.batch.paging import page
 from tandem.router.http_exchange import Exchange
 from tandem.router.http_types import DetokenizeBody, TokenizeBody
+from tandem.router.large_json import encoded_ids, encoded_list
 from tandem.router.metrics import CONTENT_TYPE
 from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 from tandem.router.tokenize_request import detokenized, tokenized
+from tandem.router.tokenizer import INLINE_TOKENS
 
 _TOKENIZE = BodyReader(TokenizeBody)
 _DETOKENIZE = BodyReader(DetokenizeBody)
@@ -39,15 +43,22 @@ async def model(exchange: Exchange, service: Service) -> None:
 async def tokenize(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_TOKENIZE)
     tokens = await tokenized(body, service.model, exchange.caller)
-    strings = [service.model.text.token_text(token) for token in tokens] if body.return_token_strs else None
-    await exchange.reply_json(
-        {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": strings}
-    )
+    max_model_len, token_text = service.max_model_len, service.model.text.token_text
+
+    def answer() -> bytes:
+        strings = encoded_list(map(token_text, tokens)) if body.return_token_strs else None
+        counts = {"count": len(tokens), "max_model_len": max_model_len}
+        return msgspec.json.encode({**counts, "tokens": encoded_ids(tokens), "token_strs": strings})
+
+    if len(tokens) <= INLINE_TOKENS:
+        await exchange.reply(answer())
+    else:
+        await exchange.reply(await exchange.off_loop(answer))
 
 
 async def detokenize(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_DETOKENIZE)
-    await exchange.reply_json({"prompt": detokenized(body, service.model)})
+    await exchange.reply_json({"prompt": await detokenized(body, service.model, exchange.caller)})
 
 
 async def healthz(exchange: Exchange, service: Service) -> None:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import msgspec
 
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.choice import Choice
 from tandem.router.choice_text import Piece
+from tandem.router.large_json import encoded_list
 from tandem.router.tokenizer import ModelText
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write; vLLM uses it too."""
+MANY = 4096
+"""Short entries that are written at once."""
 
 
 def chat_logprobs(
     text: ModelText, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, *, as_ids: bool = False
 ) -> dict[str, Any]:
     """`top`: alternatives to list for each token. `as_ids`: tokens are written as `token_id:123`."""
+    return {"content": encoded_list(chat_entries(text, token_ids, logprobs, top, as_ids=as_ids)), "refusal": None}
+
+
+def chat_entries(
+    text: ModelText, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, *, as_ids: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One for each token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         raw = text.token_bytes(token_id)
@@ -27,16 +39,13 @@ def chat_logprobs(
             "bytes": list(raw),
         }
 
-    content = [
-        {
+    for token_id, token in zip(token_ids, logprobs, strict=True):
+        yield {
             **entry(token_id, token.logprob),
             "top_logprobs": [
                 entry(other, value) for other, value in zip(token.top_ids[:top], token.top_logprobs[:top], strict=True)
             ],
         }
-        for token_id, token in zip(token_ids, logprobs, strict=True)
-    ]
-    return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
@@ -48,35 +57,42 @@ def completion_logprobs(
         return as_id(token_id) if as_ids else text.token_text(token_id)
 
     tokens = list(map(as_id, piece.token_ids)) if as_ids else piece.token_texts
-    values: list[float | None] = []
-    tops: list[dict[str, float] | None] = []
-    for token, entry in zip(tokens, logprobs, strict=True):
-        if entry is None:
-            values.append(None)
-            tops.append(None)
-            continue
-        values.append(max(entry.logprob, LOWEST))
-        alternatives: dict[str, float] = {}
-        for other, value in zip(entry.top_ids[:top], entry.top_logprobs[:top], strict=True):
-            alternatives.setdefault(name(other), max(value, LOWEST))
-        alternatives.setdefault(token, max(entry.logprob, LOWEST))
-        tops.append(alternatives)
-    return {"text_offset": piece.offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+    def tops() -> Iterator[dict[str, float] | None]:
+        for token, entry in zip(tokens, logprobs, strict=True):
+            if entry is None:
+                yield None
+                continue
+            alternatives: dict[str, float] = {}
+            for other, value in zip(entry.top_ids[:top], entry.top_logprobs[:top], strict=True):
+                alternatives.setdefault(name(other), max(value, LOWEST))
+            alternatives.setdefault(token, max(entry.logprob, LOWEST))
+            yield alternatives
+
+    values = [None if entry is None else max(entry.logprob, LOWEST) for entry in logprobs]
+    return {
+        "text_offset": encoded_list(piece.offsets, MANY),
+        "token_logprobs": encoded_list(values, MANY),
+        "tokens": encoded_list(tokens, MANY),
+        "top_logprobs": encoded_list(tops()),
+    }
 
 
-def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> list[dict[str, dict[str, Any]] | None]:
+def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> msgspec.Raw:
     """In vLLM's shape: for each token of the prompt what was likely there, by id; null for the first."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text.token_text(token_id)}
 
-    scored: list[dict[str, dict[str, Any]] | None] = [None]
-    for token_id, token in zip(choice.spec.sequence.prompt.token_ids[1:], choice.prompt_logprobs[1:], strict=True):
-        listed = {str(token_id): entry(token_id, token.logprob, token.rank)}
-        for place, (other, value) in enumerate(zip(token.top_ids[:top], token.top_logprobs[:top], strict=True)):
-            listed.setdefault(str(other), entry(other, value, place + 1))
-        scored.append(listed)
-    return scored
+    def scored() -> Iterator[dict[str, dict[str, Any]] | None]:
+        yield None
+        for token_id, token in zip(choice.spec.sequence.prompt.token_ids[1:], choice.prompt_logprobs[1:], strict=True):
+            listed = {str(token_id): entry(token_id, token.logprob, token.rank)}
+            for place, (other, value) in enumerate(zip(token.top_ids[:top], token.top_logprobs[:top], strict=True)):
+                listed.setdefault(str(other), entry(other, value, place + 1))
+            yield listed
+
+    return encoded_list(scored())
 
 
 def as_id(token_id: int) -> str:

@@ -16,6 +16,7 @@ from tandem.router.message_shapes import MessageShapes
 from tandem.router.request_fields import BodyReader
 from tandem.router.sampling_fields import in_range, invalid, shown
 from tandem.router.service import Service
+from tandem.router.strict_fields import Fields
 from tandem.router.tools.choice import FunctionSpec, NamedFunction, NamedTool, Tool, ToolChoice
 
 _NAMES = [
@@ -28,7 +29,7 @@ _NAMES = [
 """Fields of a chat request, and what they are called here."""
 
 
-class Block(msgspec.Struct):
+class Block(Fields):
     """Of a message's content."""
 
     type: str
@@ -41,12 +42,12 @@ class Block(msgspec.Struct):
     content: str | list[Block] | None = None
 
 
-class Turn(msgspec.Struct):
+class Turn(Fields):
     role: Literal["user", "assistant"]
     content: str | list[Block]
 
 
-class AnthropicTool(msgspec.Struct):
+class AnthropicTool(Fields):
     name: str
     input_schema: dict[str, Any]
     description: str | None = None
@@ -54,22 +55,22 @@ class AnthropicTool(msgspec.Struct):
     type: Literal["custom"] | None = None
 
 
-class AnthropicChoice(msgspec.Struct):
+class AnthropicChoice(Fields):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
 
-class JsonOutput(msgspec.Struct):
+class JsonOutput(Fields):
     type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
-class OutputConfig(msgspec.Struct):
+class OutputConfig(Fields):
     format: JsonOutput | None = None
 
 
-class CountBody(msgspec.Struct, kw_only=True):
+class CountBody(Fields, kw_only=True):
     """What the model reads."""
 
     messages: list[Turn]
@@ -190,16 +191,21 @@ def _turn(turn: Turn, param: str) -> list[Message]:
 
 def _in_turns(messages: list[Message]) -> list[Message]:
     """Turns of the same side that follow each other are one, as Anthropic has it; many templates take no others."""
-    turns: list[Message] = []
+    turns: list[list[Message]] = []
     for message in messages:
-        if turns and message.role == turns[-1].role and message.role in ("user", "assistant"):
-            before = turns[-1]
-            text = "\n".join(str(part) for part in (before.content, message.content) if part)
-            calls = [*(before.tool_calls or []), *(message.tool_calls or [])]
-            turns[-1] = Message(message.role, text, tool_calls=calls or None)
+        if turns and message.role == turns[-1][0].role and message.role in ("user", "assistant"):
+            turns[-1].append(message)
         else:
-            turns.append(message)
-    return turns
+            turns.append([message])
+    return list(map(_one, turns))
+
+
+def _one(turn: list[Message]) -> Message:
+    if len(turn) == 1:
+        return turn[0]
+    text = "\n".join(str(message.content) for message in turn if message.content)
+    calls = [call for message in turn for call in message.tool_calls or []]
+    return Message(turn[0].role, text, tool_calls=calls or None)
 
 
 def _text(content: str | list[Block], param: str) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import msgspec
-
 from tandem.router.chat_request import chat_prompt, plan_chat
 from tandem.router.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.http_answers import answer
@@ -16,6 +14,7 @@ from tandem.router.request_fields import BodyReader
 from tandem.router.response_shapes import ResponseShapes
 from tandem.router.sampling_fields import DrawingFields, invalid, shown
 from tandem.router.service import Service
+from tandem.router.strict_fields import Fields
 from tandem.router.tools.choice import FunctionSpec, NamedFunction, NamedTool, Tool
 
 _NAMES = [
@@ -29,7 +28,7 @@ _NAMES = [
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class InputItem(msgspec.Struct):
+class InputItem(Fields):
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[ContentPart] | None = None
@@ -43,7 +42,7 @@ class FunctionTool(FunctionSpec, kw_only=True):
     type: Literal["function"]
 
 
-class NamedChoice(msgspec.Struct):
+class NamedChoice(Fields):
     type: Literal["function"]
     name: str
 
@@ -52,7 +51,7 @@ class TextFormat(JsonSchemaFormat, kw_only=True):
     type: Literal["text", "json_object", "json_schema"] = "text"
 
 
-class TextConfig(msgspec.Struct):
+class TextConfig(Fields):
     format: TextFormat | None = None
 
 
@@ -162,8 +161,8 @@ def _messages(body: ResponsesBody) -> list[Message]:
                     raise invalid(f"input[{index}]", "needs a name and a call_id")
                 if not messages or messages[-1].role != "assistant":
                     messages.append(Message("assistant"))
-                call = ToolCall(CalledFunction(item.name, item.arguments or "{}"), item.call_id)
-                messages[-1].tool_calls = [*(messages[-1].tool_calls or []), call]
+                calls = messages[-1].tool_calls = messages[-1].tool_calls or []
+                calls.append(ToolCall(CalledFunction(item.name, item.arguments or "{}"), item.call_id))
             case "function_call_output":
                 output = _text(item.output, f"input[{index}].output")
                 messages.append(Message("tool", output, tool_call_id=item.call_id))

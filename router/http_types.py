@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import msgspec
-
 from tandem.common.sampling import MAX_LOGPROBS
 from tandem.router.constraints import ConstraintFields
 from tandem.router.sampling_fields import check_salt, in_range, invalid
+from tandem.router.strict_fields import Fields
 from tandem.router.tools.arguments import arguments_of
 from tandem.router.tools.choice import Tool, ToolChoice
 from tandem.router.truncation import Side
@@ -21,7 +20,7 @@ MAX_CHOICES = 64
 MAX_N = 16
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(Fields):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     """Usage so far in every event."""
@@ -85,24 +84,24 @@ class CompletionBody(GenerationBody, kw_only=True):
             raise invalid("truncate_prompt_tokens", "cannot be combined with context, which would be cut")
 
 
-class ContentPart(msgspec.Struct):
+class ContentPart(Fields):
     type: str
     text: str | None = None
 
 
-class CalledFunction(msgspec.Struct):
+class CalledFunction(Fields):
     name: str
     arguments: str
     """JSON."""
 
 
-class ToolCall(msgspec.Struct):
+class ToolCall(Fields):
     function: CalledFunction
     id: str = ""
     type: Literal["function"] = "function"
 
 
-class Message(msgspec.Struct):
+class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
@@ -158,7 +157,7 @@ class ChatBody(GenerationBody, kw_only=True):
             raise invalid("continue_final_message", "cannot be combined with add_generation_prompt: true")
 
 
-class ContextBody(msgspec.Struct):
+class ContextBody(Fields):
     """Of POST /v1/contexts. Exactly one of prompt and messages."""
 
     name: str
@@ -169,7 +168,7 @@ class ContextBody(msgspec.Struct):
     version: int | None = None
 
 
-class TokenizeBody(msgspec.Struct):
+class TokenizeBody(Fields):
     """vLLM's: of a text or of chat messages."""
 
     model: str | None = None
@@ -184,7 +183,7 @@ class TokenizeBody(msgspec.Struct):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeBody(msgspec.Struct):
+class DetokenizeBody(Fields):
     tokens: list[int]
     model: str | None = None
 

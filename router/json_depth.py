@@ -14,7 +14,7 @@ PROBLEM = f"is nested more than {MAX_DEPTH} levels deep; make it flatter"
 
 def check_depth(content: Any, raw: bytes | str | None = None) -> None:
     """`content`: a decoded body, `raw`: the text that it was. Raises TandemError `invalid_request` naming its field."""
-    if raw is not None and _brackets(raw) <= MAX_DEPTH:
+    if raw is not None and not may_be_deep(raw):
         return
     if too_deep(content):
         if isinstance(content, dict):
@@ -43,8 +43,8 @@ def too_deep(value: Any, most: int = MAX_DEPTH) -> bool:
     return bool(level)
 
 
-def _brackets(raw: bytes | str) -> int:
-    """An upper bound of the depth that costs next to nothing."""
+def may_be_deep(raw: bytes | str) -> bool:
+    """False where there are too few brackets for it, which costs next to nothing to see."""
     if isinstance(raw, str):
-        return raw.count("[") + raw.count("{")
-    return raw.count(b"[") + raw.count(b"{")
+        return raw.count("[") + raw.count("{") > MAX_DEPTH
+    return raw.count(b"[") + raw.count(b"{") > MAX_DEPTH

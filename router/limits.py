@@ -24,6 +24,10 @@ the context, and one such request would empty a bucket."""
 GUESS_WEIGHT = 0.1
 """Of the latest request in the running mean of output tokens."""
 CONCURRENCY_RETRY_S = 1.0
+BYTES_PER_REQUEST = 64 * 1024
+BYTES_PER_TOKEN = 64
+"""What the router has read without sending it to a worker (a refused request, a text to be tokenized) costs, beside
+one request, a request for so many bytes of it and a token for so many."""
 HEAR_S = 0.5
 """A request waits for news of other routers no longer than that: with Redis at hand it is a few milliseconds."""
 MAX_STATES = 20_000
@@ -134,69 +138,75 @@ class Limits:
         self._buckets = buckets
         self._states: dict[str, _State] = {}
 
-    def check(self, caller: Caller) -> None:
-        """Refuses early what `reserve` would refuse whatever the request says. Takes nothing. Raises RateLimited."""
+    def enter(self, caller: Caller, *, tokens: bool = True) -> Place:
+        """A request has come: a place in flight and one request; `Place.close` it. `tokens`: it will need some, so it
+        is refused at once where there are none. Raises RateLimited, and then nothing is taken."""
         rates = caller.rates
         if rates.unlimited:
-            return
-        self._check_concurrency(caller, self.running(caller))
-        for limit, per_minute in (("requests", rates.requests_per_minute), ("tokens", rates.tokens_per_minute)):
-            if per_minute is not None:
-                missing = 1.0 - self._level(caller, limit, per_minute)
-                if missing > _ROUNDING * per_minute:
-                    raise _exceeded(caller, limit, per_minute, 1, missing * MINUTE_S / per_minute)
+            return Place(self, caller, None)
+        state = self._state(caller.tenant)
+        self._check_concurrency(caller, state.running)
+        if tokens and rates.tokens_per_minute is not None:
+            missing = 1.0 - self._level(caller, "tokens", rates.tokens_per_minute)
+            if missing > _ROUNDING * rates.tokens_per_minute:
+                wait_s = missing * MINUTE_S / rates.tokens_per_minute
+                raise _exceeded(caller, "tokens", rates.tokens_per_minute, 1, wait_s)
+        if rates.requests_per_minute is not None:
+            self._take(caller, "requests", 1, rates.requests_per_minute)
+        self._count(caller, state, 1)
+        return Place(self, caller, state)
 
     def reserve(self, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> Reservation:
-        """A place for one request; `close` it. Raises RateLimited, and then nothing is taken."""
+        """Tokens for what goes to the workers; `close` it. Raises RateLimited, and then nothing is taken."""
         rates = caller.rates
         if rates.unlimited:
             return Reservation(self, caller, None, 0)
         state = self._state(caller.tenant)
-        self._check_concurrency(caller, state.running)
-        if rates.requests_per_minute is not None:
-            self._take(caller, "requests", 1, rates.requests_per_minute)
         estimate = _estimate(state, prompt_tokens, max_output_tokens)
         if rates.tokens_per_minute is not None:
-            try:
-                self._take(caller, "tokens", estimate, rates.tokens_per_minute)
-            except RateLimited:
-                if rates.requests_per_minute is not None:
-                    self._add(caller, "requests", 1, rates.requests_per_minute)
-                raise
-        self._count(caller, state, 1)
+            self._take(caller, "tokens", estimate, rates.tokens_per_minute)
         return Reservation(self, caller, state, estimate)
 
-    async def hear_others(self, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> None:
-        """Before `reserve`, where routers share limits: waits until it is known well enough what the others let in.
+    async def hear_before_entering(self, caller: Caller) -> None:
+        """Before `enter`, where routers share limits: waits until it is known well enough what the others let in.
         Takes nothing; no longer than HEAR_S."""
-        if caller.rates.unlimited:
-            return
-        state = self._state(caller.tenant)
+        if not caller.rates.unlimited:
+            await self._hear(lambda: self._may_enter(caller))
+
+    async def hear_others(self, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> None:
+        """The same before `reserve`."""
+        per_minute = caller.rates.tokens_per_minute
+        if per_minute is not None:
+            tokens = _estimate(self._state(caller.tenant), prompt_tokens, max_output_tokens)
+            await self._hear(lambda: self._may_decide(caller, "tokens", tokens, per_minute))
+
+    async def _hear(self, known: Callable[[], bool]) -> None:
         end = 0.0
-        while not self._may_decide(caller, state, _estimate(state, prompt_tokens, max_output_tokens)):
+        while not known():
             now = time.monotonic()
             end = end or now + HEAR_S
             if now >= end:
                 return
             await self._buckets.hear(end - now)
 
-    def _may_decide(self, caller: Caller, state: _State, tokens: int) -> bool:
+    def _may_enter(self, caller: Caller) -> bool:
         """Asks for what is missing."""
         rates, buckets = caller.rates, self._buckets
         known = True
         if rates.max_concurrent is not None:
-            known = buckets.may_start(caller.tenant, state.running, rates.max_concurrent)
+            known = buckets.may_start(caller.tenant, self.running(caller), rates.max_concurrent)
             if not known:
                 buckets.ask_to_start(caller.tenant, rates.max_concurrent)
-        for limit, amount, per_minute in (
-            ("requests", 1, rates.requests_per_minute),
-            ("tokens", tokens, rates.tokens_per_minute),
-        ):
-            if per_minute is not None:
-                bucket = (_key(caller, limit), amount, per_minute / MINUTE_S, per_minute)
-                if not buckets.may_decide(*bucket):
-                    buckets.ask(*bucket)
-                    known = False
+        if rates.requests_per_minute is not None:
+            known = self._may_decide(caller, "requests", 1, rates.requests_per_minute) and known
+        return known
+
+    def _may_decide(self, caller: Caller, limit: str, amount: int, per_minute: int) -> bool:
+        """Asks where it may not."""
+        bucket = (_key(caller, limit), amount, per_minute / MINUTE_S, per_minute)
+        known = self._buckets.may_decide(*bucket)
+        if not known:
+            self._buckets.ask(*bucket)
         return known
 
     def running(self, caller: Caller) -> int:
@@ -252,6 +262,39 @@ class Limits:
         return state
 
 
+class Place:
+    """One request in flight, from its arrival to the end of its answer. `close` it whatever happens."""
+
+    __slots__ = ("_caller", "_limits", "_state")
+
+    def __init__(self, limits: Limits, caller: Caller, state: _State | None) -> None:
+        self._limits = limits
+        self._caller = caller
+        self._state = state
+
+    def charge(self, size: int) -> None:
+        """So many bytes were read, and not for a worker."""
+        rates = self._caller.rates
+        if self._state is None:
+            return
+        if rates.requests_per_minute is not None and size >= BYTES_PER_REQUEST:
+            self._limits._add(self._caller, "requests", -(size // BYTES_PER_REQUEST), rates.requests_per_minute)
+        if rates.tokens_per_minute is not None:
+            self._limits._add(self._caller, "tokens", -(size // BYTES_PER_TOKEN), rates.tokens_per_minute)
+
+    def give_back(self) -> None:
+        """It was refused for want of tokens: then it takes no request either."""
+        per_minute = self._caller.rates.requests_per_minute
+        if self._state is not None and per_minute is not None:
+            self._limits._add(self._caller, "requests", 1, per_minute)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._state is not None:
+            self._limits._count(self._caller, self._state, -1)
+            self._state = None
+
+
 class Reservation:
     """`settle` with what the request took, then `close`. Closing without settling gives all tokens back."""
 
@@ -275,7 +318,6 @@ class Reservation:
         if self._closed or self._state is None:
             return
         self._closed = True
-        self._limits._count(self._caller, self._state, -1)
         per_minute = self._caller.rates.tokens_per_minute
         if per_minute is not None:
             self._limits._add(self._caller, "tokens", self._estimate - self._actual, per_minute)

@@ -80,11 +80,11 @@ async def _prompt(body: ContextBody, service: Service, caller: Caller) -> Prompt
     if (body.prompt is None) == (body.messages is None):
         raise invalid("prompt", "or messages is required, and not both")
     if isinstance(body.prompt, str):
-        return await service.model.text_prompt(body.prompt, param="prompt")
+        return await service.model.text_prompt(body.prompt, param="prompt", caller=caller)
     if body.prompt is not None:
         return service.model.token_prompt(body.prompt, param="prompt")
     chat = await service.model.render_chat(body.messages or [], caller, add_generation_prompt=False)
-    return await service.model.chat_prompt(chat)
+    return await service.model.chat_prompt(chat, caller=caller)
 
 
 async def _saved(contexts: ContextClient, tenant: str, name: str) -> kvnode_pb2.Context:

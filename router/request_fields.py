@@ -7,6 +7,7 @@ otherwise, as new clients send new fields. What is tolerated is told in the answ
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import re
@@ -19,11 +20,14 @@ from msgspec.inspect import ListType, StructType, Type, UnionType, type_info
 
 from tandem.router.field_table import OTHERS, Other, Refused
 from tandem.router.http_errors import from_decode_error
-from tandem.router.json_depth import check_depth, deep_body
+from tandem.router.json_depth import check_depth, deep_body, may_be_deep
+from tandem.router.json_size import check_size
 from tandem.router.sampling_fields import invalid
 
 log = logging.getLogger(__name__)
 
+SMALL_BODY_BYTES = 32 * 1024
+"""Reading so much takes a few milliseconds at the worst, on the event loop; more is read in a thread."""
 MAX_IGNORED = 50
 """Fields of one body: each is compared with all that are known."""
 MAX_LOGGED = 1000
@@ -43,10 +47,20 @@ class BodyReader(Generic[T]):
     def __init__(self, body: type[T]) -> None:
         self._type = body
         self._known = known_fields(body)
+        self._decoder = msgspec.json.Decoder(body)
 
     def read(self, raw: bytes) -> tuple[T, list[str]]:
-        """The body, and the names of its fields that have no effect. Raises TandemError `invalid_request` naming the
-        field."""
+        """The body, and the names of its fields that have no effect. For any thread. Raises TandemError
+        `invalid_request` naming the field, `request_too_large`."""
+        if len(raw) > SMALL_BODY_BYTES:
+            check_size(raw)
+        if not may_be_deep(raw):
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                return self._decoder.decode(raw), []
+        return self._read_closely(raw)
+
+    def _read_closely(self, raw: bytes) -> tuple[T, list[str]]:
+        """Where it has fields that are not implemented, or a mistake: looks at each object by itself."""
         try:
             content = msgspec.json.decode(raw)
             check_depth(content, raw)
@@ -81,10 +95,12 @@ class KnownFields:
     others: Mapping[str, Other] = field(default_factory=dict)
 
     def look(self, value: dict[str, Any], place: str, kind: str, ignored: dict[str, None]) -> None:
-        """`place` tells where `value` is, with indices; `kind` tells it without. Adds to `ignored`."""
+        """`place` tells where `value` is, with indices; `kind` tells it without. Adds to `ignored`, and takes out of
+        `value` what is not implemented."""
         if not value.keys() <= self.fields.keys():
-            for name, content in value.items():
-                if name not in self.fields and content is not None:
+            for name in [name for name in value if name not in self.fields]:
+                content = value.pop(name)
+                if content is not None:
                     self._other(name, content, place + name[:64], kind, ignored)
         for name, inside in self.nested.items():
             content = value.get(name)

@@ -11,7 +11,7 @@ from tandem.common.errors import TandemError
 from tandem.router.chat_request import ChatPlan
 from tandem.router.choice import Choice, Delta
 from tandem.router.generate import Usage
-from tandem.router.http_logprobs import chat_logprobs
+from tandem.router.http_logprobs import chat_entries
 from tandem.router.service import Service
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text
 
@@ -85,7 +85,7 @@ class ResponseShapes:
             self._take_event(event, logprobs)
             logprobs = []
 
-    def _take_event(self, event: Event, logprobs: list[dict[str, Any]]) -> None:
+    def _take_event(self, event: Event, logprobs: list[msgspec.Raw]) -> None:
         match event:
             case Text(text):
                 if not self._open or self._items[-1]["type"] != "message":
@@ -155,13 +155,12 @@ class ResponseShapes:
     def _part_place(self) -> dict[str, Any]:
         return {**self._place(), "content_index": 0}
 
-    def _logprobs_of(self, delta: Delta) -> list[dict[str, Any]]:
+    def _logprobs_of(self, delta: Delta) -> list[msgspec.Raw]:
+        """As JSON: they are kept to the end, and would take ten times as much as objects."""
         if self._top is None:
             return []
-        content: list[dict[str, Any]] = chat_logprobs(
-            self._model_text, delta.piece.token_ids, delta.piece.logprobs, self._top
-        )["content"]
-        return content
+        entries = chat_entries(self._model_text, delta.piece.token_ids, delta.piece.logprobs, self._top)
+        return [msgspec.Raw(msgspec.json.encode(entry)) for entry in entries]
 
     def _emit(self, kind: str, **fields: Any) -> None:
         event = {"type": kind, "sequence_number": self._number, **fields}

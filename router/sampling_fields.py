@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from tandem.common.errors import TandemError
 from tandem.common.sampling import (
     MAX_BIAS,
@@ -22,6 +20,7 @@ from tandem.common.sampling import (
     Constraint,
     SamplingParams,
 )
+from tandem.router.strict_fields import Fields
 
 if TYPE_CHECKING:
     from tandem.router.served_model import SamplingDefaults
@@ -32,7 +31,7 @@ MAX_SALT_CHARACTERS = 1024
 ECHO_CHARACTERS = 64
 
 
-class DrawingFields(msgspec.Struct, kw_only=True):
+class DrawingFields(Fields, kw_only=True):
     """How tokens are chosen, and when the output ends."""
 
     min_tokens: int | None = None

@@ -171,6 +171,7 @@ class ServedModel:
         text: str,
         *,
         param: str,
+        caller: Caller,
         add_special_tokens: bool = True,
         salt: bytes | None = None,
         truncation: Truncation | None = None,
@@ -178,16 +179,17 @@ class ServedModel:
         """`salt`: of the tenant's KV cache, where parts of the text are expected to come again. `truncation`: what is
         too long is cut."""
         if truncation is not None:
-            return await self._cut_prompt(RenderedChat(text), param, truncation, add_special_tokens)
+            return await self._cut_prompt(RenderedChat(text), param, truncation, add_special_tokens, caller)
         if len(text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
-            await self._refuse_too_long(text, param)
-        token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens, salt=salt)
+            await self._refuse_too_long(text, param, caller)
+        token_ids = await self.text.encode(text, add_special_tokens=add_special_tokens, salt=salt, caller=caller)
         return _prompt(token_ids, text, param)
 
     async def chat_prompt(
         self,
         chat: RenderedChat,
         *,
+        caller: Caller,
         add_special_tokens: bool = False,
         salt: bytes | None = None,
         any_length: bool = False,
@@ -195,17 +197,17 @@ class ServedModel:
     ) -> Prompt:
         """As `text_prompt`, of messages. `any_length`: also what the model cannot read."""
         if truncation is not None:
-            return await self._cut_prompt(chat, "messages", truncation, add_special_tokens)
+            return await self._cut_prompt(chat, "messages", truncation, add_special_tokens, caller)
         if not any_length and len(chat.text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:
-            await self._refuse_too_long(chat.text, "messages")
-        token_ids = await self.text.encode_chat(chat, add_special_tokens=add_special_tokens, salt=salt)
+            await self._refuse_too_long(chat.text, "messages", caller)
+        token_ids = await self.text.encode_chat(chat, add_special_tokens=add_special_tokens, salt=salt, caller=caller)
         return _prompt(token_ids, chat.text, "messages")
 
     async def _cut_prompt(
-        self, chat: RenderedChat, param: str, truncation: Truncation, add_special_tokens: bool
+        self, chat: RenderedChat, param: str, truncation: Truncation, add_special_tokens: bool, caller: Caller
     ) -> Prompt:
         """Reads as much of the text as it takes: a megabyte of it takes the tokenizer a second and 150 MB."""
-        before, after = self.text.special_tokens_around() if add_special_tokens else ([], [])
+        before, after = self.text.special_tokens_around if add_special_tokens else ([], [])
         keep = truncation.keep - len(before) - len(after)
         if keep < 1:
             special = len(before) + len(after)
@@ -219,7 +221,7 @@ class ServedModel:
         while True:
             piece = text[-size:] if truncation.side == "left" else text[:size]
             part = RenderedChat(piece, None if chat.renamed is None else piece)
-            token_ids = await self.text.encode_chat(part)
+            token_ids = await self.text.encode_chat(part, caller=caller)
             if len(piece) == len(text) or len(token_ids) >= keep + CUT_TOKENS:
                 break
             size *= 2
@@ -227,24 +229,33 @@ class ServedModel:
         kept = _prompt(truncation.cut(token_ids, keep), chat.text, param).token_ids
         return Prompt([*before, *kept, *after], chat.text if whole else None)
 
-    async def _refuse_too_long(self, text: str, param: str) -> None:
+    async def _refuse_too_long(self, text: str, param: str, caller: Caller) -> None:
         """Counts a piece after the other: a megabyte of text takes the tokenizer a second and 150 MB."""
         most = self.max_position_embeddings
         counted = 0
         for start in range(0, len(text), CHARACTERS_PER_TOKEN * most):
             piece = text[start : start + CHARACTERS_PER_TOKEN * most]
-            counted += len(await self.text.encode(piece, add_special_tokens=False)) - CUT_TOKENS
+            counted += len(await self.text.encode(piece, add_special_tokens=False, caller=caller)) - CUT_TOKENS
             if counted > most:
-                raise TandemError(
-                    "context_length_exceeded",
-                    f"This model's maximum context length is {most} tokens, but the prompt has more than {counted}.",
-                    param=param,
-                )
+                raise self._too_long(f"more than {counted}", param)
 
     def token_prompt(self, token_ids: list[int], *, param: str, truncation: Truncation | None = None) -> Prompt:
-        """Raises TandemError `invalid_request` on an id outside the vocabulary."""
+        """Raises TandemError `invalid_request` on an id outside the vocabulary, `context_length_exceeded`."""
         if not token_ids:
             raise TandemError("invalid_request", f"{param} must hold at least one token", param=param)
+        if truncation is not None:
+            token_ids = truncation.cut(token_ids)
+        self.check_length(len(token_ids), param)
+        self.check_ids(token_ids, param)
+        return Prompt(token_ids)
+
+    def check_length(self, tokens: int, param: str) -> None:
+        """Raises TandemError `context_length_exceeded`."""
+        if tokens > self.max_position_embeddings:
+            raise self._too_long(tokens, param)
+
+    def check_ids(self, token_ids: list[int], param: str) -> None:
+        """Raises TandemError `invalid_request` on an id outside the vocabulary."""
         if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
             raise TandemError(
@@ -252,7 +263,14 @@ class ServedModel:
                 f"{param}: token id {str(wrong)[:64]} is not in the vocabulary of {self.vocab_size} tokens",
                 param=param,
             )
-        return Prompt(token_ids if truncation is None else truncation.cut(token_ids))
+
+    def _too_long(self, tokens: int | str, param: str) -> TandemError:
+        return TandemError(
+            "context_length_exceeded",
+            f"This model's maximum context length is {self.max_position_embeddings} tokens, but the prompt has "
+            f"{tokens}.",
+            param=param,
+        )
 
 
 def _size(folder: Path, settings: dict[str, Any], name: str) -> int:

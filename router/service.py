@@ -15,6 +15,7 @@ from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode
 
 from tandem.common import telemetry
 from tandem.common.errors import TandemError
+from tandem.common.fair_work import FairWork
 from tandem.common.fairness import LAST_BAND, ServiceCounters
 from tandem.common.secret import derive
 from tandem.kvstore.identity import SALT_PURPOSE
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 KEEPALIVE_S = 15.0
 """After so much silence a stream gets a comment, so that proxies do not close it."""
+WORK_PLACES = 2
+"""They share the interpreter, so more would do no more; one tenant alone takes one, so that another finds one."""
+MAX_WAITING_WORK = 256
+"""Large bodies and answers of one tenant that wait for a thread."""
 PUMP_S = 0.02
 """Between two looks at whether those who wait can go on."""
 
@@ -65,6 +70,9 @@ class Service:
         self.contexts = ContextClient(config.kv_store, secret) if config.kv_store else None
         """None: this router keeps no named contexts."""
         self.accounts = accounts
+        self.work = FairWork("requests", WORK_PLACES, max_waiting=MAX_WAITING_WORK, share=WORK_PLACES - 1)
+        """Threads for large bodies."""
+        self.answers = FairWork("answers", WORK_PLACES, max_waiting=MAX_WAITING_WORK, share=WORK_PLACES - 1)
         self.siblings = siblings
         self.explain = Explain()
         self.batches: BatchLane | None = None
@@ -102,6 +110,7 @@ class Service:
             worker_wait_s=config.worker_wait_s,
             keepalive_s=KEEPALIVE_S,
             admission=self.admission,
+            answers=self.answers,
         )
 
     def note_request(
@@ -125,6 +134,8 @@ class Service:
         self.log.note("request", pairs)
 
     def close(self) -> None:
+        self.work.close()
+        self.answers.close()
         if self.store is not None:
             self.store.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +19,16 @@ class StopMatcher:
     """Feeds on text pieces of any size. At most one character less than the longest stop string is held back.
 
     Of several stop strings the one that is complete first wins, and at the same end the one that starts first. Fed
-    character by character or in pieces, the result is the same.
+    character by character or in pieces, the result is the same. A character costs the same whatever the strings are:
+    for each of them it is known how much of it the text ends with (Knuth, Morris and Pratt).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
+        self._fallbacks = [_fallbacks(stop) for stop in self._stops]
+        self._matched = [0] * len(self._stops)
+        """Characters of each stop string that the text ends with."""
+        self._begins = frozenset(stop[0] for stop in self._stops)
         self._held = ""
 
     @property
@@ -30,36 +36,46 @@ class StopMatcher:
         return self._held
 
     def feed(self, piece: str) -> StopResult:
-        if not self._stops:
+        if not self._held and self._begins.isdisjoint(piece):
             return StopResult(piece)
         text = self._held + piece
-        match = self._first_match(text)
-        if match is not None:
-            start, stop = match
-            self._held = ""
-            return StopResult(text[:start], stop)
-        keep = self._possible_start(text)
-        self._held = text[len(text) - keep :]
-        return StopResult(text[: len(text) - keep])
+        for end, character in enumerate(piece, len(self._held) + 1):
+            stop = self._advance(character)
+            if stop is not None:
+                self._held = ""
+                return StopResult(text[: end - len(stop)], stop)
+        certain = len(text) - max(self._matched)
+        self._held = text[certain:]
+        return StopResult(text[:certain])
 
     def flush(self) -> str:
         """The output ended otherwise: what was held back is ordinary text."""
         held, self._held = self._held, ""
+        self._matched = [0] * len(self._stops)
         return held
 
-    def _first_match(self, text: str) -> tuple[int, str] | None:
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if not found:
-            return None
-        _, start, stop = min(found)
-        return start, stop
+    def _advance(self, character: str) -> str | None:
+        """The longest stop string that is complete now."""
+        complete: str | None = None
+        for index, (stop, fallbacks) in enumerate(zip(self._stops, self._fallbacks, strict=True)):
+            length = self._matched[index]
+            while length and (length == len(stop) or stop[length] != character):
+                length = fallbacks[length]
+            if stop[length] == character:
+                length += 1
+                if length == len(stop) and (complete is None or length > len(complete)):
+                    complete = stop
+            self._matched[index] = length
+        return complete
 
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest suffix of `text` with which a stop string begins."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+@lru_cache(maxsize=1024)
+def _fallbacks(stop: str) -> tuple[int, ...]:
+    """For each length of its beginning: how long the longest beginning is that this one ends with, but itself."""
+    found = [0, 0]
+    for end in range(1, len(stop)):
+        length = found[end]
+        while length and stop[length] != stop[end]:
+            length = found[length]
+        found.append(length + 1 if stop[length] == stop[end] else 0)
+    return tuple(found)

@@ -37,7 +37,7 @@ POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing", "Template
 def cut_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Matches the tokens before which a text may be cut; None where there are none, or where parts might differ from
     the whole. Holds for encoding without special tokens around the text, truncation and padding."""
-    safe = _safe_tokens(tokenizer) if _parts_stand_alone(tokenizer) else []
+    safe = _safe_tokens(tokenizer) if parts_stand_alone(tokenizer) else []
     return re.compile(_any_of(safe)) if safe else None
 
 
@@ -49,7 +49,7 @@ def cut(text: str, pattern: re.Pattern[str]) -> list[str]:
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
-def _parts_stand_alone(tokenizer: Tokenizer) -> bool:
+def parts_stand_alone(tokenizer: Tokenizer) -> bool:
     model = tokenizer.model
     drawn = (isinstance(model, BPE) and model.dropout) or (isinstance(model, Unigram) and model.alpha is not None)
     if drawn or not isinstance(model, BPE | Unigram | WordLevel | WordPiece):

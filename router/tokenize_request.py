@@ -14,7 +14,8 @@ async def tokenized(body: TokenizeBody, model: ServedModel, caller: Caller) -> l
     if (body.prompt is None) == (body.messages is None):
         raise invalid("prompt", "or messages is required, and not both")
     if body.messages is None:
-        return await model.text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        special = body.add_special_tokens is not False
+        return await model.text.encode(body.prompt or "", add_special_tokens=special, caller=caller)
     if body.continue_final_message and body.add_generation_prompt:
         raise invalid("continue_final_message", "cannot be combined with add_generation_prompt: true")
     goes_on = bool(body.continue_final_message)
@@ -26,11 +27,12 @@ async def tokenized(body: TokenizeBody, model: ServedModel, caller: Caller) -> l
         tools=[tool.for_template() for tool in body.tools] if body.tools else None,
         **template_variables(body.chat_template_kwargs),
     )
-    return await model.text.encode_chat(chat, add_special_tokens=bool(body.add_special_tokens))
+    return await model.text.encode_chat(chat, add_special_tokens=bool(body.add_special_tokens), caller=caller)
 
 
-def detokenized(body: DetokenizeBody, model: ServedModel) -> str:
+async def detokenized(body: DetokenizeBody, model: ServedModel, caller: Caller) -> str:
     """Raises TandemError naming the field."""
     model.check_name(body.model)
-    token_ids = model.token_prompt(body.tokens, param="tokens").token_ids if body.tokens else []
-    return model.text.decode(token_ids, skip_special_tokens=False)
+    if body.tokens:
+        model.check_ids(body.tokens, "tokens")
+    return await model.text.decode_long(body.tokens, skip_special_tokens=False, caller=caller)

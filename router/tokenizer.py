@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from array import array
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from tandem.common.errors import TandemError
+from tandem.common.fair_work import FairWork
+from tandem.router.caller import ANYBODY, Caller
 from tandem.router.literal_text import RenderedChat, SpecialTokens
 from tandem.router.text_cuts import cut, cut_pattern, steps
+from tandem.router.text_pieces import PIECE_CHARACTERS, piece_pattern, pieces
 from tandem.router.token_cache import TokenCache
 from tandem.router.tokenizer_file import open_tokenizer, whole_failures
 
 INLINE_CHARACTERS = 4000
-"""Text up to this long (about 1 ms) is tokenized on the event loop, longer text in a thread."""
+"""Text up to this long (about 1 ms) is tokenized on the event loop, longer text in a thread, a piece at a time."""
 THREADS = 2
+MAX_WAITING = 4096
+"""Requests of one tenant whose texts wait for a thread."""
+LONG_PIECE_CHARACTERS = 4 * PIECE_CHARACTERS
+"""What is longer and can be cut nowhere has a thread of its own, so that ordinary text never waits for it."""
+MAX_PIECE_BYTES = 2 << 20
+"""It takes 300 MB while it is tokenized, and 40 ms of the interpreter's lock where each byte becomes a token."""
+MAX_TOKENS = 1 << 20
+"""Of one text."""
+INLINE_TOKENS = 2000
+"""As many are decoded on the event loop."""
+LONG_TOKENS = 50_000
 
 
 class ModelText:
@@ -29,7 +42,9 @@ class ModelText:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "tokenizer.json"
         self._tokenizer = open_tokenizer(self.path)
-        self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        self._work = FairWork("tokenizer", THREADS, max_waiting=MAX_WAITING)
+        self._long_work = FairWork("tokenizer of long words", 1, max_waiting=MAX_WAITING)
+        self._piece_pattern = piece_pattern(self._tokenizer)
         self._cuts = cut_pattern(self._tokenizer)
         self.special = SpecialTokens(self._tokenizer)
         self._around = self._tokenizer.num_special_tokens_to_add(False) > 0
@@ -46,20 +61,32 @@ class ModelText:
         """Of its tokens; -1 where there are none."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
-    async def encode(self, text: str, *, add_special_tokens: bool, salt: bytes | None = None) -> list[int]:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, salt: bytes | None = None, caller: Caller = ANYBODY
+    ) -> list[int]:
         """`salt`: of the tenant's KV cache. With one, parts between special tokens that the same salt has brought
-        before (earlier turns, a system message) are not tokenized again. To be called on one event loop."""
-        return await self._encoded(self._tokenizer, self._cuts, text, add_special_tokens, salt)
+        before (earlier turns, a system message) are not tokenized again. `caller`: in whose turn long text is
+        tokenized. To be called on one event loop. Raises TandemError `overloaded`, `request_too_large`."""
+        return await self._encoded(self._tokenizer, self._cuts, text, add_special_tokens, salt, caller)
+
+    async def encode_all(self, texts: Sequence[str], *, caller: Caller = ANYBODY) -> list[list[int]]:
+        """Ids of each, without special tokens around it."""
+        return await self._ids(self._tokenizer, texts, False, caller)
 
     async def encode_chat(
-        self, chat: RenderedChat, *, add_special_tokens: bool = False, salt: bytes | None = None
+        self,
+        chat: RenderedChat,
+        *,
+        add_special_tokens: bool = False,
+        salt: bytes | None = None,
+        caller: Caller = ANYBODY,
     ) -> list[int]:
         """The same of a chat, in which special tokens are those of its template only."""
         if chat.renamed is None:
-            return await self.encode(chat.text, add_special_tokens=add_special_tokens, salt=salt)
-        tokenizer, cuts = await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._renamed)
+            return await self.encode(chat.text, add_special_tokens=add_special_tokens, salt=salt, caller=caller)
+        tokenizer, cuts = await self._work.run(caller.tenant, caller.weight, lambda: self._renamed)
         salt = None if salt is None else b"renamed" + salt  # a part may look the same and have other ids
-        return await self._encoded(tokenizer, cuts, chat.renamed, add_special_tokens, salt)
+        return await self._encoded(tokenizer, cuts, chat.renamed, add_special_tokens, salt, caller)
 
     async def _encoded(
         self,
@@ -68,12 +95,13 @@ class ModelText:
         text: str,
         add_special_tokens: bool,
         salt: bytes | None,
+        caller: Caller,
     ) -> list[int]:
         if salt is None or cuts is None or (add_special_tokens and self._around):
-            return (await self._ids(tokenizer, [text], add_special_tokens))[0]
+            return (await self._ids(tokenizer, [text], add_special_tokens, caller))[0]
         parts = cut(text, cuts)
         if len(parts) == 1:  # no conversation
-            return (await self._ids(tokenizer, parts, False))[0]
+            return (await self._ids(tokenizer, parts, False, caller))[0]
         found: dict[str, bytes] = {}
         missing: list[str] = []
         for part in dict.fromkeys(parts):
@@ -81,7 +109,8 @@ class ModelText:
                 missing.append(part)
             else:
                 found[part] = known
-        for part, ids in zip(missing, await self._ids(tokenizer, missing, False) if missing else [], strict=True):
+        new = await self._ids(tokenizer, missing, False, caller) if missing else []
+        for part, ids in zip(missing, new, strict=True):
             found[part] = array("I", ids).tobytes()
             self._cache.put(salt, part, found[part])
         return array("I", b"".join(map(found.__getitem__, parts))).tolist()
@@ -92,6 +121,7 @@ class ModelText:
         tokenizer = self.special.renamed_tokenizer()
         return tokenizer, cut_pattern(tokenizer)
 
+    @cached_property
     def special_tokens_around(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text."""
         [inner] = _encode(self._tokenizer, ["a"], False)
@@ -103,7 +133,18 @@ class ModelText:
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         with whole_failures():
-            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            if len(token_ids) <= INLINE_TOKENS:
+                return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            # the call without "batch" keeps the interpreter lock
+            return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
+
+    async def decode_long(self, token_ids: list[int], *, skip_special_tokens: bool = True, caller: Caller) -> str:
+        """The same of any number of tokens, in a thread where there are many. Raises TandemError `overloaded`."""
+        if len(token_ids) <= INLINE_TOKENS:
+            return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        work = self._work if len(token_ids) <= LONG_TOKENS else self._long_work
+        decode = partial(self.decode, token_ids, skip_special_tokens=skip_special_tokens)
+        return await work.run(caller.tenant, caller.weight, decode)
 
     def token_text(self, token_id: int) -> str:
         """The token by itself; bytes that are no whole character become U+FFFD."""
@@ -121,14 +162,55 @@ class ModelText:
         return token_id in self._special_ids
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._work.close()
+        self._long_work.close()
 
-    async def _ids(self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    async def _ids(
+        self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool, caller: Caller
+    ) -> list[list[int]]:
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return _encode(tokenizer, texts, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, _encode, tokenizer, texts, add_special_tokens
-        )
+        found: list[list[int]] = []
+        short: list[str] = []
+        size = 0
+        for text in texts:
+            if len(text) > PIECE_CHARACTERS:
+                found += await self._in_turn(tokenizer, short, add_special_tokens, caller)
+                found.append(await self._long_ids(tokenizer, text, add_special_tokens, caller))
+                short, size = [], 0
+                continue
+            short.append(text)
+            size += len(text)
+            if size > PIECE_CHARACTERS:
+                found += await self._in_turn(tokenizer, short, add_special_tokens, caller)
+                short, size = [], 0
+        return found + await self._in_turn(tokenizer, short, add_special_tokens, caller)
+
+    async def _long_ids(self, tokenizer: Tokenizer, text: str, add_special_tokens: bool, caller: Caller) -> list[int]:
+        """A piece after the other, each in its turn."""
+        ids: list[int] = []
+        if self._piece_pattern is None:
+            [ids] = await self._in_turn(tokenizer, [text], add_special_tokens, caller)
+            return ids
+        before, after = self.special_tokens_around if add_special_tokens else ([], [])
+        ids += before
+        cuts = pieces(text, self._piece_pattern)
+        while (more := await self._work.run(caller.tenant, caller.weight, _next_ids, tokenizer, cuts)) is not None:
+            if isinstance(more, str):
+                [more] = await self._in_turn(tokenizer, [more], False, caller)
+            ids += more
+            if len(ids) > MAX_TOKENS:
+                raise TandemError("request_too_large", f"the text has more than {MAX_TOKENS} tokens; split it")
+        return ids + after
+
+    async def _in_turn(
+        self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool, caller: Caller
+    ) -> list[list[int]]:
+        if not texts:
+            return []
+        longest = max(map(len, texts))
+        work = self._work if longest <= LONG_PIECE_CHARACTERS else self._long_work
+        return await work.run(caller.tenant, caller.weight, _encode, tokenizer, texts, add_special_tokens)
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
@@ -148,8 +230,20 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool
     # The call without "batch" keeps the interpreter lock, and counts offsets that nobody wants. Several texts in
     # one call would go to the library's own threads, which costs more than tokenizing a short one.
     encode = tokenizer.encode_batch_fast
+    for text in texts:
+        if len(text) > LONG_PIECE_CHARACTERS and len(text.encode(errors="replace")) > MAX_PIECE_BYTES:
+            problem = f"a text of {len(text)} characters has no place where it could be cut; it may have"
+            raise TandemError("request_too_large", f"{problem} {MAX_PIECE_BYTES} bytes")
     with whole_failures():
         return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
+
+
+def _next_ids(tokenizer: Tokenizer, cuts: Iterator[str]) -> list[int] | str | None:
+    """Of the next piece; the piece itself where it is long; None: there is none."""
+    piece = next(cuts, None)
+    if piece is None or len(piece) > LONG_PIECE_CHARACTERS:
+        return piece
+    return _encode(tokenizer, [piece], False)[0]
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tandem.router.sampling_fields import invalid, shown
 
 Side = Literal["left", "right"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Truncation:
     side: Side
     """Where the cut is: `left` keeps the end of the prompt."""
 
-    def cut(self, token_ids: list[int], keep: int | None = None) -> list[int]:
+    def cut(self, token_ids: list[T], keep: int | None = None) -> list[T]:
         keep = self.keep if keep is None else keep
         return token_ids[-keep:] if self.side == "left" else token_ids[:keep]
 

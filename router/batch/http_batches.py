@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
 from tandem.common.errors import TandemError
 from tandem.router.batch.http_files import kept_for, lane_of
 from tandem.router.batch.paging import page, page_size
@@ -16,6 +14,7 @@ from tandem.router.http_exchange import Exchange
 from tandem.router.request_fields import BodyReader
 from tandem.router.sampling_fields import invalid, shown
 from tandem.router.service import Service
+from tandem.router.strict_fields import Fields
 
 MAX_PAGE = 100
 DEFAULT_PAGE = 20
@@ -27,12 +26,12 @@ _PREFIX = "/v1/batches/"
 _CANCEL = "/cancel"
 
 
-class _ExpiresAfter(msgspec.Struct):
+class _ExpiresAfter(Fields):
     anchor: str
     seconds: int
 
 
-class BatchBody(msgspec.Struct):
+class BatchBody(Fields):
     input_file_id: str
     endpoint: str
     completion_window: str

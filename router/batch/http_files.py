@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,11 @@ MAX_PAGE = 10_000
 MIN_KEPT_S = 3600
 STALLED_S = 60.0
 """An upload or download that does not move for so long is cut off."""
+FORM_PIECE_BYTES = 16 * 1024
+"""The form's parser goes through what is no file byte by byte; between two pieces the event loop turns."""
 MAX_FIELDS = 16
+MAX_HEADER_BYTES = 4096
+"""Of one part of the form."""
 MAX_NAME = 64
 MAX_FIELD_BYTES = 1024
 MAX_FORM_BYTES = MAX_FILE_BYTES + (1 << 20)
@@ -61,8 +66,10 @@ async def upload(exchange: Exchange, service: Service) -> None:
             size += len(part)
             if size > MAX_FORM_BYTES:
                 raise _too_large()
-            for data in form.feed(part):
-                await file.write(data)
+            for start in range(0, len(part), FORM_PIECE_BYTES):
+                for data in form.feed(part[start : start + FORM_PIECE_BYTES]):
+                    await file.write(data)
+                await asyncio.sleep(0)
         filename = form.check()
         exchange.ignore(form.ignored)
         record = await file.finish(filename, form.kept_s())
@@ -138,6 +145,7 @@ class _Form:
         self._ended = False
         self._file_data: list[bytes] = []
         self._header = ("", "")
+        self._header_bytes = 0
         self._disposition = ""
         self._name = ""
         self._in_file = False
@@ -188,13 +196,23 @@ class _Form:
         return kept_for(number, None if anchor is None else anchor.decode("utf-8", "replace"), "expires_after")
 
     def _part_begins(self) -> None:
+        self._header_bytes = 0
         self._disposition = self._name = ""
         self._in_file = False
 
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise TandemError(
+                "invalid_request", f"headers of a part of the form may have at most {MAX_HEADER_BYTES} bytes"
+            )
+
     def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header = (self._header[0] + data[start:end].decode("latin-1"), self._header[1])
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header = (self._header[0], self._header[1] + data[start:end].decode("latin-1"))
 
     def _header_ends(self) -> None:

@@ -128,7 +128,7 @@ class Inside:
             "client": None,
             "server": None,
         }
-        exchange = Exchange(scope, receive, send, len(content))
+        exchange = Exchange(scope, receive, send, len(content), self.service.work)
         exchange.caller = caller
         return exchange, sent
 

@@ -21,16 +21,15 @@ from tandem.common.private import private_opener
 from tandem.router.batch.files import write_all
 from tandem.router.batch.records import BatchError, Counts
 from tandem.router.request_fields import BodyReader, log_ignored
+from tandem.router.strict_fields import Fields
 
 MAX_LINES = 50_000
 MAX_CUSTOM_ID = 512
-MAX_DEPTH = 500
-"""Of objects and lists in a line. What can just be read here might be too deep where the request is run."""
 MAX_ERRORS = 20
 """Bad lines that are reported; there may be more."""
 
 
-class _InputLine(msgspec.Struct):
+class _InputLine(Fields):
     custom_id: str
     method: str
     url: str
@@ -94,8 +93,6 @@ def _checked(raw: bytes, endpoint: str, seen: Collection[str], number: int) -> s
     except TandemError as wrong:
         problem = wrong.message.replace("the body is", "the line is", 1) if wrong.param is None else wrong.message
         return BatchError("invalid_json_line", problem, number, wrong.param)
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _deeper(line.body, MAX_DEPTH):
-        return BatchError("invalid_json_line", f"body is nested deeper than {MAX_DEPTH} levels", number, "body")
     if not 0 < len(line.custom_id) <= MAX_CUSTOM_ID:
         problem = f"custom_id must have 1 to {MAX_CUSTOM_ID} characters"
         return BatchError("invalid_custom_id", problem, number, "custom_id")
@@ -109,14 +106,6 @@ def _checked(raw: bytes, endpoint: str, seen: Collection[str], number: int) -> s
         problem = f"url must be the batch's endpoint {endpoint}, not {line.url[:64]!r}"
         return BatchError("mismatched_endpoint", problem, number, "url")
     return line.custom_id
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    rows: list[Any] = [value]
-    for _ in range(levels):
-        rows = [inner for each in rows for inner in (each.values() if isinstance(each, dict) else each)]
-        rows = [each for each in rows if isinstance(each, dict | list)]
-    return bool(rows)
 
 
 def request_body(file: BinaryIO, line: Line) -> dict[str, Any]:

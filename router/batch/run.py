@@ -26,6 +26,7 @@ from tandem.router.batch.records import BatchError, BatchRecord, Counts, FileRec
 from tandem.router.batch.store import Index
 from tandem.router.caller import Caller
 from tandem.router.generate import Call
+from tandem.router.request_fields import SMALL_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ class BatchRun:
         items: list[Item] = []
         for index in range(self._left):
             started = time.monotonic()
-            items.append(await self._host.inside.look_at(self.record.endpoint, self._body(index), self._who))
+            body = await self._body(index)
+            items.append(await self._host.inside.look_at(self.record.endpoint, body, self._who))
             await asyncio.sleep((time.monotonic() - started) * (1 / PLANNING_SHARE - 1))
             if self._over.is_set():
                 return
@@ -208,9 +210,8 @@ class BatchRun:
 
         request_id = self._request_id(index)
         try:
-            return await self._host.inside.answer(
-                self.record.endpoint, self._body(index), self._who, request_id, opened
-            )
+            body = await self._body(index)
+            return await self._host.inside.answer(self.record.endpoint, body, self._who, request_id, opened)
         finally:
             self._calls.pop(index, None)
 
@@ -258,9 +259,14 @@ class BatchRun:
         backoff_s = min(MAX_PAUSE_S, 0.25 * 2 ** min(self._troubles, 10)) * random.uniform(0.5, 1.0)
         self._pause_until = time.monotonic() + min(MAX_PAUSE_S, max(pause_s, backoff_s))
 
-    def _body(self, index: int) -> dict[str, Any]:
+    async def _body(self, index: int) -> dict[str, Any]:
+        """A long line is read in a thread, in the turn of its tenant. Raises TandemError `overloaded`."""
         assert self._input is not None
-        return request_body(self._input, self._lines[index])
+        line = self._lines[index]
+        if line.length <= SMALL_BODY_BYTES:
+            return request_body(self._input, line)
+        work = self._host.inside.service.work
+        return await work.run(self._who.tenant, self._who.weight, request_body, self._input, line)
 
     @property
     def _who(self) -> Caller:

@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
-
 from tandem.common.sampling import Constraint
 from tandem.router.constraints import Asking, CheckedConstraint, check, checked_schema, schema_text
 from tandem.router.sampling_fields import invalid, shown
+from tandem.router.strict_fields import Fields
 from tandem.router.structured.prepare import SchemaOptions
 from tandem.router.tools.events import ToolParser
 from tandem.router.tools.formats import ToolFormat
@@ -21,14 +20,14 @@ MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
-class FunctionSpec(msgspec.Struct):
+class FunctionSpec(Fields):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct):
+class Tool(Fields):
     function: FunctionSpec
     type: Literal["function"] = "function"
 
@@ -40,11 +39,11 @@ class Tool(msgspec.Struct):
         return {"type": "function", "function": function}
 
 
-class NamedFunction(msgspec.Struct):
+class NamedFunction(Fields):
     name: str
 
 
-class NamedTool(msgspec.Struct):
+class NamedTool(Fields):
     function: NamedFunction
     type: Literal["function"] = "function"
 
@@ -137,7 +136,7 @@ async def _constraint(
     for index, tool in enumerate(tools):
         name, param = f"arguments_{index}", f"tools[{index}].function.parameters"
         options = SchemaOptions(lenient=not tool.function.strict)
-        arguments = await checked_schema(_arguments_schema(tool), options, param, asking, prefix=f"{name}_")
+        arguments = await checked_schema(_arguments_schema(tool, param), options, param, asking, prefix=f"{name}_")
         lines += [f"{name}: {arguments.expression}", *arguments.rules]
         ignored += arguments.ignored
         calls.append((tool.function.name, name))
@@ -153,8 +152,8 @@ async def _constraint(
     return CheckedConstraint(constraint, tuple(ignored))
 
 
-def _arguments_schema(tool: Tool) -> str:
+def _arguments_schema(tool: Tool, param: str) -> str:
     schema = tool.function.parameters
     if schema is None:
         schema = {"properties": {}}
-    return schema_text({"type": "object", **schema})
+    return schema_text({"type": "object", **schema}, param)

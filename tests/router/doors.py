@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tandem.common.fair_work import FairWork
 from tandem.common.fairness import ServiceCounters
 from tandem.router.admission import Admission
 from tandem.router.explain import Record
@@ -10,6 +11,10 @@ from tandem.router.explain import Record
 def open_door() -> Admission:
     """Nobody ever waits."""
     return Admission(ServiceCounters(), max_requests=10, max_tokens=10**6, room=lambda *_: True, wait_s=lambda _: 0.0)
+
+
+def a_thread() -> FairWork:
+    return FairWork("test", 1, max_waiting=1)
 
 
 def a_record() -> Record:

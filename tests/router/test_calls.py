@@ -20,7 +20,7 @@ from tandem.router.metrics import RouterMetrics
 from tandem.router.served_model import Prompt
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import until
-from tests.router.doors import a_record, open_door
+from tests.router.doors import a_record, a_thread, open_door
 
 
 class FakeDispatcher:
@@ -62,6 +62,7 @@ def context(dispatcher: FakeDispatcher, model_folder: Path) -> CallContext:
         worker_wait_s=1,
         keepalive_s=60,
         admission=open_door(),
+        answers=a_thread(),
     )
 
 

@@ -22,7 +22,7 @@ from tandem.router.metrics import RouterMetrics
 from tandem.router.served_model import Prompt
 from tandem.router.tokenizer import ModelText
 from tests.router.conftest import TEXT, House, events, until
-from tests.router.doors import a_record, open_door
+from tests.router.doors import a_record, a_thread, open_door
 from tests.router.fake_worker import FakeWorker, Script, fake_logprobs
 
 BODY: dict[str, Any] = {"prompt": "The river ran past the old mill", "max_tokens": 12, "return_token_ids": True}
@@ -187,7 +187,7 @@ class Line:
 
     def __init__(self, text: ModelText, spec: ChoiceSpec) -> None:
         self.spec = CallSpec("r", [spec], a_record())
-        self.context = CallContext(self, RouterMetrics(), text, 60, 1, 60, open_door())  # type: ignore[arg-type]
+        self.context = CallContext(self, RouterMetrics(), text, 60, 1, 60, open_door(), a_thread())  # type: ignore[arg-type]
         self.deadline = 1e12
         self.fleet = SimpleNamespace(decode=[])
         self.error: TandemError | None = None

@@ -348,8 +348,7 @@ async def test_what_breaks_inside_is_internal_and_logged_once(
 
 
 async def test_large_messages_share_a_bound_with_bodies(doors: BothDoors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_memory, "LARGE_BODY_BYTES", 1000)
-    monkeypatch.setattr(body_memory, "MAX_HELD_BYTES", 5000)
+    monkeypatch.setattr(body_memory, "MAX_HELD_BYTES", 10_000)
     doors.worker.script = Script(hold_after=1)
     large = pb.GenerateRequest(prompt="a", max_tokens=2, stop=["x" * 900, "y" * 900])
     held = [doors.stub.Complete(large), asyncio.create_task(drained(doors.stub.Generate(large)))]

@@ -65,7 +65,7 @@ async def test_a_body_nested_too_deeply_is_a_400_that_names_the_field(
 async def test_unfinished_nesting_of_any_depth_is_a_400(bare_client: httpx.AsyncClient) -> None:
     for depth in (*NEAR_THE_STACK, 100_000):
         response = await bare_client.post("/v1/completions", content='{"prompt": ' + "[" * depth)
-        assert response.status_code == 400, (depth, response.text)
+        assert response.status_code in (400, 413), (depth, response.text)
 
 
 def test_lines_of_batches_and_json_of_grpc_have_the_same_bound() -> None:

@@ -55,8 +55,7 @@ async def test_a_long_text_of_long_tokens_is_taken(house: House) -> None:
 
 
 async def test_large_bodies_share_a_bound(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_memory, "LARGE_BODY_BYTES", 1000)
-    monkeypatch.setattr(body_memory, "MAX_HELD_BYTES", 5000)
+    monkeypatch.setattr(body_memory, "MAX_HELD_BYTES", 10_000)
     worker, client = await house.pair(Script(hold_after=1))
     large = {"prompt": "a", "max_tokens": 2, "user": "x" * 2000}
     held = [asyncio.create_task(client.post("/v1/completions", json=large)) for _ in range(2)]

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from tandem.router import limits as module
 from tandem.router.caller import Caller, Rates
-from tandem.router.limits import FIRST_OUTPUT_GUESS, Buckets, Limits, LocalBuckets, RateLimited, duration
+from tandem.router.limits import (
+    BYTES_PER_REQUEST,
+    BYTES_PER_TOKEN,
+    FIRST_OUTPUT_GUESS,
+    Buckets,
+    Limits,
+    LocalBuckets,
+    Place,
+    RateLimited,
+    Reservation,
+    duration,
+)
 from tandem.router.shared_buckets import SharedBuckets
 
 
@@ -32,6 +43,29 @@ def pair(make: Callable[[Clock], Buckets] = LocalBuckets) -> tuple[Limits, Clock
     return Limits(make(clock)), clock
 
 
+class Asked:
+    """A request that was let in by a front door, and by what opens calls."""
+
+    def __init__(self, place: Place, reservation: Reservation) -> None:
+        self._place = place
+        self._reservation = reservation
+        self.settle = reservation.settle
+
+    def close(self) -> None:
+        self._reservation.close()
+        self._place.close()
+
+
+def ask(limits: Limits, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> Asked:
+    place = limits.enter(caller, tokens=False)
+    try:
+        return Asked(place, limits.reserve(caller, prompt_tokens, max_output_tokens))
+    except RateLimited:
+        place.give_back()
+        place.close()
+        raise
+
+
 both = pytest.mark.parametrize("make", [LocalBuckets, SharedBuckets])
 """Shared buckets whose Redis is away and that know of no other replica do what local ones do."""
 
@@ -42,7 +76,7 @@ def headers(limits: Limits, caller: Caller) -> dict[str, str]:
 
 def refusal(limits: Limits, caller: Caller, prompt_tokens: int = 1, max_output_tokens: int = 1) -> RateLimited:
     with pytest.raises(RateLimited) as caught:
-        limits.reserve(caller, prompt_tokens, max_output_tokens)
+        ask(limits, caller, prompt_tokens, max_output_tokens)
     assert caught.value.code == "rate_limit_exceeded"
     assert caller.tenant in caught.value.message
     return caught.value
@@ -52,14 +86,14 @@ def test_requests_come_back_at_their_rate() -> None:
     limits, clock = pair()
     ann, bob = tenant(requests_per_minute=6), tenant("bob", requests_per_minute=6)
     for _ in range(6):
-        limits.reserve(ann, 1, 1).close()
+        ask(limits, ann, 1, 1).close()
     error = refusal(limits, ann)
     assert (error.limit, error.retry_after_s) == ("requests", pytest.approx(10))
-    limits.reserve(bob, 1, 1).close()  # has a bucket of its own
+    ask(limits, bob, 1, 1).close()  # has a bucket of its own
     clock.now += 9.9
     assert refusal(limits, ann).retry_after_s == pytest.approx(0.1)
     clock.now += 0.1
-    limits.reserve(ann, 1, 1).close()
+    ask(limits, ann, 1, 1).close()
     refusal(limits, ann)
 
 
@@ -70,49 +104,49 @@ def test_waiting_as_told_is_enough(make: Callable[[Clock], Buckets]) -> None:
     served = 0
     while served < 50:
         try:
-            limits.reserve(ann, 101, 3).settle(101, 3)
+            ask(limits, ann, 101, 3).settle(101, 3)
         except RateLimited as error:
             clock.now += error.retry_after_s or 0.0
-            limits.reserve(ann, 101, 3).settle(101, 3)
+            ask(limits, ann, 101, 3).settle(101, 3)
         served += 1
 
 
 def test_tokens_are_corrected_at_the_end() -> None:
     limits, _ = pair()
     ann = tenant(tokens_per_minute=1000)
-    reservation = limits.reserve(ann, 300, 10_000)
+    reservation = ask(limits, ann, 300, 10_000)
     assert headers(limits, ann)["x-ratelimit-remaining-tokens"] == str(1000 - 300 - FIRST_OUTPUT_GUESS)
     reservation.settle(300, 50)
     reservation.close()
     reservation.close()  # a second time changes nothing
     assert headers(limits, ann)["x-ratelimit-remaining-tokens"] == "650"
-    limits.reserve(ann, 100, 5).close()  # never settled: it failed, and is free
+    ask(limits, ann, 100, 5).close()  # never settled: it failed, and is free
     assert headers(limits, ann)["x-ratelimit-remaining-tokens"] == "650"
 
 
 def test_debt_is_paid_before_the_next_request() -> None:
     limits, clock = pair()
     ann = tenant(tokens_per_minute=600)
-    reservation = limits.reserve(ann, 100, 10_000)
+    reservation = ask(limits, ann, 100, 10_000)
     reservation.settle(100, 800)
     reservation.close()
     assert headers(limits, ann)["x-ratelimit-remaining-tokens"] == "0"
     with pytest.raises(RateLimited) as caught:
-        limits.check(ann)
+        limits.enter(ann).close()
     assert caught.value.retry_after_s == pytest.approx(30.1)  # 300 of debt and one token, at 10 a second
     clock.now += 30.1
-    limits.check(ann)
+    limits.enter(ann).close()
 
 
 def test_a_request_larger_than_the_limit_passes_when_the_bucket_is_full_and_costs_all_of_it() -> None:
     limits, clock = pair()
     ann = tenant(tokens_per_minute=600)
-    reservation = limits.reserve(ann, 6000, 1)
+    reservation = ask(limits, ann, 6000, 1)
     reservation.settle(6000, 1)
     reservation.close()
     assert refusal(limits, ann).retry_after_s == pytest.approx((6001 - 600 + 2) / 10)
     clock.now += 540.3
-    limits.reserve(ann, 1, 1)
+    ask(limits, ann, 1, 1)
 
 
 def test_the_output_guess_follows_the_tenant() -> None:
@@ -121,7 +155,7 @@ def test_the_output_guess_follows_the_tenant() -> None:
 
     def taken(max_output_tokens: int) -> float:
         before = limits._level(ann, "tokens", 10**9)
-        reservation = limits.reserve(ann, 0, max_output_tokens)
+        reservation = ask(limits, ann, 0, max_output_tokens)
         after = limits._level(ann, "tokens", 10**9)
         reservation.settle(0, 20)
         reservation.close()
@@ -137,23 +171,39 @@ def test_the_output_guess_follows_the_tenant() -> None:
 def test_requests_in_flight() -> None:
     limits, _ = pair()
     ann = tenant(max_concurrent=2)
-    first, second = limits.reserve(ann, 1, 1), limits.reserve(ann, 1, 1)
+    first, second = ask(limits, ann, 1, 1), ask(limits, ann, 1, 1)
     assert refusal(limits, ann).limit == "concurrency"
     with pytest.raises(RateLimited):
-        limits.check(ann)
+        limits.enter(ann).close()
     first.close()
     first.close()
-    third = limits.reserve(ann, 1, 1)
+    third = ask(limits, ann, 1, 1)
     refusal(limits, ann)
     second.close()
     third.close()
     assert limits.running(ann) == 0
 
 
+def test_what_was_read_in_vain_is_charged_by_its_size() -> None:
+    limits, _ = pair()
+    ann = tenant(requests_per_minute=200, tokens_per_minute=200_000, max_concurrent=1)
+    place = limits.enter(ann)
+    place.charge(100)
+    place.close()
+    assert headers(limits, ann)["x-ratelimit-remaining-requests"] == "199"
+    assert headers(limits, ann)["x-ratelimit-remaining-tokens"] == str(200_000 - 100 // BYTES_PER_TOKEN)
+    place = limits.enter(ann)
+    place.charge(8 << 20)
+    place.close()
+    assert headers(limits, ann)["x-ratelimit-remaining-requests"] == str(198 - (8 << 20) // BYTES_PER_REQUEST)
+    assert int(headers(limits, ann)["x-ratelimit-remaining-tokens"]) < 200_000 - (8 << 20) // BYTES_PER_TOKEN
+    assert limits.running(ann) == 0
+
+
 def test_a_refusal_takes_nothing() -> None:
     limits, _ = pair()
     ann = tenant(requests_per_minute=10, tokens_per_minute=1000, max_concurrent=5)
-    limits.reserve(ann, 900, 1)
+    ask(limits, ann, 900, 1)
     before = headers(limits, ann)
     assert refusal(limits, ann, prompt_tokens=200).limit == "tokens"
     assert headers(limits, ann) == before
@@ -163,8 +213,8 @@ def test_a_refusal_takes_nothing() -> None:
 def test_unlimited_tenants_have_no_state_and_no_headers() -> None:
     limits, _ = pair()
     ann = tenant()
-    reservation = limits.reserve(ann, 10**9, 10**9)
-    limits.check(ann)
+    reservation = ask(limits, ann, 10**9, 10**9)
+    limits.enter(ann).close()
     reservation.settle(1, 1)
     reservation.close()
     assert limits.headers(ann) == []
@@ -174,7 +224,7 @@ def test_unlimited_tenants_have_no_state_and_no_headers() -> None:
 def test_headers_name_the_limits_that_there_are() -> None:
     limits, clock = pair()
     ann = tenant(requests_per_minute=60)
-    limits.reserve(ann, 1, 1).close()
+    ask(limits, ann, 1, 1).close()
     assert headers(limits, ann) == {
         "x-ratelimit-limit-requests": "60",
         "x-ratelimit-remaining-requests": "59",
@@ -187,22 +237,22 @@ def test_headers_name_the_limits_that_there_are() -> None:
 def test_new_limits_hold_at_once_for_what_is_running() -> None:
     limits, _ = pair()
     old = tenant(max_concurrent=4, tokens_per_minute=1000)
-    reservations = [limits.reserve(old, 1, 1) for _ in range(4)]
+    reservations = [ask(limits, old, 1, 1) for _ in range(4)]
     new = replace(old, rates=Rates(max_concurrent=2, tokens_per_minute=100))
     refusal(limits, new)
     for reservation in reservations[:3]:
         reservation.settle(1, 1)
         reservation.close()
-    limits.reserve(new, 1, 1)
+    ask(limits, new, 1, 1)
     refusal(limits, new)
 
 
 def test_names_that_come_and_go_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_STATES", 50)
     limits, clock = pair()
-    kept = limits.reserve(tenant("kept", max_concurrent=1), 1, 1)
+    kept = ask(limits, tenant("kept", max_concurrent=1), 1, 1)
     for i in range(500):
-        limits.reserve(tenant(f"t{i}", requests_per_minute=60), 1, 1).close()
+        ask(limits, tenant(f"t{i}", requests_per_minute=60), 1, 1).close()
         clock.now += 2
     assert len(limits._states) <= 50
     assert len(limits._buckets._full_at) <= 50  # type: ignore[attr-defined]
@@ -260,7 +310,7 @@ def test_buckets_do_what_a_plain_account_book_says(
         if min(abs(level - needed), abs(requests - 1)) > 1e-6:  # else rounding decides
             fits = level >= needed and requests >= 1
             try:
-                running.append((limits.reserve(ann, prompt, output + 5), estimate, prompt, output))
+                running.append((ask(limits, ann, prompt, output + 5), estimate, prompt, output))
                 assert fits
             except RateLimited:
                 assert not fits

@@ -52,3 +52,37 @@ def test_little_is_held_back(parts: list[str], stops: list[str]) -> None:
 
 def test_without_stops_nothing_is_held() -> None:
     assert StopMatcher([]).feed("abc").text == "abc"
+
+
+def test_long_stop_strings_cost_no_more_than_a_step_for_each_character() -> None:
+    """A text that nearly matches: looking for beginnings anew would take a thousand steps for each."""
+    matcher = StopMatcher(["a" * 999 + last for last in "bcdefghijklmnopq"])
+    advanced = 0
+    advance = matcher._advance
+
+    def counting(character: str) -> str | None:
+        nonlocal advanced
+        advanced += 1
+        return advance(character)
+
+    matcher._advance = counting  # type: ignore[method-assign]
+    shown = "".join(matcher.feed("a").text for _ in range(5000))
+    assert advanced == 5000
+    assert shown + matcher.held == "a" * 5000
+    assert len(matcher.held) == 999
+    assert matcher.feed("b").matched == "a" * 999 + "b"
+
+
+@given(st.lists(st.text("ab", max_size=40), max_size=12), st.lists(st.text("ab", min_size=1, max_size=12), min_size=1))
+def test_strings_that_repeat_themselves_are_found_too(parts: list[str], stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    expected, expected_stop = found_in_whole("".join(parts), stops)
+    shown, matched = "", None
+    for part in parts:
+        result = matcher.feed(part)
+        shown, matched = shown + result.text, result.matched
+        if matched is not None:
+            break
+    else:
+        shown += matcher.flush()
+    assert (shown, matched) == (expected, expected_stop)

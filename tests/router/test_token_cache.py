@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tandem.router.caller import Caller
 from tandem.router.chat_template import ChatTemplate
 from tandem.router.token_cache import MAX_SHARE, TokenCache
 from tandem.router.tokenizer import INLINE_CHARACTERS, ModelText
@@ -66,9 +67,11 @@ def spy(text: ModelText, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     given: list[str] = []
     ids = text._ids
 
-    async def counted(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    async def counted(
+        tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool, caller: Caller
+    ) -> list[list[int]]:
         given.extend(texts)
-        return await ids(tokenizer, texts, add_special_tokens)
+        return await ids(tokenizer, texts, add_special_tokens, caller)
 
     monkeypatch.setattr(text, "_ids", counted)
     return given
