@@ -2,7 +2,7 @@
 
     python bench/loop_holds.py [KIND ...]
 
-A router runs in this process before two fake workers that answer at once. A victim asks it for small chats one after
+A router runs in this process before two fake workers, a token every 2 ms. A victim asks it for small chats one after
 the other; an attacker, a tenant of its own, sends each kind of heavy request a few times, two at once. Both are
 processes of their own. For each kind: the longest hold of the event loop, by the wall and in processor time of the
 whole process meanwhile (which a busy machine does not lengthen); the victim's times; what the attacker was answered;
@@ -181,9 +181,10 @@ def be_victim(port: int) -> None:
     print(json.dumps({"asked": len(times), "failed": failed, "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": at(1)}))
 
 
-async def child(*arguments: str) -> asyncio.subprocess.Process:
+async def started(*command: str) -> asyncio.subprocess.Process:
+    """A process of Python, once it has said something."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable, *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
     await process.stdout.readline()
@@ -202,9 +203,9 @@ async def told(process: asyncio.subprocess.Process) -> dict[str, object]:
 
 
 async def measure(kinds: list[str]) -> list[dict[str, object]]:
-    from router_workers import GrpcWorker, Script
+    from router_http import free_ports
+    from router_workers import sockets
 
-    from tandem.proto import worker_pb2
     from tandem.router.app import Router
     from tandem.router.main import spare_collector
     from tandem.router.settings import RouterConfig
@@ -215,13 +216,9 @@ async def measure(kinds: list[str]) -> list[dict[str, object]]:
         tenants = folder / "tenants.yaml"
         keys = {tenant: hashlib.sha256(tenant.encode()).hexdigest() for tenant in ("attacker", "victim")}
         tenants.write_text("tenants:\n" + "".join(f"- name: {name}\n  keys: [{key}]\n" for name, key in keys.items()))
-        sockets = [folder / f"worker-{index}.sock" for index in range(2)]
-        for path in sockets:
-            worker = GrpcWorker(
-                worker_pb2.ROLE_DECODE, path, Script(delay_s=0.001), max_model_len=2048, vocab_size=4096
-            )
-            await worker.start()
-        targets = [f"unix:{path}" for path in sockets]
+        paths = sockets(folder, 2)
+        workers = await started(str(ROOT / "bench/router_workers.py"), name, *map(str, free_ports(len(paths))))
+        targets = [f"unix:{path}" for path in paths]
         config = RouterConfig(
             model=str(MODEL),
             port=0,
@@ -236,14 +233,14 @@ async def measure(kinds: list[str]) -> list[dict[str, object]]:
             await asyncio.sleep(0.05)
         spare_collector()
         for kind in kinds:
-            attacker = await child("--attack", kind, "--port", str(router.port))
-            victim = await child("--victim", "--port", str(router.port))
+            attacker = await started(__file__, "--attack", kind, "--port", str(router.port))
+            victim = await started(__file__, "--victim", "--port", str(router.port))
             await asyncio.sleep(1.0)
             ticks = Ticks()
             ticking = asyncio.create_task(ticks.run())
-            started = time.perf_counter()
+            began = time.perf_counter()
             answers = await told(attacker)
-            took_s = time.perf_counter() - started
+            took_s = time.perf_counter() - began
             ticking.cancel()
             row = {
                 "kind": kind,
@@ -257,6 +254,8 @@ async def measure(kinds: list[str]) -> list[dict[str, object]]:
             print(json.dumps(row), file=sys.stderr, flush=True)
             rows.append(row)
         await router.stop()
+        workers.kill()
+        await workers.wait()
     return rows
 
 

@@ -13,6 +13,7 @@ from tandem.router.choice import Choice, Delta
 from tandem.router.generate import Call, Usage, account_of
 from tandem.router.http_exchange import ClientGone, Exchange
 from tandem.router.large_answers import written
+from tandem.router.large_json import encoded_parts
 
 T = TypeVar("T")
 
@@ -51,8 +52,8 @@ async def answer(exchange: Exchange, call: Call, shapes: Format) -> None:
         deltas, usage = await whole(exchange, call), call.usage()
         explain = {"explain": account_of(call)} if wants_account(exchange) else {}
 
-        def write() -> bytes:
-            return msgspec.json.encode(shapes.answer(deltas, usage) | explain)
+        def write() -> list[bytes]:
+            return encoded_parts(shapes.answer(deltas, usage) | explain)
 
         await exchange.reply(await written(call, exchange.memory, write))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
 
 IGNORED_HEADER = b"x-tandem-ignored"
+PIECE_BYTES = 256 * 1024
+"""An answer is handed to the connection in pieces, which it copies."""
 MAX_LISTED_BYTES = 1024
 """Of a header that lists names."""
 
@@ -172,16 +174,24 @@ class Exchange:
 
     async def reply(
         self,
-        body: bytes,
+        body: bytes | Sequence[bytes],
         *,
         status: int = 200,
         content_type: bytes = b"application/json",
         headers: Headers | None = None,
     ) -> None:
+        """`body`: whole, or in parts."""
+        parts = [body] if isinstance(body, bytes) else body
+        length = sum(map(len, parts))
         await self._start(
-            status, [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *(headers or [])]
+            status, [(b"content-type", content_type), (b"content-length", str(length).encode()), *(headers or [])]
         )
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        if length > PIECE_BYTES:
+            for piece in _in_pieces(parts):
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                await asyncio.sleep(0)
+            parts = []
+        await self._send({"type": "http.response.body", "body": b"".join(parts), "more_body": False})
 
     async def reply_parts(
         self, parts: AsyncIterator[bytes], *, length: int, content_type: bytes, stalled_s: float
@@ -246,6 +256,21 @@ class Exchange:
 
     def _too_large(self) -> TandemError:
         return TandemError("request_too_large", f"the body is larger than {self._max_body_bytes} bytes")
+
+
+def _in_pieces(parts: Sequence[bytes]) -> Iterator[bytes]:
+    """The same bytes, at most PIECE_BYTES at a time."""
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        for start in range(0, len(part), PIECE_BYTES):
+            piece = part[start : start + PIECE_BYTES]
+            if size + len(piece) > PIECE_BYTES:
+                yield b"".join(held)
+                held, size = [], 0
+            held.append(piece)
+            size += len(piece)
+    yield b"".join(held)
 
 
 def header_list(names: Iterable[str]) -> bytes:

@@ -39,6 +39,8 @@ MAX_WAITING = 64
 """Chats of one tenant that wait to be rendered there."""
 SHORT_MESSAGES, SHORT_TEXT = 256, 1 << 17
 """What may be rendered on the event loop: messages, and characters in them and in variables of the template."""
+PART = 64
+"""Characters that a part of a message or a call counts beside its text."""
 CUT_TOKENS = 16
 """What cutting a text may add, at the most."""
 
@@ -288,8 +290,8 @@ def _check_short(messages: list[Message], variables: dict[str, Any]) -> None:
     characters = 0
     for message in messages:
         content = message.content or ""
-        characters += len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content)
-        characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
+        characters += len(content) if isinstance(content, str) else sum(PART + len(part.text or "") for part in content)
+        characters += sum(PART + len(call.function.arguments) for call in message.tool_calls or ())
     if characters > SHORT_TEXT:
         raise Elsewhere
 
