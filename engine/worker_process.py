@@ -211,6 +211,7 @@ class WorkerProcess:
             kv_bytes_per_token=engine.pool.row_bytes * engine.pool.num_layers,
             chunk_tokens=self._store.chunk_tokens if self._store is not None else 0,
             sends_cache_events=True,
+            row_invariant=loaded.row_invariant,
         )
 
     def _store_node(self) -> str:

@@ -189,6 +189,7 @@ class WorkerInfo(_message.Message):
     STORE_NODE_FIELD_NUMBER: _builtins.int
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     SENDS_CACHE_EVENTS_FIELD_NUMBER: _builtins.int
+    ROW_INVARIANT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     worker_epoch: _builtins.int
     """differs for every start of the process"""
@@ -217,6 +218,8 @@ class WorkerInfo(_message.Message):
     chunk_tokens: _builtins.int
     """of the KV store"""
     sends_cache_events: _builtins.bool
+    row_invariant: _builtins.bool
+    """a row's bits depend on its own tokens alone, by construction or as measured there"""
     @_builtins.property
     def kv_endpoint(self) -> Global___KvEndpoint:
         """decode workers"""
@@ -244,10 +247,11 @@ class WorkerInfo(_message.Message):
         store_node: _builtins.str = ...,
         chunk_tokens: _builtins.int = ...,
         sends_cache_events: _builtins.bool = ...,
+        row_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_endpoint", b"kv_endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "hardware_class", b"hardware_class", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "hardware_class", b"hardware_class", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "row_invariant", b"row_invariant", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

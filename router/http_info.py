@@ -77,6 +77,7 @@ async def readyz(exchange: Exchange, service: Service) -> None:
                 "worker": session.name if session else None,
                 "connected": session is not None,
                 "draining": bool(session and session.status.draining),
+                "row_invariant": bool(session and session.info.row_invariant),
             }
         )
     ready = service.ready

@@ -242,7 +242,9 @@ ANSWERS: dict[str, Schema] = {
         {
             "status": {"enum": ["ready", "not ready"]},
             "draining": FLAG,
-            "workers": many(one({"role": TEXT, "worker": or_null(TEXT), "connected": FLAG, "draining": FLAG})),
+            "workers": many(
+                one({"role": TEXT, "worker": or_null(TEXT), "connected": FLAG, "draining": FLAG, "row_invariant": FLAG})
+            ),
         },
     ),
     "OpenApi": one({"openapi": TEXT, **dict.fromkeys(("info", "tags", "paths", "components"), ANYTHING)}),

@@ -46,6 +46,8 @@ class Worker:
     waiting: int
     kv_used: float
     """Share of the KV pool that running and cached sequences take, 0 to 1."""
+    row_invariant: bool
+    """What it computes for a request has the same bits whatever runs beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,12 @@ def as_text(status: Status) -> str:
     lines += ["", f"in flight {status.in_flight}, queued {status.queued}"]
     if status.output_tokens_per_s is not None and status.prompt_tokens_per_s is not None:
         lines[-1] += f", {status.prompt_tokens_per_s:.0f} prompt and {status.output_tokens_per_s:.0f} output tokens/s"
+    others = [worker.name for worker in status.workers if worker.connected and not worker.row_invariant]
+    if others:
+        lines.append(
+            f"the bits of an output may depend on what runs beside it on {', '.join(others)} "
+            "(--batch-invariant true: nowhere)"
+        )
     return "\n".join(lines)
 
 
@@ -144,4 +152,12 @@ def _worker(reported: dict[str, object], samples: Samples) -> Worker:
 
     blocks = value("total_blocks")
     used = 1 - value("free_blocks") / blocks if blocks else 0.0
-    return Worker(name, role, bool(reported["connected"]), round(value("running")), round(value("waiting")), used)
+    return Worker(
+        name,
+        role,
+        bool(reported["connected"]),
+        round(value("running")),
+        round(value("waiting")),
+        used,
+        bool(reported.get("row_invariant")),
+    )

@@ -89,3 +89,19 @@ def test_no_token_is_lost_or_doubled_when_every_worker_is_killed_in_turn(serve: 
             eventually(lambda: serve.metric("tandem_worker_up") < 4, what=f"{victim} gone")
             clients.wait(8)
     eventually(serve.idle, what="workers idle")
+
+
+def test_in_batch_invariant_mode_a_killed_worker_changes_no_text(tiny: Path, prompt: MakePrompt) -> None:
+    """Greedy, in bfloat16, where two candidates are close often enough: the bits are the same in any batch."""
+    flags = ("--prefill", 0, "--decode", 2, "--dtype", "bfloat16", "--batch-invariant", "true")
+    with Serve(tiny, *flags, TANDEM_WORKER_WAIT_S="180") as serve:
+        workers = serve.http.get("/readyz").json()["workers"]
+        assert [worker["row_invariant"] for worker in workers] == [True, True]
+        asked: list[Question] = [{"prompt": prompt(20 + 29 * i), "max_tokens": 200} for i in range(8)]
+        with Clients(serve, asked) as clients:
+            for victim in ("decode-0", "decode-1"):
+                serve.wait_connected(2)
+                clients.kill(victim)
+                eventually(lambda: serve.metric("tandem_worker_up") < 2, what=f"{victim} gone")
+                clients.wait(12)
+        assert serve.metric("tandem_router_retries_total") > 0, "somebody was in the middle of it"

@@ -35,7 +35,7 @@ class Server:
     """Answers from `pages`, and streams `pieces` as a chat."""
 
     def __init__(self) -> None:
-        worker = {"role": "decode", "worker": "decode-0", "connected": True, "draining": False}
+        worker = {"role": "decode", "worker": "decode-0", "connected": True, "draining": False, "row_invariant": True}
         self.pages: dict[str, tuple[int, str]] = {
             "/readyz": (200, json.dumps({"status": "ready", "workers": [worker]})),
             "/v1/models": (200, json.dumps({"data": [{"id": "tiny"}]})),
@@ -155,6 +155,11 @@ def test_status_tells_of_workers_and_ends_with_1_where_nothing_is_served(
     assert "is ready: tiny, Tandem 1.2.3" in text
     assert text.splitlines()[3].split() == ["decode-0", "decode", "3", "0", "75%"]
     assert "in flight 3, queued 0, 0 prompt and 0 output tokens/s" in text
+    assert "bits" not in text
+    worker = {"role": "decode", "worker": "decode-0", "connected": True, "draining": False, "row_invariant": False}
+    server.pages["/readyz"] = (200, json.dumps({"status": "ready", "workers": [worker]}))
+    assert cli.main(["status", "--url", server.url, "--over-s", "0"]) == 0
+    assert "may depend on what runs beside it on decode-0" in capsys.readouterr().out
     server.pages["/readyz"] = (503, json.dumps({"status": "not ready", "workers": []}))
     assert cli.main(["status", "--url", server.url, "--json", "--over-s", "0"]) == 1
     told = json.loads(capsys.readouterr().out)
