@@ -34,7 +34,7 @@ from tandem.router.template_costs import (
     check_tree,
     is_small,
 )
-from tandem.router.template_tree import EACH, SUM, TEXT_FILTERS, WRITABLE, Metered
+from tandem.router.template_tree import EACH, SCALAR, SUM, TEXT_FILTERS, WRITABLE, Metered
 
 INLINE_S = 0.01
 """Processor time of rendering on the event loop."""
@@ -49,12 +49,12 @@ _SHORT_TESTS = (
     "mapping", "none", "number", "odd", "sequence", "string", "test", "true", "undefined", "upper",
 )  # fmt: skip
 _COMPARING_TESTS = (
-    "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le", "lessthan", "lt", "ne",
+    "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "le", "lessthan", "lt", "ne",
 )  # fmt: skip
 
 
 class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """For one thread. Call `start`, then render."""
+    """For one thread."""
 
     intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
 
@@ -74,11 +74,13 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for name, each in filters.items():
             self.filters[name] = self._writing(each)
         self.filters |= {"join": self._join, "replace": self._replace_filter, "indent": self._indent}
-        self.filters |= {"string": self._string, EACH: self._each, WRITABLE: self._writable, SUM: self._sum}
+        self.filters |= {"string": self._string, EACH: self._each, WRITABLE: self._writable}
+        self.filters |= {SCALAR: self._scalar, SUM: self._sum}
         tests: dict[str, Any] = {**self.tests}
         self.tests = {name: self._refusing(each) for name, each in tests.items()}
         self.tests |= {name: self._short(tests[name]) for name in _SHORT_TESTS}
         self.tests |= {name: self._comparing(tests[name]) for name in _COMPARING_TESTS}
+        self.tests["in"] = lambda value, items: tests["in"](self._scalar(value), items)
         self.globals |= functions
         self._functions = {id(each) for each in (*functions.values(), self.globals["range"])}
 
@@ -154,6 +156,11 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             check_tree(value)
         return value
 
+    def _scalar(self, value: Any) -> Any:
+        if type(value) not in SCALARS:
+            raise Elsewhere
+        return value
+
     @jinja2.pass_context
     def _sum(self, context: jinja2.runtime.Context, *parts: Any) -> Any:
         """What `+` makes of them, one after the other."""
@@ -209,9 +216,9 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         def metered(value: Any, *args: Any, **kwargs: Any) -> Any:
             self._tick()
-            if type(value) is not str or kwargs:
+            if type(value) not in SCALARS or kwargs:
                 raise Elsewhere
-            if args and (type(args[0]) is not str or len(args[0]) * len(value) > MAX_PRODUCT):
+            if args and (type(value) is not str or type(args[0]) is not str or len(args[0]) * len(value) > MAX_PRODUCT):
                 raise Elsewhere
             return function(value, *args)
 

@@ -10,7 +10,9 @@ import jinja2.visitor
 EACH = "tandem_each"
 """Around what a loop goes through."""
 WRITABLE = "tandem_writable"
-"""Around what is written, compared or looked up."""
+"""Around what is written, compared or is a key."""
+SCALAR = "tandem_scalar"
+"""Around what is looked for among others: comparing it with each must be short."""
 SUM = "tandem_sum"
 """In place of `a + b + c`."""
 TEXT_FILTERS = ("capitalize", "lower", "title", "trim", "upper")
@@ -33,18 +35,19 @@ class Metered(jinja2.visitor.NodeTransformer):
         parts: list[jinja2.nodes.Expr] = []
         first: jinja2.nodes.Expr = node
         while isinstance(first, jinja2.nodes.Add):
-            parts.insert(0, self.visit(first.right))
+            parts.append(self.visit(first.right))
             first = first.left
-        return _filtered(self.visit(first), SUM, parts)
+        return _filtered(self.visit(first), SUM, parts[::-1])
 
     def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]
         if sum(not _is_literal(side) for side in sides) > 1:
-            node.expr = _filtered(node.expr, WRITABLE)
+            looked_for = any(operand.op in ("in", "notin") for operand in node.ops)
+            node.expr = _filtered(node.expr, SCALAR if looked_for else WRITABLE)
             for operand in node.ops:
                 if operand.op not in ("in", "notin"):
-                    operand.expr = _filtered(operand.expr, WRITABLE)
+                    operand.expr = _filtered(operand.expr, SCALAR if looked_for else WRITABLE)
         return node
 
     def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:

@@ -80,6 +80,9 @@ BOMBS = {
             "{{ ns.x == y.x }}",
             "in another": "{% set y = namespace(x=[0]) %}{% for a in range(60) %}{% set y.x = [y.x, y.x] %}{% endfor %}"
             "{{ ns.x in [y.x] }}",
+            "in many": "{% set y = namespace(x=[ns.x]) %}{% for a in range(12) %}{% set y.x = y.x + y.x %}{% endfor %}"
+            "{{ ns.x in y.x }}",
+            "in a test": "{{ ns.x is in [[0]] }}",
             "written with its owner": "{{ ns }}",
         }.items()
     },
