@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.common.errors import ConfigError, TandemError
@@ -227,6 +227,7 @@ _VALUES = st.sampled_from([0, 1, -3, 2.5, True, None, "text", 10**30])
 _TOOLS = st.sampled_from([None, [], [{"name": "f", "parameters": {"type": "object", "a": [1, None, "é"]}}]])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=4), _VALUES, _TOOLS)
 def test_what_is_rendered_on_the_event_loop_is_what_jinja_makes(pieces: list[str], n: Any, tools: Any) -> None:
     source = TemplateSource("".join(pieces), {})

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.common.errors import TandemError
@@ -101,11 +101,13 @@ def depth_of(value: Any) -> int:
     return 0 if parts is None else 1 + max(map(depth_of, parts), default=0)
 
 
+@settings(deadline=None)
 @given(_JSON, st.integers(1, 12))
 def test_depth_is_that_of_the_obvious_way(value: Any, most: int) -> None:
     assert too_deep(value, most) == (depth_of(value) > most)
 
 
+@settings(deadline=None)
 @given(_JSON, st.integers(0, MAX_DEPTH + 3))
 def test_the_short_way_never_lets_deep_bodies_pass(value: Any, wrapped: int) -> None:
     for _ in range(wrapped):
