@@ -246,3 +246,19 @@ async def test_request_that_a_draining_worker_gives_up_waits_for_its_successor(h
     await worker.restart()
     assert (await request).status_code == 200
     assert [submit.key.epoch for submit in worker.submits] == [1, 2]
+
+
+async def test_a_failure_of_the_request_itself_is_neither_tried_elsewhere_nor_held_against_the_worker(
+    house: House,
+) -> None:
+    script = Script(error=("computation_failed", "the model computed numbers that are not finite"))
+    first, second = await house.decode("decode-0", script), await house.decode("decode-1", script)
+    router = await house.router(first, second)
+    client = await house.client(router)
+    for sent in range(1, 9):
+        response = await client.post("/v1/completions", json=BODY)
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "computation_failed"
+        assert "not finite" in response.json()["error"]["message"]
+        assert len(first.submits) + len(second.submits) == sent
+    assert not any(session.health.problem for session in router.fleet.decode)
