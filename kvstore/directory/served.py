@@ -21,6 +21,8 @@ MAX_LOOKUP_KEYS = 16_384
 """Of one call: four million tokens."""
 MAX_KEY_BYTES = 64
 MAX_NODE_ID = 256
+REFUSALS = 3
+"""In a row, before the log says that the secret may be another."""
 _DUMP_EVENTS = 4_096
 _DUMP_TIMEOUT_S = 30.0
 
@@ -115,7 +117,8 @@ class DirectoryClient(RemoteDirectory):
         self._secret = secret
         self._channel = open_channel(address, secret, _CHANNEL_OPTIONS)
         self._stub = pb_grpc.KvDirectoryStub(self._channel)
-        self._was_refused = False
+        self._refusals = 0
+        """In a row."""
         self._start()
 
     def announce(self, node: NodeInfo, seq: int) -> Reply:
@@ -143,13 +146,17 @@ class DirectoryClient(RemoteDirectory):
         try:
             answer = self._stub.States(pb.StatesRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
-            if not self._was_refused and isinstance(error, grpc.Call):
-                reason = remedy(error.details() or "", self._secret)
-                self._was_refused = bool(reason)
-                if reason:
-                    log.error("no connection to the directory at %s%s", self._address, reason)
+            self._look_for_a_secret(error)
             return None
+        self._refusals = 0
         return {it.node.node_id: NodeState(_node_from_proto(it.node), it.seq) for it in answer.states}
+
+    def _look_for_a_secret(self, error: grpc.RpcError) -> None:
+        """Says so where it is the reason; a directory that just ends looks like that, too, but once."""
+        reason = remedy((error.details() if isinstance(error, grpc.Call) else "") or "", self._secret)
+        self._refusals = self._refusals + 1 if reason else 0
+        if self._refusals == REFUSALS:
+            log.error("no connection to the directory at %s%s", self._address, reason)
 
     def read(self, cursor: str) -> Page | None:
         try:
