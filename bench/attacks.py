@@ -81,7 +81,7 @@ ATTACKS: dict[str, Attack] = {
     "everything biased away": _ask(logit_bias={str(i): -100 for i in range(VOCABULARY)}, temperature=1e-30),
     "nothing allowed": _ask(allowed_token_ids=[1], bad_words=["a"], logit_bias={"1": -100}, min_p=1, top_p=1e-30),
     # Masks.
-    "grammar of 400 rules, n=16": _ask(guided_grammar=_overlapping_rules(400), n=16, max_tokens=50, temperature=1),
+    "grammar of 400 rules x n=16": _ask(guided_grammar=_overlapping_rules(400), n=16, max_tokens=50, temperature=1),
     "unique schemas": _unique_schemas,
     "regex of many repeats": _ask(guided_regex="(([a-z]{1,100} ){1,100}){1,50}", max_tokens=50, n=8),
     # The event loop and the threads that read texts.

@@ -6,6 +6,7 @@ event loop. Answers are kept, bad ones too, so that sending the same bomb again 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -33,6 +34,10 @@ MAX_KEPT = 128
 """Answers."""
 PATIENCE_S = 30.0
 """For an answer on a busy machine; what a check may cost is bounded in processor time."""
+PROMPT_S = 0.15
+"""A check that takes longer yields to all else that the machine does."""
+YIELDING = 10
+"""How nice it is then."""
 _TRIES = 2
 _NESTED = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT})
 
@@ -127,14 +132,23 @@ def _exchanged(process: subprocess.Popen[bytes], line: bytes) -> bytes | None:
         process.stdin.flush()
     except BrokenPipeError:
         return b""
-    return _line(process.stdout.fileno())
+    poll = select.poll()  # select.select() takes no descriptors above 1023
+    poll.register(process.stdout.fileno(), select.POLLIN)
+    if poll.poll(PROMPT_S * 1000):
+        return _line(process.stdout.fileno(), poll)
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{process.pid}/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), YIELDING)
+    found = _line(process.stdout.fileno(), poll)
+    if found:
+        process.kill()  # it cannot become quicker again
+        process.wait()
+    return found
 
 
-def _line(descriptor: int) -> bytes | None:
+def _line(descriptor: int, poll: select.poll) -> bytes | None:
     """One line; empty where the other side has ended, None where nothing comes."""
     line = b""
-    poll = select.poll()  # select.select() takes no descriptors above 1023
-    poll.register(descriptor, select.POLLIN)
     while not line.endswith(b"\n"):
         if not poll.poll(PATIENCE_S * 1000):
             return None

@@ -36,8 +36,8 @@ COSTLY_S = 0.02
 """A process with one mask that took longer yields to all others of the machine from then on."""
 MAX_COMPILED = 16
 """Compiled grammars that a process keeps: those last used."""
-MEMORY_BYTES = 2 << 30
-"""Of address space; with the tokenizer, which all processes share."""
+MEMORY_BYTES = 512 << 20
+"""Of a process, beside what it shares with the others."""
 STACK_BYTES = 8 << 20
 """Compiling recurses. The router's check has a quarter of it, so that what passes there is safe here."""
 _LIMITS = LLParserLimits(max_items_in_row=MAX_ROW_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
@@ -149,11 +149,18 @@ def _limit(cpu_s: float) -> None:
 def _serve_forked(requests: socket.socket, tokenizer: LLTokenizer) -> None:
     """The life of a forked process."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    most = _data_bytes() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=serve, args=(requests, Masks(tokenizer)))
     thread.start()
     thread.join()
+
+
+def _data_bytes() -> int:
+    """Private memory of this process that can be written to."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
 
 
 def main(path: str, vocab_size: str, *eos_ids: str) -> None:

@@ -36,8 +36,9 @@ BOMB = Constraint(
     + "".join(f'r{index}: "a"+ | "b" s | /[a-c]/ s\n' for index in range(RULES)),
 )
 """Every rule matches the same text: from the second mask on each takes seconds."""
-DEEP = Constraint("json_schema", '{"anyOf":[' * 20_000 + '{"type":"string"}' + "]}" * 20_000)
-"""Takes its process down while it is compiled, or is refused by the library."""
+ALIKE = "".join(f'r{index}: "a" r{index + 1} | "b" r{index + 1}\n' for index in range(8900))
+DEEP = Constraint("lark", f'start: r0\n{ALIKE}r8900: "x"')
+"""Compiling it overflows the stack of its process."""
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,7 @@ def test_compiling_is_bounded_here_too(engine: EngineUnderTest) -> None:
     for name in ("first", "again"):
         last = engine.last(ask(engine, name, DEEP))
         assert last.error_code == "invalid_request", last
+        assert "nested too deeply" in last.error_message
     assert len(engine.tokens(beside)) == 100
     assert engine.tokens(ask(engine, "well", REGEX))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import select
 import subprocess
 import sys
 import threading
@@ -142,7 +144,9 @@ async def test_a_trivial_check_passes_beside_many_large_ones() -> None:
         schema = f'{{"type": "object", "title": "{index}", "properties": {large}}}'
         return await check.answer(Question("json_schema", schema), Caller("many"))
 
-    tasks = [asyncio.create_task(one(index)) for index in range(12)]
+    started = [check.answer(Question("regex", f"a{index}"), Caller(f"{index}")) for index in range(3)]
+    await asyncio.gather(*started)  # the processes take longer to start than a check takes
+    tasks = [asyncio.create_task(one(index)) for index in range(30)]
     await asyncio.sleep(0)
     assert (await check.answer(Question("regex", "a+"), Caller("other"))).problem == ""
     assert sum(task.done() for task in tasks) < len(tasks) / 2
@@ -205,3 +209,22 @@ async def test_nesting_of_any_depth_is_no_500(model_with_tools: Path, place: str
         response = await client.post("/v1/chat/completions", content=body)
     assert response.status_code in (400, 503), response.text  # 503: it is good, and there is no worker
     assert response.json()["error"]["code"] != "internal"
+
+
+async def test_a_check_that_takes_long_yields_and_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraint_check, "PROMPT_S", 0.0)
+    priorities: list[int] = []
+    line = constraint_check._line
+
+    def looking(descriptor: int, poll: select.poll) -> bytes | None:
+        priorities.append(max(os.getpriority(os.PRIO_PROCESS, int(each)) for each in os.listdir(f"/proc/{pid}/task")))
+        return line(descriptor, poll)
+
+    check = ConstraintCheck()
+    pid = (await check._work.run("default", 1.0, check._process)).pid
+    monkeypatch.setattr(constraint_check, "_line", looking)
+    assert await problem(check, "regex", "a+") == ""
+    assert priorities == [constraint_check.YIELDING]
+    monkeypatch.undo()
+    assert await problem(check, "regex", "b+") == ""
+    assert (await check._work.run("default", 1.0, check._process)).pid != pid
