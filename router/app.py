@@ -66,6 +66,7 @@ class Router:
         self.accounts = Accounts(self.metrics.registry, self._shared.buckets if self._shared is not None else None)
         if self._shared is not None:
             self.metrics.registry.register(SharedCollector(self._shared))
+            self._shared.buckets.replicas = replica.count  # those that are certain, until Redis tells of more
             if (tenants := self.tenants) is not None:
                 self._shared.tenants = lambda: tenants.fingerprint
         self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s, secret)

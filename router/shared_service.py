@@ -53,7 +53,7 @@ MAX_ENTRIES = 1000
 """Of each kind per exchange; more go in several."""
 DISAGREED_S = 60.0
 _NEVER = -1e300
-_FAULTS = (RedisError, OSError, TimeoutError, ValueError, TypeError, IndexError)
+_FAULTS = (RedisError, OSError, TimeoutError, ValueError, TypeError, LookupError, ArithmeticError)
 """Of the connection, and of an answer that is not ours."""
 
 
@@ -206,7 +206,7 @@ class SharedService:
                 await self.exchange()
             except _FAULTS as error:
                 self.failures += 1
-                if self.connected:
+                if self.connected or self.failures == 1:
                     log.warning("Redis is away, routers share nothing until it is back: %s", error or type(error))
                 self._set_alone(True)
                 await asyncio.sleep(self._interval_s)
@@ -218,6 +218,8 @@ class SharedService:
             self._wanted.clear()
 
     def _set_alone(self, alone: bool) -> None:
+        if self.buckets.alone and not alone:
+            log.info("limits and fairness are shared through Redis as deployment %s", self._prefix.strip("{}:"))
         self.counters.alone = alone
         if alone:
             self.counters.ignore_elsewhere()

@@ -328,6 +328,18 @@ async def test_without_redis_a_replica_goes_on_alone_and_heals(tmp_path: Path) -
             await service.close()
 
 
+async def test_a_redis_that_is_not_there_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    service = SharedService("redis://:hidden@127.0.0.1:1/0", ServiceCounters(), interval_s=0.01)
+    service.start()
+    try:
+        await until(lambda: service.failures > 3)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "Redis is away" in caplog.text
+        assert "hidden" not in caplog.text
+    finally:
+        await service.close()
+
+
 async def test_more_accounts_than_one_exchange_holds(url: str) -> None:
     async with replicas(url, 2) as services:
         names = [f"tenant-{number}" for number in range(MAX_ENTRIES + 500)]
