@@ -1,4 +1,5 @@
-"""Rate limits of tenants: requests and tokens a minute as token buckets, and requests in flight. Pure.
+"""Rate limits of tenants: requests and tokens a minute as token buckets, and requests in flight. Pure,
+but for the wait in `hear_others`.
 
 How many tokens a request will take is not known when it comes, so an estimate is taken and corrected when it ends. A
 bucket may therefore go below zero; it then has to fill up again before the next request is let in. T seconds after its

@@ -194,13 +194,13 @@ class SharedBuckets:
 
     # For SharedService
 
-    def take_changes(self) -> dict[str, BucketChange]:
-        """Of buckets that changed or are not full."""
+    def take_changes(self, everything: bool = True) -> dict[str, BucketChange]:
+        """Of buckets that changed and, with `everything`, of all that are not full."""
         now = self._clock()
         changes: dict[str, BucketChange] = {}
         for key, bucket in self._buckets.items():
             bucket.give_back()
-            if bucket.full_at.changed or bucket.asked_s or bucket.until > now:
+            if bucket.full_at.changed or bucket.asked_s or (everything and bucket.until > now):
                 added_s, at_least = bucket.full_at.take()
                 at_least = max(at_least, min(bucket.own_full_at, now + bucket.fill_s))
                 changes[key] = BucketChange(added_s, at_least, bucket.fill_s, bucket.asked_s)
@@ -209,10 +209,12 @@ class SharedBuckets:
         self._news = asyncio.Event()
         return changes
 
-    def take_places(self) -> dict[str, Places]:
-        """Of tenants that have or want some, and once more of those that had."""
+    def take_places(self, everything: bool = True) -> dict[str, Places]:
+        """Of tenants that want some and, with `everything`, of all that have or had some."""
         taken: dict[str, Places] = {}
         for tenant, places in list(self._places.items()):
+            if not everything and not places.asked:
+                continue
             taken[tenant] = replace(places)
             places.asked = places.granted = 0
             if not places.here and not taken[tenant].asked:

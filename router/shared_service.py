@@ -25,7 +25,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import redis.asyncio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -105,6 +105,8 @@ class SharedService:
         self._clock = clock
         self._replica = secrets.token_hex(8)
         self._number = 1
+        self._changes = Changes({}, {})
+        """As last taken."""
         self._anyhow = False
         """The next batch is taken whatever number Redis knows."""
         self._beat = 0
@@ -137,16 +139,17 @@ class SharedService:
                 await self.exchange()
         await self._redis.aclose()
 
-    async def exchange(self) -> None:
-        """One round. Raises one of `_FAULTS`; what was not answered is sent again next time."""
+    async def exchange(self, *, everything: bool = True) -> None:
+        """One round; without `everything` only of limits that changed or are asked for. Raises one of `_FAULTS`; what
+        was not answered is sent again next time."""
         try:
-            await self._exchange()
+            await self._exchange(everything)
         finally:
             self.buckets.tell()
 
-    async def _exchange(self) -> None:
+    async def _exchange(self, everything: bool) -> None:
         if not self._unanswered:
-            self._unanswered = self._take()
+            self._unanswered = self._take(everything)
         while self._unanswered:
             batch = self._unanswered[0]
             sent = self._clock()
@@ -201,9 +204,14 @@ class SharedService:
             )
 
     async def _run(self) -> None:
+        due = 0.0
         while True:
+            now = self._clock()
+            everything = now >= due
+            if everything:
+                due = now + self._interval_s
             try:
-                await self.exchange()
+                await self.exchange(everything=everything)
             except _FAULTS as error:
                 self.failures += 1
                 if self.connected or self.failures == 1:
@@ -213,7 +221,7 @@ class SharedService:
                 continue
             await asyncio.sleep(min(PAUSE_S, self._interval_s))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, self._interval_s - PAUSE_S)):
+                async with asyncio.timeout(max(0.0, due - self._clock())):
                     await self._wanted.wait()
             self._wanted.clear()
 
@@ -225,10 +233,12 @@ class SharedService:
             self.counters.ignore_elsewhere()
         self.buckets.alone = alone
 
-    def _take(self) -> list[_Batch]:
-        changes = self.counters.take_changes()
-        service, buckets = list(changes.accounts.items()), list(self.buckets.take_changes().items())
-        places = list(self.buckets.take_places().items())
+    def _take(self, everything: bool) -> list[_Batch]:
+        if everything:
+            self._changes = self.counters.take_changes()
+        changes = self._changes if everything else replace(self._changes, accounts={}, wrong=frozenset())
+        service, buckets = list(changes.accounts.items()), list(self.buckets.take_changes(everything).items())
+        places = list(self.buckets.take_places(everything).items())
         batches: list[_Batch] = []
         while service or buckets or places or not batches:
             number = self._number + len(batches)
