@@ -1,5 +1,5 @@
 """uvicorn's HTTP/1.1 connection with what it leaves to a proxy in front: size of headers, slow senders, offers of other
-protocols, clients that end their side.
+protocols, clients that end their side or are answered before they have sent all.
 
 The parser joins what it gets of a header to what it has, so that a header of many megabytes would stop the event loop
 for seconds; and a client that never ends its request would be waited for without end. Of a request that offers to go on
@@ -48,7 +48,20 @@ _FRAMING_OF_LINE = len(b"  HTTP/1.1\r\n")
 _FRAMING_OF_HEADER = len(b": \r\n")
 
 
-class _UntilClosed(RequestResponseCycle):
+class _Lingering(RequestResponseCycle):
+    """Where an answer ends before its request, and the connection with it, the rest of the request is read and dropped
+    first: what comes after a close is answered by a reset, which takes the answer away from the client."""
+
+    lingers = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last and self.more_body and not self.keep_alive:
+            self.keep_alive = self.lingers = True
+        await super().send(message)
+
+
+class _UntilClosed(_Lingering):
     """An answer to HTTP/1.0, which knows no chunks: without a length it ends with the connection."""
 
     _has_length = True
@@ -160,8 +173,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         HttpToolsProtocol.on_headers_complete(self)
-        if self.scope["http_version"] == "1.0":
-            self.cycle.__class__ = _UntilClosed
+        self.cycle.__class__ = _UntilClosed if self.scope["http_version"] == "1.0" else _Lingering
 
     def on_body(self, body: bytes) -> None:
         self._framing -= len(body) + CHUNK_BYTES
@@ -176,11 +188,15 @@ class BoundedHttp(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
         HttpToolsProtocol.on_message_complete(self)
+        if isinstance(self.cycle, _Lingering) and self.cycle.lingers:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         HttpToolsProtocol.on_response_complete(self)
         if self._ended and self.cycle.response_complete:
             self.transport.close()
+        elif isinstance(self.cycle, _Lingering) and self.cycle.lingers:
+            self.transport.write_eof()
 
     def _ask_whether_there(self, pause_s: float) -> None:
         """A client that is gone looks like one that only ended its side, until something is sent to it. Once an answer

@@ -73,6 +73,29 @@ async def test_the_refusal_of_large_headers_names_the_bound(router: Router) -> N
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].endswith("larger than 65536 bytes")
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_who_is_answered_before_his_body_ends_gets_the_whole_answer(router: Router, version: bytes) -> None:
+    """A reset would take it away: urllib and others close after each request, and read only when all is sent."""
+    size = 30 << 20
+    head = b"POST /v1/completions HTTP/%b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (version, size)
+    for _ in range(3):
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+        writer.write(head)
+        for _ in range(size // 65536):
+            writer.write(b"a" * 65536)
+            await writer.drain()
+        answer = await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 413 "), answer[:200]
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].endswith("bytes")
+
+
+async def test_who_waits_for_the_end_after_an_early_answer_is_not_kept(router: Router) -> None:
+    head = POST + b"Connection: close\r\nContent-Length: 30000000\r\n\r\na"
+    answer = await exchanged(router, head, patience_s=5.0)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize("tail", [b"1;" + b"x" * 1_000_000, b"0\r\n" + b"t: y\r\n" * 200_000])
 async def test_extensions_and_trailers_of_chunks_are_bounded(router: Router, tail: bytes) -> None:
     request = POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(BODY) + tail
