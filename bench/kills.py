@@ -3,8 +3,9 @@
     python bench/kills.py                                   # 1,000 streams and 17 kills, with --batch-invariant
     python bench/kills.py --modes default,batch_invariant   # and what this machine does without
 
-Each prompt is first answered alone. Then streams of the same prompts run beside each other, and decode workers are
-killed (SIGKILL) one after the other, as soon as all are back. Prints JSON; `different` must be 0 with batch_invariant.
+Each prompt is first answered alone. Then streams of the same prompts run beside each other, in groups; in the middle of
+each a decode worker is killed (SIGKILL), and the next begins when it is back. Prints JSON; `different` must be 0 with
+batch_invariant, and `continued` says how many streams another worker went on with.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -84,30 +86,28 @@ async def run(url: str, supervisor: int, options: argparse.Namespace) -> dict[st
     alone = [await stream(url, body, keep_text=True) for body in bodies]
     if wrong := [each.error for each in alone if each.error]:
         raise SystemExit(f"an uninterrupted request failed: {wrong[0]}")
-    gate, ended = asyncio.Semaphore(options.concurrency), 0
+    gate = asyncio.Semaphore(options.concurrency)
 
     async def one(index: int) -> tuple[int, Result]:
-        nonlocal ended
         async with gate:
-            result = await stream(url, bodies[index], keep_text=True)
-            ended += 1
-            return index, result
+            return index, await stream(url, bodies[index], keep_text=True)
 
-    tasks = [asyncio.create_task(one(chooser.randrange(len(bodies)))) for _ in range(options.streams)]
-    kills = 0
-    while kills < options.kills and not all(task.done() for task in tasks):
-        if ended >= (kills + 1) * options.streams // (options.kills + 1):
-            await until(url, all_there=True)
+    results: list[tuple[int, Result]] = []
+    for kills in range(options.kills + 1):
+        size = (options.streams - len(results)) // (options.kills + 1 - kills)
+        tasks = [asyncio.create_task(one(chooser.randrange(len(bodies)))) for _ in range(size)]
+        if kills < options.kills:
+            for first in itertools.islice(asyncio.as_completed(tasks), size // 4):
+                await first
             kill_one(supervisor, chooser)
-            kills += 1
             await until(url, all_there=False)
-        await asyncio.sleep(0.02)
-    results = [await task for task in tasks]
+        results += await asyncio.gather(*tasks)
+        await until(url, all_there=True)
     failed = [result.error for _, result in results if result.error]
     different = sum(not result.error and result.text != alone[index].text for index, result in results)
     return {
         "streams": len(results),
-        "kills": kills,
+        "kills": options.kills,
         "different": different,
         "failed": len(failed),
         "first_failure": failed[0] if failed else "",

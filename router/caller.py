@@ -50,6 +50,12 @@ class Caller:
     admin: bool = False
     """Sees usage, metrics and accounts of every tenant."""
 
+    @property
+    def line(self) -> str:
+        """Where its work waits for threads that tenants share. Batches have a line of their own: what a client waits
+        for is not behind them."""
+        return self.tenant if self.priority_min < HIGHEST_PRIORITY else f"batches of {self.tenant}"
+
     def cache_salt(self, wish: str) -> bytes:
         """Separates KV caches: between tenants or groups, and inside one by the request's own `cache_salt`."""
         if self.sharing_group:

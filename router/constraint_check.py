@@ -85,7 +85,7 @@ class ConstraintCheck:
             self._known.move_to_end(question)
             return known
         try:
-            found = await self._work.run(caller.tenant, caller.weight, self._ask, question)
+            found = await self._work.run(caller.line, caller.weight, self._ask, question)
         except OSError as error:
             raise TandemError("unavailable", f"constraints cannot be checked ({error})", retry_after_s=1.0) from error
         self._known[question] = found

@@ -68,7 +68,7 @@ class GrpcExchange:
         TandemError `overloaded`, and what the function raises."""
         if self.memory.size <= SMALL_BODY_BYTES:
             return function(*args)
-        return await self._work.run(self.caller.tenant, self.caller.weight, function, *args)
+        return await self._work.run(self.caller.line, self.caller.weight, function, *args)
 
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of the request that have no effect: the answer's metadata tells the client, the log says it once."""

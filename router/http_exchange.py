@@ -153,7 +153,7 @@ class Exchange:
 
     async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a function that takes long, on the tenant's account. Raises TandemError `overloaded`."""
-        return await self._work.run(self.caller.tenant, self.caller.weight, function, *args)
+        return await self._work.run(self.caller.line, self.caller.weight, function, *args)
 
     def name(self, given: str | None) -> None:
         """The request's id, where the client has put one into the body. Raises TandemError `invalid_request`."""

@@ -24,7 +24,7 @@ async def written(call: Call, memory: BodyMemory, write: Callable[[], T]) -> T:
         return write()
     caller = call.choices[0].spec.sequence.caller
     memory.hold(memory.size + count * ENTRY_BYTES, caller.tenant)
-    return await call.context.answers.run(caller.tenant, caller.weight, write)
+    return await call.context.answers.run(caller.line, caller.weight, write)
 
 
 def entries(call: Call) -> int:

@@ -166,7 +166,7 @@ class ServedModel:
         with contextlib.suppress(Elsewhere):
             _check_short(messages, variables)
             return template.render_here(task())
-        return await self._renderings.run(caller.tenant, caller.weight, lambda: template.render_elsewhere(task()))
+        return await self._renderings.run(caller.line, caller.weight, lambda: template.render_elsewhere(task()))
 
     async def text_prompt(
         self,

@@ -84,7 +84,7 @@ class ModelText:
         """The same of a chat, in which special tokens are those of its template only."""
         if chat.renamed is None:
             return await self.encode(chat.text, add_special_tokens=add_special_tokens, salt=salt, caller=caller)
-        tokenizer, cuts = await self._work.run(caller.tenant, caller.weight, lambda: self._renamed)
+        tokenizer, cuts = await self._work.run(caller.line, caller.weight, lambda: self._renamed)
         salt = None if salt is None else b"renamed" + salt  # a part may look the same and have other ids
         return await self._encoded(tokenizer, cuts, chat.renamed, add_special_tokens, salt, caller)
 
@@ -144,7 +144,7 @@ class ModelText:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
         work = self._work if len(token_ids) <= LONG_TOKENS else self._long_work
         decode = partial(self.decode, token_ids, skip_special_tokens=skip_special_tokens)
-        return await work.run(caller.tenant, caller.weight, decode)
+        return await work.run(caller.line, caller.weight, decode)
 
     def token_text(self, token_id: int) -> str:
         """The token by itself; bytes that are no whole character become U+FFFD."""
@@ -195,7 +195,7 @@ class ModelText:
         before, after = self.special_tokens_around if add_special_tokens else ([], [])
         ids += before
         cuts = pieces(text, self._piece_pattern)
-        while (more := await self._work.run(caller.tenant, caller.weight, _next_ids, tokenizer, cuts)) is not None:
+        while (more := await self._work.run(caller.line, caller.weight, _next_ids, tokenizer, cuts)) is not None:
             if isinstance(more, str):
                 [more] = await self._in_turn(tokenizer, [more], False, caller)
             ids += more
@@ -210,7 +210,7 @@ class ModelText:
             return []
         longest = max(map(len, texts))
         work = self._work if longest <= LONG_PIECE_CHARACTERS else self._long_work
-        return await work.run(caller.tenant, caller.weight, _encode, tokenizer, texts, add_special_tokens)
+        return await work.run(caller.line, caller.weight, _encode, tokenizer, texts, add_special_tokens)
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)

@@ -266,7 +266,7 @@ class BatchRun:
         if line.length <= SMALL_BODY_BYTES:
             return request_body(self._input, line)
         work = self._host.inside.service.work
-        return await work.run(self._who.tenant, self._who.weight, request_body, self._input, line)
+        return await work.run(self._who.line, self._who.weight, request_body, self._input, line)
 
     @property
     def _who(self) -> Caller:

@@ -17,6 +17,7 @@ import pytest
 
 from tandem.common.errors import TandemError
 from tandem.router import constraint_check, constraints
+from tandem.router.batch.internal import batch_caller
 from tandem.router.caller import ANYBODY, Caller
 from tandem.router.constraint_check import Answer, ConstraintCheck, Question
 from tests.router.conftest import until
@@ -120,6 +121,21 @@ async def test_a_tenant_waits_for_its_own_checks_only() -> None:
     check.go.set()
     await asyncio.gather(*many, other, third)
     assert check.begun.index("t") < len(check.begun) - 10, "its turn comes before theirs"
+
+
+async def test_a_client_does_not_wait_behind_its_tenants_own_batch() -> None:
+    """More checks than may wait: the batch's are refused and tried again, the client's is not."""
+    check, tenant = HeldCheck(), Caller("acme")
+    batch = [
+        asyncio.create_task(check.answer(Question("regex", f"m{index}"), batch_caller(tenant)))
+        for index in range(constraint_check.MAX_WAITING + 10)
+    ]
+    await until(lambda: len(check.begun) == constraint_check.SHARE)
+    client = asked(check, "acme", "c")
+    await until(lambda: "c" in check.begun)
+    check.go.set()
+    assert await client == Answer()
+    await asyncio.gather(*batch, return_exceptions=True)
 
 
 async def test_more_checks_of_a_tenant_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
