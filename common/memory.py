@@ -5,13 +5,13 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-import psutil
-
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def usable_memory() -> int:
     """Bytes. Others may have taken part of it."""
+    import psutil  # not wanted by small processes that only limit themselves
+
     limits = [psutil.virtual_memory().total]
     for path in _CGROUP_LIMITS:
         try:
@@ -22,6 +22,13 @@ def usable_memory() -> int:
     if address_space != resource.RLIM_INFINITY:
         limits.append(address_space)
     return min(limits)
+
+
+def limit_address_space(num_bytes: int) -> None:
+    """Of this process, for good; where it is limited to less already, that stays."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def readable_size(num_bytes: int) -> str:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from tandem.common.constraint_limits import MASK_S, MAX_LEXER_STATES, MAX_ROW_ITEMS
+from tandem.common.memory import limit_address_space
 from tandem.router.structured.lark import endless
 from tandem.router.structured.prepare import SchemaOptions, prepare
 
@@ -171,7 +172,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_address_space(MEMORY_BYTES)
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=answer, args=(sys.stdin.buffer, sys.stdout.buffer))
     thread.start()

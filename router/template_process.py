@@ -21,6 +21,7 @@ import jinja2
 import jinja2.nodes
 
 from tandem.common.errors import ConfigError, TandemError
+from tandem.common.memory import limit_address_space
 from tandem.router.chat_rendering import ChatRendering, Run, TemplateSource, not_rendered
 from tandem.router.literal_text import Hidden, RenderedChat, SpecialNames
 from tandem.router.template_language import plain_environment, syntax_tree
@@ -112,7 +113,7 @@ def main() -> int:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_address_space(MEMORY_BYTES)
     try:
         answer(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
     except (MemoryError, ConfigError):

@@ -76,13 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # whatever a command writes may be a tenant's
     from tandem.common.errors import ConfigError
 
-    module = importlib.import_module(COMMANDS[command])
     try:
-        return int(module.main(arguments[1:]) or 0)
+        return _run(command, arguments[1:])
     except ConfigError as error:
-        from tandem.common.settings import settings_of, with_dashes
-
-        message = with_dashes(str(error), settings_of(module.SETTINGS)) if hasattr(module, "SETTINGS") else str(error)
+        message = str(error)
         if is_child():  # who started it says so once, whoever else meets the same error
             line = " ".join(message.splitlines()).encode("utf-8", "backslashreplace").decode()
             print(f"{ERROR_PREFIX}{line}", flush=True)
@@ -94,6 +91,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Raises ConfigError that names settings as flags."""
+    from tandem.common.errors import ConfigError
+    from tandem.runtime.shortage import check_address_space, explained
+
+    check_address_space(command)
+    try:
+        module = importlib.import_module(COMMANDS[command])
+        return int(module.main(arguments) or 0)
+    except ConfigError as error:
+        from tandem.common.settings import settings_of, with_dashes
+
+        raise ConfigError(
+            with_dashes(str(error), settings_of(module.SETTINGS)) if hasattr(module, "SETTINGS") else str(error)
+        ) from error
+    except Exception as error:
+        if (shortage := explained(error)) is None:
+            raise
+        raise shortage from error
 
 
 if __name__ == "__main__":

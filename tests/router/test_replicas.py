@@ -11,9 +11,10 @@ import socket
 
 import httpx
 import psutil
+import pytest
 
 from tests.router.conftest import House, until
-from tests.router.fake_worker import FakeWorker
+from tests.router.fake_worker import FakeWorker, Script
 from tests.router.test_router_process import Process, closed, start
 
 UP = re.compile(rb'^tandem_worker_up\{.*process="router-(\d)".*\} 1\.0$', re.MULTILINE)
@@ -96,6 +97,33 @@ async def test_a_killed_replica_comes_back_and_nobody_is_refused(house: House) -
         children = psutil.Process(router.process.pid).children(recursive=True)
         router.process.kill()
         await until(lambda: not any(child.is_running() for child in children), 15)
+    finally:
+        await stop(router)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nobody_takes_what_a_killed_replica_sent_for_a_whole_answer(house: House, stream: bool) -> None:
+    worker = await house.decode(script=Script(hold_after=2))
+    router = await start(worker, house.model, "--routers=2")
+    try:
+        await router.line()
+        await all_up(router, 2)
+        async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=60) as client:
+            body = {"prompt": "Hello", "max_tokens": 9, "stream": stream}
+            received: list[str] = []
+
+            async def ask() -> None:
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    async for line in answer.aiter_lines():
+                        received.append(line)
+
+            asking = asyncio.create_task(ask())
+            await until(lambda: len(worker.submits) > 0 and (bool(received) or not stream))
+            for replica in replicas_of(router).values():
+                replica.kill()
+            with pytest.raises(httpx.TransportError):
+                await asking
+            assert "data: [DONE]" not in received
     finally:
         await stop(router)
 
