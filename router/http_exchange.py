@@ -144,15 +144,15 @@ class Exchange:
     async def decode(self, reader: BodyReader[T]) -> T:
         """Raises TandemError `invalid_request` naming the field, `request_too_large`, `overloaded`."""
         raw = await self.body()
-        if len(raw) <= SMALL_BODY_BYTES:
-            body, ignored = reader.read(raw)
-        else:
-            body, ignored = await self.off_loop(reader.read, raw)
+        body, ignored = await self.off_loop(reader.read, raw)
         self.ignore(ignored)
         return body
 
     async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a function that takes long, on the tenant's account. Raises TandemError `overloaded`."""
+        """The result of a function that takes long where the body is large: then in a thread, in the tenant's turn.
+        Raises TandemError `overloaded`, and what the function raises."""
+        if self.body_bytes <= SMALL_BODY_BYTES:
+            return function(*args)
         return await self._work.run(self.caller.line, self.caller.weight, function, *args)
 
     def name(self, given: str | None) -> None:

@@ -18,7 +18,6 @@ from tandem.router.metrics import CONTENT_TYPE
 from tandem.router.request_fields import BodyReader
 from tandem.router.service import Service
 from tandem.router.tokenize_request import detokenized, tokenized
-from tandem.router.tokenizer import INLINE_TOKENS
 
 _TOKENIZE = BodyReader(TokenizeBody)
 _DETOKENIZE = BodyReader(DetokenizeBody)
@@ -50,10 +49,7 @@ async def tokenize(exchange: Exchange, service: Service) -> None:
         counts = {"count": len(tokens), "max_model_len": max_model_len}
         return msgspec.json.encode({**counts, "tokens": encoded_ids(tokens), "token_strs": strings})
 
-    if len(tokens) <= INLINE_TOKENS:
-        await exchange.reply(answer())
-    else:
-        await exchange.reply(await exchange.off_loop(answer))
+    await exchange.reply(await exchange.off_loop(answer))
 
 
 async def detokenize(exchange: Exchange, service: Service) -> None:

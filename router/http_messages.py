@@ -131,7 +131,8 @@ async def count_tokens(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_COUNT_READER)
     exchange.caller.check_model(service.model.name)
     with renaming(_NAMES):
-        prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
+        chat = await exchange.off_loop(body.chat)
+        prompt, _, _ = await chat_prompt(chat, service, exchange.caller, any_length=True)
     await exchange.reply_json({"input_tokens": len(prompt.token_ids)})
 
 
@@ -139,7 +140,8 @@ async def messages(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     exchange.ignore(body.ignored())
     with renaming(_NAMES):
-        plan = (await plan_chat(body.chat(), service, exchange.caller)).named(_NAMES)
+        chat = await exchange.off_loop(body.chat)
+        plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)
     async with service.call(
         exchange.request_id,
         [plan.spec],

@@ -125,7 +125,8 @@ async def input_tokens(exchange: Exchange, service: Service) -> None:
     body = await exchange.decode(_READER)
     exchange.caller.check_model(service.model.name)
     with renaming(_NAMES):
-        prompt, _, _ = await chat_prompt(body.chat(), service, exchange.caller, any_length=True)
+        chat = await exchange.off_loop(body.chat)
+        prompt, _, _ = await chat_prompt(chat, service, exchange.caller, any_length=True)
     await exchange.reply_json({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
 
 
@@ -134,7 +135,7 @@ async def responses(exchange: Exchange, service: Service) -> None:
     exchange.name(body.request_id)
     exchange.ignore(body.ignored())
     with renaming(_NAMES):
-        chat = body.chat()
+        chat = await exchange.off_loop(body.chat)
         plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)
     async with service.call(
         exchange.request_id,
