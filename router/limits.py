@@ -29,8 +29,9 @@ BYTES_PER_REQUEST = 64 * 1024
 BYTES_PER_TOKEN = 64
 """What the router has read without sending it to a worker (a refused request, a text to be tokenized) costs, beside
 one request, a request for so many bytes of it and a token for so many."""
-HEAR_S = 0.5
-"""A request waits for news of other routers no longer than that: with Redis at hand it is a few milliseconds."""
+HEAR_S = 2.0
+"""A request waits for news of other routers no longer than that: with Redis at hand it is a few milliseconds, and after
+a second without an answer Redis counts as away."""
 MAX_STATES = 20_000
 """Tenants with a state; beyond it those at rest are forgotten. Only names that have left the file can be so many."""
 _ROUNDING = 1e-9
@@ -84,14 +85,17 @@ class LocalBuckets:
         missing = min(amount, burst) - (burst - (full_at - now) * rate)
         if missing > _ROUNDING * burst:
             return missing / rate
-        if len(self._full_at) >= MAX_STATES:
-            self._full_at = {each: at for each, at in self._full_at.items() if at > now}
-        self._full_at[key] = full_at + amount / rate
+        self._set(key, full_at + amount / rate, now)
         return 0.0
 
     def add(self, key: str, amount: float, rate: float, burst: float) -> None:
         now = self._clock()
-        self._full_at[key] = max(now, self._full_at.get(key, now)) - amount / rate
+        self._set(key, max(now, self._full_at.get(key, now)) - amount / rate, now)
+
+    def _set(self, key: str, full_at: float, now: float) -> None:
+        if len(self._full_at) >= MAX_STATES:
+            self._full_at = {each: at for each, at in self._full_at.items() if at > now}
+        self._full_at[key] = full_at
 
     def level(self, key: str, rate: float, burst: float) -> float:
         now = self._clock()

@@ -118,10 +118,12 @@ class SharedBuckets:
         if missing > _ROUNDING * burst:
             return missing / rate
         bucket.charge(amount / rate, now)
+        if self.replicas > 1:  # it counts, too, should Redis go away now
+            self._share.add(key, -amount, rate / self.replicas, burst / self.replicas)
         return 0.0
 
     def add(self, key: str, amount: float, rate: float, burst: float) -> None:
-        if self._divided:
+        if self.replicas > 1:
             self._share.add(key, amount, rate / self.replicas, burst / self.replicas)
         self._bucket(key, rate, burst).charge(-amount / rate, self._clock())
 

@@ -407,6 +407,18 @@ async def test_without_redis_replicas_divide_the_limit_and_count_it_all_when_it_
             assert service.buckets.level("requests:ann", rate, burst) == pytest.approx(0, abs=1)
 
 
+async def test_what_a_replica_took_counts_against_its_share_when_redis_goes_away(url: str) -> None:
+    async with replicas(url, 2) as services:
+        await settle(services)
+        await settle(services)
+        burst, rate = 1000.0, 0.001
+        for _ in range(400):
+            assert services[0].buckets.take("requests:ann", 1, rate, burst) == 0.0
+        for service in services:
+            service._set_alone(True)
+        assert [take_all(service, rate, burst) for service in services] == [100, 500]
+
+
 def test_alone_it_is_the_local_bucket() -> None:
     now = [1000.0]
     shared = SharedService("redis://127.0.0.1:1/0", ServiceCounters(), clock=lambda: now[0]).buckets
