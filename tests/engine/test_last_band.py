@@ -163,13 +163,14 @@ def test_a_step_of_the_last_band_stops_for_a_request_that_comes(
     with EngineUnderTest(folder) as engine:
         alone = engine.generate("alone", prompt, max_tokens=30), engine.generate("client alone", prompt[5:])
         forward, given_up = engine.engine.loaded.decoder.forward, []
+        went_on: list[bool] = []
 
         def interrupted(batch: Any, *arguments: Any) -> Any:
             interrupts = len(given_up) < 3 and len(engine.outputs.get(key, ())) == 5 * len(given_up) and batch_runs
             if interrupts:
                 given_up.append(engine.submit(f"client{len(given_up)}", prompt[5:]))
             computed = forward(batch, *arguments)
-            assert not interrupts, "the step went on to its end"
+            went_on.append(interrupts)
             return computed
 
         batch_runs = False
@@ -180,6 +181,7 @@ def test_a_step_of_the_last_band_stops_for_a_request_that_comes(
         key = engine.submit("batch", prompt, max_tokens=30, priority=LAST_BAND)
         assert engine.tokens(key) == alone[0]
         assert len(given_up) == 3
+        assert not any(went_on), "the step went on to its end"
         assert all(engine.tokens(client) == alone[1] for client in given_up)
 
 
