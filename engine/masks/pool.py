@@ -62,8 +62,10 @@ class MaskProcess:
         self.guides: dict[int, Guide] = {}
         self.constraints: deque[Constraint] = deque(maxlen=MAX_COMPILED)
         """Those that it was sent last."""
-        self.awaited: deque[tuple[Guide, float]] = deque()
-        """Guides that an answer will come for, in its order, and since when."""
+        self.awaited: deque[Guide] = deque()
+        """Guides that an answer will come for, in its order."""
+        self.waits_since = 0.0
+        """When (s) the first of them became the first."""
         self._requests: list[Request] = []
         self._unsent = b""
         self._frames = Frames()
@@ -72,7 +74,14 @@ class MaskProcess:
         """`guide`: whom the answer is for."""
         self._requests.append(request)
         if guide is not None:
-            self.awaited.append((guide, time.monotonic()))
+            if not self.awaited:
+                self.waits_since = time.monotonic()
+            self.awaited.append(guide)
+
+    def answered(self) -> Guide:
+        """The guide that the answer is for."""
+        self.waits_since = time.monotonic()
+        return self.awaited.popleft()
 
     def send(self) -> None:
         """What the socket takes. Raises OSError where the process has ended."""
@@ -215,13 +224,13 @@ class MaskPool:
 
     def next_due(self) -> float | None:
         """When (s) the patience with a process ends."""
-        since = [process.awaited[0][1] for process in self.processes if process.awaited]
+        since = [process.waits_since for process in self.processes if process.awaited]
         return min(since) + PATIENCE_S if since else None
 
     def expire(self, now: float) -> None:
         """Gives up processes that have not answered for too long."""
         for process in tuple(self.processes):
-            if process.awaited and now - process.awaited[0][1] > PATIENCE_S:
+            if process.awaited and now - process.waits_since > PATIENCE_S:
                 self._lost(process)
 
     def _send(self, process: MaskProcess) -> None:
@@ -237,15 +246,18 @@ class MaskPool:
             self._lost(process)
             return
         for reply in replies:
-            if not process.awaited or process.awaited[0][0].number != reply.guide:
+            if not process.awaited or process.awaited[0].number != reply.guide:
                 self._lost(process)
                 return
-            guide, _ = process.awaited.popleft()
-            if guide.number in process.guides:  # or it has been closed
+            guide = process.answered()
+            if not guide.error:
                 guide.take(reply)
-                self.changed.append(guide)
-                if problem := guide.work.problem:
-                    self._end(process, guide.work, problem)
+                if guide.number in process.guides:  # or it has been closed, and is charged all the same
+                    self.changed.append(guide)
+            if problem := guide.work.problem:
+                self._end(process, guide.work, problem)
+                if process not in self.processes:
+                    return
 
     def _end(self, process: MaskProcess, work: Work, problem: str) -> None:
         """All guides that share `work` end. Where nobody else is served, what they still wait for is not computed."""
@@ -269,15 +281,18 @@ class MaskPool:
             return
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise TandemError("unavailable", "the process that reads the tokenizer for constraints does not start")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._origin = subprocess.Popen(
-                [sys.executable, "-m", "tandem.engine.masks.process", *self._arguments],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                process_group=0,
-            )
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._origin = subprocess.Popen(
+                    [sys.executable, "-m", "tandem.engine.masks.process", *self._arguments],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    process_group=0,
+                )
+        except OSError as error:
+            raise _no_process(error) from error
         self._control, self._ready, self._control_frames = ours, False, Frames()
         self._failed_starts += 1  # until it is ready
 
@@ -344,7 +359,10 @@ class MaskPool:
         return min(own or self.processes, key=lambda process: (len(process.awaited), len(process.guides)))
 
     def _fork(self, tenant: str) -> MaskProcess:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise _no_process(error) from error
         with theirs:
             try:
                 self._pass_on(theirs)
@@ -378,7 +396,7 @@ class MaskPool:
         guides = list(process.guides.values())
         for guide in guides:
             del self._homes[guide.number]
-        culprit = process.awaited[0][0] if process.awaited else None
+        culprit = process.awaited[0] if process.awaited else None
         if culprit is not None:
             logger.debug("a mask process has ended at a %s constraint", culprit.constraint.kind)
             culprit.strikes += 1
@@ -395,6 +413,10 @@ class MaskPool:
                 guide.fail(error.message, error.code)
             if guide.error:
                 self.changed.append(guide)
+
+
+def _no_process(error: OSError) -> TandemError:
+    return TandemError("unavailable", f"no process can be started for constraints ({error})", retry_after_s=1.0)
 
 
 def _too_dear(constraint: Constraint) -> TandemError:

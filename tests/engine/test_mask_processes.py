@@ -283,6 +283,34 @@ def test_a_process_that_never_answers_is_given_up(pool: MaskPool, monkeypatch: p
     assert again.ready, "in another process"
 
 
+def test_where_no_process_can_be_had_constraints_alone_are_refused(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*arguments: object, **options: object) -> None:
+        raise OSError("too many open files")
+
+    beside = engine.submit("beside", PROMPT, max_tokens=100)
+    monkeypatch.setattr(socket, "socketpair", none_left)
+    assert engine.last(ask(engine, "a", REGEX)).error_code == "unavailable"
+    monkeypatch.undo()
+    assert len(engine.tokens(beside)) == 100
+    assert engine.tokens(ask(engine, "b", REGEX))
+
+
+def test_work_of_sequences_that_are_gone_is_charged(pool: MaskPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = pool._homes[opened(pool, REGEX).number]
+    for guide in list(process.guides.values()):
+        pool.close(guide)
+    gone = [pool.guide(REGEX, "tenant", []) for _ in range(5)]
+    for guide in gone:
+        pool.close(guide)
+    monkeypatch.setattr(guide_module, "BUDGET_S", -1.0)
+    pool.send()
+    assert pool.receive(TIMEOUT_S)
+    assert process not in pool.processes, "what they still wait for is not computed"
+    assert not any(guide in pool.changed for guide in gone)
+
+
 def test_no_process_outlives_its_engine(folder: Path) -> None:
     with EngineUnderTest(folder) as engine:
         assert engine.tokens(ask(engine, "a", REGEX))
