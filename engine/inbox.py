@@ -30,9 +30,16 @@ class Inbox:
         """Whether there are calls."""
         return not self._calls.empty()
 
+    def run_next(self) -> bool:
+        """False: there is no call."""
+        if self._calls.empty():
+            return False
+        self._calls.get_nowait()()
+        return True
+
     def run_all(self) -> None:
-        while not self._calls.empty():
-            self._calls.get_nowait()()
+        while self.run_next():
+            pass
 
     def sleep(self, timeout_s: float | None, watched: list[tuple[int, int]]) -> None:
         """Until there is a call, `poll` has an event of `watched` (descriptors and events), or time is up."""

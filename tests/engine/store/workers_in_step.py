@@ -125,11 +125,9 @@ class WorkerInStep:
     # One thing at a time
 
     def message(self) -> bool:
-        if self.engine._inbox.empty():
-            return False
-        self.engine._inbox.get_nowait()()
+        found = self.engine._inbox.run_next()
         self.engine._flush()
-        return True
+        return found
 
     def job(self) -> bool:
         store = self.engine._store
