@@ -44,6 +44,8 @@ from tandem.kvstore.interfaces import TierName
 
 MAX_DISPLACED = 3
 """Times that a request is preempted for others of earlier bands: each time costs its recompute."""
+DEAR_SHARE = 4
+"""One slot in so many is for sequences whose masks take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,9 +342,12 @@ class Scheduler:
         if not self._waiting or self._free_slots <= 0:
             return
         pending: dict[BlockHash, tuple[int, int]] | None = None
+        dear_slots = self._dear_slots
         for sequence in self._waiting.in_turn():
             if self._free_slots <= 0 or left <= 0 or sequence in plan.preempted:
                 break
+            if sequence.has_dear_masks and dear_slots <= 0:
+                continue
             if sequence.priority == LAST_BAND and not room.prompt_tokens and not sequence.wants_import:
                 continue
             if pending is None:
@@ -351,6 +356,7 @@ class Scheduler:
                 continue
             if not self._take_in(plan, sequence, pending, now):
                 break
+            dear_slots -= sequence.has_dear_masks
             if sequence.phase is Phase.RUNNING:
                 left -= self._plan_chunk(plan, sequence, left, room)
 
@@ -361,13 +367,17 @@ class Scheduler:
         if band is None or not self._running or band >= self._running[-1].priority:
             return
         pending = self._pending_blocks(before=self._running[-1].priority)
+        dear_slots = self._dear_slots
         for sequence in self._waiting.in_turn():
             if not self._running or sequence.priority >= self._running[-1].priority:
                 break
+            if sequence.has_dear_masks and dear_slots <= 0:
+                continue
             if self._waits_for_block(sequence, pending):
                 continue
             if not self._make_room(plan, sequence) or not self._take_in(plan, sequence, pending, now):
                 break
+            dear_slots -= sequence.has_dear_masks
 
     def _make_room(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Displaces as few as it takes, the last in order first. False, with nobody displaced, where all of them would
@@ -430,6 +440,12 @@ class Scheduler:
     @property
     def _free_slots(self) -> int:
         return self._max_num_seqs - len(self._running) - len(self._importing) - len(self._loading)
+
+    @property
+    def _dear_slots(self) -> int:
+        """Slots that sequences with dear masks may still take: they hold them for long without a step."""
+        most = max(1, self._max_num_seqs // DEAR_SHARE)
+        return most - sum(each.has_dear_masks for each in self._running)
 
     def _waits_for_block(self, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]]) -> bool:
         return not sequence.wants_import and self._computed_elsewhere(sequence, _usable(sequence), pending)

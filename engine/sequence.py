@@ -197,6 +197,10 @@ class Sequence:
         return not guide.prompt or self.remaining > 1 or len(self.tokens) >= self.max_total
 
     @property
+    def has_dear_masks(self) -> bool:
+        return self.guide is not None and self.guide.work.is_dear
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether prompt log-probabilities are wanted and have not been sent yet."""
         return self.report is not None and self.request.sampling.prompt_logprobs is not None

@@ -14,6 +14,8 @@ BUDGET_PER_TOKEN_S = MASK_S
 """so much more."""
 PROMPT_S = 0.005
 """A sequence whose last mask took longer is left out of steps until the next one is there."""
+DEAR_S = 0.001
+"""Masks that take more on average keep a sequence waiting; it may not keep many slots from others meanwhile."""
 MAX_STRIKES = 2
 """Times that a process may end while it works for a sequence. Once may be somebody else's doing."""
 
@@ -23,7 +25,12 @@ class Work:
     """What the masks of one constraint have cost, while a tenant has sequences with it."""
 
     tokens: int = 0
+    masks: int = 0
     spent_s: float = 0.0
+
+    @property
+    def is_dear(self) -> bool:
+        return self.spent_s > DEAR_S * self.masks
 
     @property
     def problem(self) -> str:
@@ -74,6 +81,7 @@ class Guide:
 
     def take(self, reply: Reply) -> None:
         self.opened = True
+        self.work.masks += 1
         self.work.spent_s += reply.cost_s
         self.prompt = reply.cost_s <= PROMPT_S
         self.complete = reply.complete
