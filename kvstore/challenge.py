@@ -21,7 +21,8 @@ import socket
 import time
 
 _MARK = b"TDMSEC1\n"
-_NONCE_BYTES = 32
+_NONCE_BYTES = 64
+"""With the mark more than a header of either protocol: who has no secret sees at once that it is none, and hangs up."""
 _PROOF_BYTES = 32
 
 

@@ -121,8 +121,9 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """True: the connection stays, for the answers to what was asked in full."""
-        if self.cycle is None or not self._in_head or self.cycle.response_complete:
+        """True: the connection stays, for the answers to what was asked in full. Who ends his side once an answer has
+        begun is gone: it would be noticed late, where nothing comes for long."""
+        if self.cycle is None or not self._in_head or self.cycle.response_started:
             return False
         if not self._ended:
             self._ended = time.monotonic()

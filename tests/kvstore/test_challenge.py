@@ -12,6 +12,7 @@ import pytest
 from tandem.kvstore.challenge import Unproven, demand, prove
 
 KEY, OTHER = b"k" * 32, b"o" * 32
+NONCE = 64
 PATIENCE_S = 30.0
 
 
@@ -91,8 +92,8 @@ def test_random_bytes_never_prove_anything() -> None:
     chance = random.Random(7)
     for _ in range(50):
         served = Served()
-        served.client.sendall(b"TDMSEC1\n" + chance.randbytes(64))
-        assert len(served.answer()) == 32  # its nonce
+        served.client.sendall(b"TDMSEC1\n" + chance.randbytes(NONCE + 32))
+        assert len(served.answer()) == NONCE
         served.end()
         assert isinstance(served.error, Unproven)
 
@@ -106,7 +107,7 @@ def test_a_recorded_conversation_cannot_be_played_again() -> None:
     assert served.error is None
     again = Served()
     again.client.sendall(b"".join(sent))
-    assert len(again.answer()) == 32
+    assert len(again.answer()) == NONCE
     again.end()
     assert isinstance(again.error, Unproven)
 
@@ -116,7 +117,7 @@ def test_a_proof_cannot_be_sent_back_as_ones_own() -> None:
     client, server = socket.socketpair()
 
     def mirror() -> None:
-        mine = server.recv(40, socket.MSG_WAITALL)[8:]
+        mine = server.recv(8 + NONCE, socket.MSG_WAITALL)[8:]
         server.sendall(mine)
         server.sendall(server.recv(32, socket.MSG_WAITALL))
 
