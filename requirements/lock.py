@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 MACHINES = ("x86_64", "aarch64")
 ANY_GLIBC = range(5, 41)
+OLD_TAGS = ("manylinux2014", "manylinux2010", "manylinux1")
+"""Wheels may bear these alone; without them pip would take a slow one in plain Python."""
 BUILD = "setuptools>=77"
 NOT_LOCKED = ("torch", "nvidia-", "cuda-", "tandem-llm")
 HEAD = "# Written by requirements/lock.py. What is installed from here must have one of these hashes.\n"
@@ -69,7 +71,8 @@ def hashes_of_wheels(pins: Pins) -> dict[str, set[str]]:
     with tempfile.TemporaryDirectory() as target:
         for python, machine in product(PYTHONS, MACHINES):
             print(f"hashes for Python {python} on {machine} ...", file=sys.stderr)
-            platforms = [word for glibc in ANY_GLIBC for word in ("--platform", f"manylinux_2_{glibc}_{machine}")]
+            tags = [*(f"manylinux_2_{glibc}" for glibc in ANY_GLIBC), *OLD_TAGS]
+            platforms = [word for tag in tags for word in ("--platform", f"{tag}_{machine}")]
             where = ["--target", target, "--only-binary=:all:", "--python-version", python, *platforms]
             exact = [f"{name}=={version}" for name, version in pins.items()]
             for name, (_, sha256) in packages(pip("--no-deps", *where, *exact)):
