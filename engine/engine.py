@@ -579,7 +579,7 @@ class Engine:
     def _mask_came(self, guide: Guide) -> None:
         """Or it is known that none will come."""
         sequence = self._guided.get(guide.number)
-        if sequence is None:
+        if sequence is None or guide.awaited:  # it came within a step, and the next one is on its way
             return
         if guide.error:
             self._fail(sequence, guide.error_code, guide.error)

@@ -207,9 +207,9 @@ def test_no_frame_is_answered(deployment: Deployment, door: str) -> None:
 @pytest.mark.parametrize("door", ["hand-over", "data plane", "data plane, unix"])
 def test_a_wrong_proof_ends_the_connection(deployment: Deployment, door: str) -> None:
     sock = deployment.sockets[door]()
-    sock.sendall(b"TDMSEC1\n" + bytes(32))
-    nonce = sock.recv(32, socket.MSG_WAITALL)
-    assert len(nonce) == 32
+    sock.sendall(b"TDMSEC1\n" + bytes(64))
+    nonce = sock.recv(64, socket.MSG_WAITALL)
+    assert len(nonce) == 64
     assert heard(sock, bytes(32)) == b""
 
 
