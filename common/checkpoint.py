@@ -24,9 +24,9 @@ TEXT_FILES = (
 )
 """What is read of a folder besides its weights."""
 MAX_BYTES = 16 << 20
-"""Of a text file of the folder."""
+"""Bound of a text file of the folder."""
 MAX_LONG_BYTES = 64 << 20
-"""Of a tokenizer or an index of weights. The largest vocabularies take half of it."""
+"""Bound of a tokenizer or an index of weights. The largest vocabularies take half of it."""
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 _OTHER_KINDS = (
     ("*.gguf", "GGUF files, which are not read; give the original model, with config.json and safetensors"),

@@ -29,11 +29,11 @@ SERVER_OPTIONS: Options = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_allowed_incoming_connections", 512),
 )
-"""Of a server to which `add_port` adds one."""
+"""Options of a server to which `add_port` adds one."""
 
 _NAME = "tandem"
 _CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-"""Of P-256."""
+"""The order of P-256."""
 _FROM, _TO = datetime.datetime(2000, 1, 1), datetime.datetime(9999, 12, 31)
 """Clocks of machines differ; a certificate lives as long as its process."""
 

@@ -34,7 +34,7 @@ INPUT_COST = 1.0
 OUTPUT_COST = 2.0
 """An output token keeps a slot of the batch for a whole step; a prompt token shares its step with hundreds."""
 MAX_WEIGHT = 1000.0
-"""Of a tenant; 1 / MAX_WEIGHT is the least."""
+"""The most that a tenant may have; 1 / MAX_WEIGHT is the least."""
 QUANTUM = 4096.0
 """Service per weight by which a tenant may run ahead where its next prompt is cached better than that of the others."""
 LOOK_AHEAD = 4
@@ -172,7 +172,7 @@ class ServiceCounters:
         return self._floors.get(band, 0.0)
 
     def floors(self) -> dict[int, float]:
-        """By band, those above 0."""
+        """Floors by band, those above 0."""
         return dict(self._floors)
 
     def ahead(self, tenant: str, band: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 _PASSWORD = re.compile(rb"(?<=://)([^/@\s]*:)([^/@\s]+)(?=@)")
-"""Of a URL."""
+"""The password of a URL."""
 _ARG_START, _ARG_END = 48 - 3, 49 - 3
 """Fields of /proc/PID/stat, counted from the one behind the name."""
 

@@ -21,7 +21,7 @@ from tandem.common.caretaker import RUN_FOLDER_VARIABLE, end_processes_of
 PREFIX = "tandem-"
 _LOCK = "owner.lock"
 _LONGEST = 70
-"""Of a folder's path: a unix socket's path may have 107 bytes."""
+"""Length of a folder's path: a unix socket's path may have 107 bytes."""
 
 
 def scratch_roots() -> list[Path]:

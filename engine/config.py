@@ -42,13 +42,13 @@ _FAMILIES = {
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
 
 MAX_SIZE = 1 << 24
-"""Of whatever a field counts, unless it says otherwise: more is a mistake."""
+"""The most of whatever a field counts, unless it says otherwise: more is a mistake."""
 MAX_LAYERS = 4096
 MAX_POSITIONS = (1 << 31) - 1
 LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
 """A positive number between them is finite in float32, and so are its reciprocal and its products with positions."""
 LEAST_EPS, MOST_EPS = 1e-20, 0.1
-"""Of a norm. Models have 1e-5 to 1e-12; with more, the norm would be most of what a token is."""
+"""Range of a norm's epsilon. Models have 1e-5 to 1e-12; with more, the norm would be most of what a token is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tandem.engine.masks.guide import Guide
 
 SHARE = 0.05
-"""Of the time of steps may be spent on waiting for masks that are late, where others would be sampled."""
+"""Share of the time of steps that may be spent on waiting for masks that are late, where others would be sampled."""
 LONGEST_WAIT_S = 0.002
 ALONE_WAIT_S = 0.02
 """Where nobody else would be sampled."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SHARE = 0.05
-"""Of the worker's time, which the last band gets at least while it has work."""
+"""Share of the worker's time, which the last band gets at least while it has work."""
 ROWS = 16
 """Decode rows of a piece."""
 PROMPT_TOKENS = 32

@@ -117,7 +117,7 @@ class Sampler:
         self._bias: Tensor | None = None
         """float32: logit_bias, and -inf for bad words of one token and where allowed_token_ids does not allow."""
         self._stops: dict[int, Tensor] = {}
-        """By row: int64, the stop tokens of a request with min_tokens."""
+        """int64 by row: the stop tokens of a request with min_tokens."""
         self._told = False
 
     def admit(self, sequence: Sequence) -> None:

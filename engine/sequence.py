@@ -125,7 +125,7 @@ class Sequence:
         self.dead_end: TandemError | None = None
         """Why no token can follow; the sampler says so."""
         self.guide: Guide | None = None
-        """Of a request with a constraint."""
+        """What holds the output of a request to its constraint."""
         self.pooler: Pooler | None = None
         """Gathers the embedding, where that is the answer."""
         if request.pooling is not Pooling.NONE:

@@ -27,7 +27,7 @@ from tandem.router.structured.prepare import SchemaOptions
 PROCESSES = 3
 """Checks at once: one that runs long does not hold up the others. They are started when they are needed."""
 SHARE = 2
-"""Of them that one tenant may keep busy, so that another's check starts at once."""
+"""Those that one tenant may keep busy, so that another's check starts at once."""
 MAX_WAITING = 32
 """Checks of one tenant; more are refused, so that nobody waits for long behind bombs of their own."""
 MAX_KEPT = 128

@@ -36,7 +36,7 @@ WALK_TOKENS = 48
 WALK_S = 0.5
 """Processor time of all walks: after it, they end."""
 WARM_UP_S = 0.1
-"""Of it, what the first masks may take; the others `MASK_S` each."""
+"""What the first masks may take of it; the others `MASK_S` each."""
 _PLACE = re.compile(r"^at \d+\(\d+\): (?=failed to compile JSON schema)|\n +\d+ \| start: %json.*", re.DOTALL)
 _LIMITS = LLParserLimits(max_items_in_row=MAX_ROW_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 

@@ -44,7 +44,7 @@ class ContextClient:
         self._channel: grpc.aio.Channel | None = None
         self._stub: kvnode_pb2_grpc.KvNodeAsyncStub | None = None
         self._remembered: FairCache[str, _Remembered] = FairCache(MAX_REMEMBERED_TOKENS)
-        """By owner and name."""
+        """Contexts by owner and name."""
         self._changes = 0
 
     async def close(self) -> None:

@@ -33,7 +33,7 @@ class FairCache(Generic[K, V]):
         return entry[0] if entry is not None else None
 
     def newest(self) -> Iterator[tuple[K, V]]:
-        """Of all owners, the newest first."""
+        """Entries of all owners, the newest first."""
         return ((key, value) for (_, key), (value, _) in reversed(self._entries.items()))
 
     def put(self, owner: str, key: K, value: V, weight: int = 1) -> None:

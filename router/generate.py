@@ -26,7 +26,7 @@ MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 
 
 SUBMITTING_S = 0.01
-"""Of one turn of the event loop."""
+"""Time of one turn of the event loop."""
 
 
 @dataclass(slots=True)

@@ -74,7 +74,7 @@ class Exchange:
         self._max_body_bytes = max_body_bytes
         self._work = work
         self.memory = BodyMemory()
-        """Of the body, and of an answer that is long."""
+        """Memory of the body, and of an answer that is long."""
         self.body_bytes = 0
         """What has come of the body."""
         self.request_id = request_id_of(self.header(b"x-request-id"))

@@ -20,7 +20,7 @@ MAX_CONTAINERS = 1 << 16
 MAX_NAMES = 1 << 17
 """Names of fields: 30 ms of the decoder where all differ."""
 MAX_NUMBER_DIGITS = 512
-"""Of one number: reading an integer takes the square of its length."""
+"""Digits of one number: reading an integer takes the square of its length."""
 
 _QUOTE, _BACKSLASH, _COMMA, _COLON = b'"\\,:'
 _IN_NUMBERS = np.frombuffer(b"0123456789.eE+-", np.uint8)
@@ -32,13 +32,13 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class JsonSize:
-    """Of valid JSON; of what is not, at least as much as is read before the mistake."""
+    """Counts of valid JSON; of what is not, at least as much as is read before the mistake."""
 
     values: int
     containers: int
     names: int
     number_digits: int
-    """Of the longest number."""
+    """Digits of the longest number."""
     depth: int
 
 

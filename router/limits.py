@@ -54,7 +54,7 @@ class Buckets(Protocol):
         """Requests of a tenant in flight at all routers that share, `here` of them at this one."""
 
     def set_in_flight(self, tenant: str, here: int) -> None:
-        """Of a tenant with a limit on them: the others should know."""
+        """A tenant has a limit on requests in flight: the others should know of its `here`."""
 
     def may_decide(self, key: str, amount: float, rate: float, burst: float) -> bool:
         """Whether what is known of the other routers is enough for `take`."""

@@ -40,9 +40,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     known: _Amount = 0.0
     """The same of all routers, as far as it has heard: no service counter can be beyond it. 0: it has just come."""
     floors: dict[int, _Service] = {}
-    """By priority band: `fairness.ServiceCounters.floor`."""
+    """Floors by priority band: `fairness.ServiceCounters.floor`."""
     least: dict[int, _Service] = {}
-    """By band: the least counter of those who wait, or who were granted last."""
+    """The least counter, by band, of those who wait, or who were granted last."""
     waiting: frozenset[int] = frozenset()
     """The bands in which somebody waits."""
     tenants: str = ""
@@ -126,7 +126,7 @@ class Neighbours:
         return any(row.tenants != tenants for row in self._rows(ALIVE_S))
 
     def floors(self, own: Mapping[int, float], least: Mapping[int, float]) -> dict[int, float]:
-        """By band: the highest floor that anybody knows, and not lower than the least counter of all."""
+        """The highest floor, by band, that anybody knows, and not lower than the least counter of all."""
         found, lowest = dict(own), dict(least)
         for row in self._rows(FRESH_S):
             for band, floor in row.floors.items():
@@ -138,7 +138,7 @@ class Neighbours:
         return found
 
     def waiting(self) -> dict[int, float]:
-        """By band: the least counter of those who wait elsewhere."""
+        """The least counter, by band, of those who wait elsewhere."""
         found: dict[int, float] = {}
         for row in self._rows(FRESH_S):
             for band in row.waiting & row.least.keys():

@@ -24,7 +24,7 @@ class Replica:
     index: int = 0
     count: int = 1
     folder: Path | None = None
-    """Of a supervisor, for sockets of this process. None: there is no supervisor."""
+    """The supervisor's, for sockets of this process. None: there is no supervisor."""
     listening: int = -1
     """Descriptor of a bound socket. -1: there is none yet."""
 

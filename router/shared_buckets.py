@@ -38,7 +38,7 @@ class Places:
     here: int = 0
     elsewhere: int = 0
     asked: int = 0
-    """Of those that wait to be let in."""
+    """Places for those that wait to be let in."""
     granted: int = 0
     """Let in, and not here yet."""
     most: int = 0
@@ -49,9 +49,9 @@ class _Bucket:
 
     def __init__(self, key: str, now: float) -> None:
         self.full_at = Account((0, key), now)
-        """By what all routers took."""
+        """When it is full, by what all routers took."""
         self.own_full_at = now
-        """By what this router took: nobody can say that it is full earlier."""
+        """When it is full, by what this router took: nobody can say that it is full earlier."""
         self.fill_s = 0.0
         self.asked_s = 0.0
         """Wanted by requests that wait for the next exchange."""
@@ -96,7 +96,7 @@ class SharedBuckets:
         self.wanted: Callable[[], None] = lambda: None
         """Called when the others should hear of it soon."""
         self._places: dict[str, Places] = {}
-        """By tenant."""
+        """Places by tenant."""
         self._news = asyncio.Event()
         """Set when the next exchange is over."""
         self._asking: list[asyncio.Event] = []
@@ -197,7 +197,7 @@ class SharedBuckets:
     # For SharedService
 
     def take_changes(self, everything: bool = True) -> dict[str, BucketChange]:
-        """Of buckets that changed and, with `everything`, of all that are not full."""
+        """Changes of buckets that changed and, with `everything`, of all that are not full."""
         now = self._clock()
         changes: dict[str, BucketChange] = {}
         for key, bucket in self._buckets.items():
@@ -212,7 +212,7 @@ class SharedBuckets:
         return changes
 
     def take_places(self, everything: bool = True) -> dict[str, Places]:
-        """Of tenants that want some and, with `everything`, of all that have or had some."""
+        """Places of tenants that want some and, with `everything`, of all that have or had some."""
         taken: dict[str, Places] = {}
         for tenant, places in list(self._places.items()):
             if not everything and not places.asked:

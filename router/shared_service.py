@@ -50,11 +50,11 @@ PAUSE_S = 0.005
 TIMEOUT_S = 1.0
 """For one exchange. A Redis that takes longer counts as away."""
 MAX_ENTRIES = 1000
-"""Of each kind per exchange; more go in several."""
+"""Entries of each kind per exchange; more go in several."""
 DISAGREED_S = 60.0
 _NEVER = -1e300
 _FAULTS = (RedisError, OSError, TimeoutError, ValueError, TypeError, LookupError, ArithmeticError)
-"""Of the connection, and of an answer that is not ours."""
+"""Faults of the connection, and of an answer that is not ours."""
 
 
 @dataclass(frozen=True, slots=True)

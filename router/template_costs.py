@@ -12,11 +12,11 @@ from tandem.router.tools.arguments import CutArguments
 MAX_TEXT = 1 << 18
 """Characters of a text that an operation makes."""
 MAX_ITEMS = 10_000
-"""Of a list that an operation makes."""
+"""Length of a list that an operation makes."""
 MAX_BITS = 256
-"""Of an integer that is computed with."""
+"""Bound of an integer that is computed with."""
 MAX_PRODUCT = 1 << 22
-"""Of the lengths of two texts where one is searched in the other the slow way."""
+"""Product of the lengths of two texts where one is searched in the other the slow way."""
 SCALARS = frozenset({str, int, float, bool, type(None), jinja2.Undefined})
 
 _TEXT_METHODS = frozenset((
@@ -35,7 +35,7 @@ class Elsewhere(Exception):
 
 
 def check_method(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Of a text, a list or an object."""
+    """A method of a text, a list or an object."""
     name, owner = method.__name__, method.__self__
     if type(owner) is str:
         if name in _TEXT_METHODS:

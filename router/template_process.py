@@ -27,17 +27,17 @@ from tandem.router.literal_text import Hidden, RenderedChat, SpecialNames
 from tandem.router.template_language import plain_environment, syntax_tree
 
 CPU_S = 2.0
-"""Of one rendering; then the process is ended by SIGPROF. The longest conversations of good will take a fifth."""
+"""Processor time of one rendering; then SIGPROF ends the process. The longest honest conversations take a fifth."""
 COMPILE_S = 20.0
-"""Of compiling the template, before the first."""
+"""Processor time of compiling the template, before the first."""
 MEMORY_BYTES = 1 << 30
-"""Of address space."""
+"""Address space."""
 NICENESS = 5
 """Steps of requests that run go before chats that are rendered here."""
 MAX_OUTPUT = 1 << 24
 """Characters that a template may make: twice as many as a request may have."""
 SIZE = struct.Struct("<Q")
-"""Of what follows, in bytes."""
+"""Length of what follows, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)

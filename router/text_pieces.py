@@ -36,7 +36,7 @@ _PATTERNS = frozenset(
     for contraction in ("", _CONTRACTIONS + "?")
     for digits in (r"\p{N}", r"\p{N}{1,3}", r"\p{N}+")
 ) | {r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
-"""Of GPT-2, Llama 3, Qwen, GPT-4o, Mistral's Tekken and their like."""
+"""Patterns of GPT-2, Llama 3, Qwen, GPT-4o, Mistral's Tekken and their like."""
 
 
 def piece_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

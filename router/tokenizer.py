@@ -30,7 +30,7 @@ LONG_PIECE_CHARACTERS = 4 * PIECE_CHARACTERS
 MAX_PIECE_BYTES = 2 << 20
 """It takes 300 MB while it is tokenized, and 40 ms of the interpreter's lock where each byte becomes a token."""
 MAX_TOKENS = 1 << 20
-"""Of one text."""
+"""Tokens of one text."""
 INLINE_TOKENS = 2000
 """As many are decoded on the event loop."""
 LONG_TOKENS = 50_000
@@ -58,7 +58,7 @@ class ModelText:
 
     @property
     def highest_id(self) -> int:
-        """Of its tokens; -1 where there are none."""
+        """The highest id of its tokens; -1 where there are none."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     async def encode(
@@ -239,7 +239,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool
 
 
 def _next_ids(tokenizer: Tokenizer, cuts: Iterator[str]) -> list[int] | str | None:
-    """Of the next piece; the piece itself where it is long; None: there is none."""
+    """Ids of the next piece; the piece itself where it is long; None: there is none."""
     piece = next(cuts, None)
     if piece is None or len(piece) > LONG_PIECE_CHARACTERS:
         return piece

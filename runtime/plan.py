@@ -23,7 +23,7 @@ class ChildPlan:
     command: str
     settings: dict[str, object]
     replica: int = 0
-    """Of a router: which of those that share the port."""
+    """A router's place: which of those that share the port."""
 
 
 def served_name(config: ServeConfig) -> str:

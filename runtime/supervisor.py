@@ -54,7 +54,7 @@ class Deployment:
     """Bound; the routers listen on it."""
     drain_grace_s: float
     secret: bytes
-    """Of workers and store nodes, which are asked whether they are well."""
+    """The secret of workers and store nodes, which are asked whether they are well."""
     ready_text: Callable[[float], str]
     """What the user is told, given the seconds since the start."""
     variables: Mapping[str, str] = field(default_factory=dict)

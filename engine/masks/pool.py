@@ -32,7 +32,7 @@ from tandem.engine.masks.messages import Close, Follow, Frames, Open, Ready, Rep
 logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 256 * 1024
-"""Of a schema, expression or grammar."""
+"""Length of a schema, expression or grammar."""
 MAX_COMPILED = 16
 """Compiled constraints that a process keeps."""
 MAX_PROCESSES = 32
@@ -126,7 +126,7 @@ class MaskPool:
         self._ready = False
         self._failed_starts = 0
         self._homes: dict[int, MaskProcess] = {}
-        """By the number of the guide."""
+        """Processes by the number of the guide."""
         self._numbers = 0
         self._work: WeakValueDictionary[tuple[str, Constraint], Work] = WeakValueDictionary()
         self._deaths: OrderedDict[tuple[str, Constraint], tuple[int, float]] = OrderedDict()

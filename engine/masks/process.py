@@ -27,9 +27,9 @@ from tandem.common.constraint_limits import MAX_LEXER_STATES, MAX_ROW_ITEMS
 from tandem.engine.masks.messages import LENGTH_BYTES, Close, Follow, Open, Ready, Reply, Request, framed
 
 COMPILE_CPU_S = 4.0
-"""Of one grammar: twice what the router allows, whose processor may be a faster one."""
+"""Time of one grammar: twice what the router allows, whose processor may be a faster one."""
 JOB_CPU_S = 1.0
-"""Of one mask, and of reading the output up to it. A mask of good will takes a millisecond."""
+"""Time of one mask, and of reading the output up to it. A mask of good will takes a millisecond."""
 REPLAY_CPU_S = 0.001
 """More for each token of output that is read."""
 COSTLY_S = 0.02
@@ -37,7 +37,7 @@ COSTLY_S = 0.02
 MAX_COMPILED = 16
 """Compiled grammars that a process keeps: those last used."""
 MEMORY_BYTES = 512 << 20
-"""Of a process, beside what it shares with the others."""
+"""Memory of a process, beside what it shares with the others."""
 STACK_BYTES = 8 << 20
 """Compiling recurses. The router's check has a quarter of it, so that what passes there is safe here."""
 _LIMITS = LLParserLimits(max_items_in_row=MAX_ROW_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)

@@ -19,7 +19,7 @@ class PeerIdentity:
     compatibility: bytes
     """Digest of everything both ends must share: model, dtype, layout, version."""
     key: bytes = field(default=b"", repr=False)
-    """Of `hand_over_key`: both ends prove that they have it. Empty: there is no secret."""
+    """The key of `hand_over_key`: both ends prove that they have it. Empty: there is no secret."""
 
 
 def hand_over_key(secret: bytes) -> bytes:

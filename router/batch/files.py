@@ -48,7 +48,7 @@ class Storage:
         self._files = folder / "files"
         self._thread = ThreadPoolExecutor(1, "batch-storage")
         self._uploads: Counter[str] = Counter()
-        """By tenant."""
+        """Counts by tenant."""
         self._closed = False
         try:
             private_folder(folder)

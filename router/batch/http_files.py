@@ -30,7 +30,7 @@ FORM_PIECE_BYTES = 16 * 1024
 """The form's parser goes through what is no file byte by byte; between two pieces the event loop turns."""
 MAX_FIELDS = 16
 MAX_HEADER_BYTES = 4096
-"""Of one part of the form."""
+"""Bound of one part of the form."""
 MAX_NAME = 64
 MAX_FIELD_BYTES = 1024
 MAX_FORM_BYTES = MAX_FILE_BYTES + (1 << 20)

@@ -38,7 +38,7 @@ MAX_ACTIVE = 8
 MAX_RUNNING = 256
 """Lines in flight in this process, and never more than half of `max_requests`."""
 SLOT_SHARE = 0.75
-"""Of the decode slots and KV blocks of the workers that batches may use; the rest is for clients who come meanwhile."""
+"""Share of the workers' decode slots and KV blocks that batches may use; the rest is for clients who come meanwhile."""
 POLL_S = 1.0
 """How often the index is looked at for new, cancelled and expired batches, and the lock is tried."""
 TICK_S = 0.02

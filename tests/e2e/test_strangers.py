@@ -43,7 +43,7 @@ FLOOD = 1000
 IDLE = 600
 """Connections to each of two ports, on which nothing is said."""
 MAX_LINES = 40
-"""Of a process's log while it is attacked."""
+"""Lines of a process's log while it is attacked."""
 
 
 class Deployment:

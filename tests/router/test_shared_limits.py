@@ -28,7 +28,7 @@ pytestmark = pytest.mark.processes
 
 BODY = {"prompt": [5] * 10, "max_tokens": 10, "ignore_eos": True}
 TOKENS = 20
-"""Of one such request."""
+"""Tokens of one such request."""
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ async def test_requests_in_flight_are_counted_together_and_a_dead_routers_are_fo
 
 
 async def test_deployments_of_one_redis_are_told_apart(house: House, redis_url: str, tmp_path: Path) -> None:
-    """By their model, wherever it lies, or by the name that they were given."""
+    """They are told by their model, wherever it lies, or by the name that they were given."""
     worker = await house.decode()
     tenants = tenants_file(tmp_path, ann="requests_per_minute: 20")
     other = Path(shutil.copytree(house.model, tmp_path / "elsewhere" / house.model.name))
