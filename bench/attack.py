@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -32,7 +31,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from attacks import ATTACKS, VOCABULARY
-from batch_beside import machine, percentile
+from batch_beside import machine, percentile, tell
 from load import Result, stream
 from systems import ROOT, Server
 
@@ -268,10 +267,7 @@ def main() -> None:
             process.terminate()
             process.wait()
     result = {"machine": before, "load_after": os.getloadavg(), "rows": [asdict(each) for each in rows]}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    tell(result, options.out)
 
 
 if __name__ == "__main__":

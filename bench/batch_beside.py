@@ -276,6 +276,13 @@ def machine() -> dict[str, object]:
     }
 
 
+def tell(result: dict[str, object], out: Path | None) -> None:
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda text: text.split(",")  # noqa: E731
@@ -301,10 +308,7 @@ def main() -> None:
                 process.terminate()
                 process.wait()
     result = {"machine": before, "load_after": os.getloadavg(), "rows": [asdict(each) for each in rows]}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    tell(result, options.out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import httpx
 import psutil
 from attack import digest, ready
 from attacks import MODEL, VOCABULARY
-from batch_beside import machine
+from batch_beside import machine, tell
 from load import stream
 from systems import ROOT, Server
 
@@ -372,10 +372,7 @@ def main() -> None:
             process.terminate()
             process.wait()
     result = {"machine": before, "load_after": os.getloadavg(), "seed": options.seed, **found}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    tell(result, options.out)
     sys.exit(bool(found["faults"]) or set(found["bystanders"]) != {"same"})
 
 
