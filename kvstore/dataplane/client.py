@@ -65,11 +65,12 @@ class RemoteHomeNode:
 
     @property
     def connected(self) -> bool:
-        return self._channel is not None
+        channel = self._channel
+        return channel is not None and channel.alive  # a broken one stays until the thread has seen it
 
     def wait_connected(self, timeout_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: self._channel is not None, timeout_s)
+            return self._changed.wait_for(lambda: self.connected, timeout_s)
 
     def begin_put(self, key: ObjectKey, info: ObjectInfo) -> PutTicket | Refusal:
         channel = self._channel

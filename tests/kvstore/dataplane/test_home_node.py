@@ -216,7 +216,9 @@ def test_a_broken_connection_of_a_living_client_leaves_its_puts_to_lapse(rig: Ri
     channel = home._channel
     assert channel is not None
     channel.fail("a test")
-    eventually(lambda: rig.server.stats().connections == 1 and home.connected and home._channel is not channel)
+    assert home.wait_connected(DEADLINE_S)
+    assert home._channel is not channel
+    eventually(lambda: rig.server.stats().connections == 1)
     assert rig.node.tickets[0].ending == ""
 
 
