@@ -110,5 +110,6 @@ ATTACKS: dict[str, Attack] = {
     "embeddings of 2,000 texts": _again("/v1/embeddings", {"input": ["a word or two " * 100] * 2_000}),
     # Tables and places.
     "named contexts": _contexts,
+    "long answers x n=16": _ask(n=16, max_tokens=700, ignore_eos=True),
     "n=128 of long answers": _ask(n=128, max_tokens=1_500, ignore_eos=True),
 }

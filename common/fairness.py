@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -322,15 +322,19 @@ class FairQueue(Generic[T]):
                 return True
         return False
 
-    def pop(self, fits: Callable[[T], bool] | None = None) -> T | None:
+    def pop(self, fits: Callable[[T], bool] | None = None, crowded_out: Callable[[T], bool] | None = None) -> T | None:
         """Takes out the one whose turn it is; the caller charges its input now. None: nobody waits, or that one does
-        not fit and everybody waits with it (nobody is passed over for being large)."""
+        not fit and everybody waits with it (nobody is passed over for being large) but those of other tenants of the
+        band that are `crowded_out`."""
         if not self._bands:
             return None
         turn, least = self._choose()
         item = turn.line.entries[turn.index].item
         if fits is not None and not fits(item):
-            return None
+            other = self._crowded_out(turn.line, fits, crowded_out) if crowded_out is not None else None
+            if other is None:
+                return None
+            turn, item = other, other.line.entries[other.index].item
         key = turn.line.account.key
         self._counters.granted(key[0], least)
         self._last = key
@@ -338,6 +342,10 @@ class FairQueue(Generic[T]):
             turn.line.entries[0].overtaken += 1
         self._take(turn.line, turn.index)
         return item
+
+    def heads(self, band: int) -> Iterator[T]:
+        """The oldest request of each tenant that waits in a band."""
+        return (line.entries[0].item for line in self._bands.get(band, {}).values())
 
     def line(self, tenant: str, band: int) -> list[T]:
         """The waiting requests of a tenant in a band, oldest first."""
@@ -358,6 +366,18 @@ class FairQueue(Generic[T]):
                 if self._saved(rival) > self._saved(best):
                     return rival, least
         return best, least
+
+    def _crowded_out(
+        self, passed: _Line[T], fits: Callable[[T], bool], crowded_out: Callable[[T], bool]
+    ) -> _Turn[T] | None:
+        """The first that goes although it is the turn of `passed`."""
+        lines = self._bands[min(self._bands)].values()
+        for line in sorted((line for line in lines if line is not passed), key=_counter):
+            turn = self._best(line)
+            item = line.entries[turn.index].item
+            if crowded_out(item) and fits(item):
+                return turn
+        return None
 
     def _best(self, line: _Line[T]) -> _Turn[T]:
         entries = line.entries

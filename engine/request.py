@@ -42,7 +42,7 @@ class Preemption(enum.StrEnum):
 
     MEMORY = "memory"
     PRIORITY = "priority"
-    """For a request of an earlier band."""
+    """For a request of an earlier band, or of a tenant with far fewer slots."""
 
 
 @dataclass(frozen=True, slots=True)

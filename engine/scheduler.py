@@ -15,7 +15,8 @@ Rules, in order:
    store.
 4. A waiting request of an earlier band (lower priority value) than somebody running goes before that one's prompt, and
    where slots or blocks are missing it displaces: those last in order of later bands are preempted, as many as it takes
-   or none. A request is displaced `MAX_DISPLACED` times at most; then it stays to its end.
+   or none. A request is displaced `MAX_DISPLACED` times at most; then it stays to its end. In the same band a tenant
+   with few slots displaces those of one that has far more (`common/slot_shares.py`).
 5. The last band (batches) takes what others leave. While they have work it gets a piece of a step now and then
    (`last_band.py`): few prompt tokens, few decode rows, in turn. Steps of its own are small too where their time grows
    with their tokens, since somebody who comes may have to wait for one.
@@ -38,12 +39,13 @@ from tandem.engine.block_manager import BlockManager, IntegrityError
 from tandem.engine.last_band import PROMPT_TOKENS, ROWS, LastBand, Room
 from tandem.engine.request import Preemption, RequestKey
 from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.slot_shares import SlotShares, held_by
 from tandem.engine.waiting import WaitingQueue
 from tandem.kvstore.identity import BlockHash, extend_chain
 from tandem.kvstore.interfaces import TierName
 
 MAX_DISPLACED = 3
-"""Times that a request is preempted for others of earlier bands: each time costs its recompute."""
+"""Times that a request is preempted for others: each time costs its recompute."""
 DEAR_SHARE = 4
 """One slot in so many is for sequences whose masks take long."""
 
@@ -105,6 +107,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._piece_tokens = max(PROMPT_TOKENS, blocks.block_size)
         self._last_band = LastBand()
+        self._shares = SlotShares(max_num_seqs)
         self._last_row = (LAST_BAND, -1)
         """The order of the last band's row that was decoded last: those behind it are next."""
         self.on_full_blocks: Callable[[Sequence], None] | None = None
@@ -208,6 +211,7 @@ class Scheduler:
         """The next step; `now` (s) becomes the time at which sequences were first scheduled."""
         plan = StepPlan()
         self._admit_urgent(plan, now)
+        self._admit_crowded_out(plan, now)
         displaced = len(plan.preempted)
         room = self._room_of_last_band(now)
         self._plan_decodes(plan, room)
@@ -271,7 +275,7 @@ class Scheduler:
 
     def _room_of_last_band(self, now: float) -> Room:
         bands = self._waiting.bands
-        live = (*self._running, *self._importing.values(), *self._loading.values(), *self._looking_up.values())
+        live = (*self._live, *self._looking_up.values())
         if LAST_BAND not in bands and not any(each.priority == LAST_BAND for each in live):
             self._last_band.has_no_work()
             return Room(0, 0)
@@ -342,11 +346,13 @@ class Scheduler:
         if not self._waiting or self._free_slots <= 0:
             return
         pending: dict[BlockHash, tuple[int, int]] | None = None
-        dear_slots = self._dear_slots
+        dear_slots, reserved = self._dear_slots, self._shares.reserved(now)
         for sequence in self._waiting.in_turn():
             if self._free_slots <= 0 or left <= 0 or sequence in plan.preempted:
                 break
             if sequence.has_dear_masks and dear_slots <= 0:
+                continue
+            if self._free_slots <= reserved and self._shares.is_large(self._slots_of(sequence)):
                 continue
             if sequence.priority == LAST_BAND and not room.prompt_tokens and not sequence.wants_import:
                 continue
@@ -375,14 +381,35 @@ class Scheduler:
                 continue
             if self._waits_for_block(sequence, pending):
                 continue
-            if not self._make_room(plan, sequence) or not self._take_in(plan, sequence, pending, now):
+            later = [each for each in reversed(self._running) if each.priority > sequence.priority]
+            victims = [each for each in later if _displaceable(each)]
+            if not self._make_room(plan, sequence, victims) or not self._take_in(plan, sequence, pending, now):
                 break
             dear_slots -= sequence.has_dear_masks
 
-    def _make_room(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """Displaces as few as it takes, the last in order first. False, with nobody displaced, where all of them would
-        not be enough."""
-        victims = [each for each in reversed(self._running) if _displaceable(each, sequence.priority)]
+    def _admit_crowded_out(self, plan: StepPlan, now: float) -> None:
+        """One of each tenant that has far fewer slots than another, where there is no room left."""
+        band = self._waiting.first_band
+        if band is None or band == LAST_BAND:
+            return
+        heads = self._waiting.heads(band)
+        if len(heads) == 1 and all(each.request.tenant == heads[0].request.tenant for each in self._running):
+            return
+        pending: dict[BlockHash, tuple[int, int]] | None = None
+        for sequence in heads:
+            victims = self._shares.victims(sequence, filter(_displaceable, reversed(self._running)), self._live)
+            if not victims or self._fits_without([], sequence) or (sequence.has_dear_masks and self._dear_slots <= 0):
+                continue
+            pending = self._pending_blocks() if pending is None else pending
+            if self._waits_for_block(sequence, pending):
+                continue
+            before = len(plan.preempted)
+            if self._make_room(plan, sequence, victims) and self._take_in(plan, sequence, pending, now):
+                self._shares.reserve(len(plan.preempted) - before, now)
+
+    def _make_room(self, plan: StepPlan, sequence: Sequence, victims: list[Sequence]) -> bool:
+        """Displaces as few as it takes, the first of `victims` first. False, with nobody displaced, where all of them
+        would not be enough."""
         if not self._fits_without(victims, sequence):
             return False
         count = next(count for count in range(len(victims) + 1) if self._fits_without(victims[:count], sequence))
@@ -413,6 +440,8 @@ class Scheduler:
         if cached is None:
             return False
         sequence.num_computed = cached
+        if self._shares.reserved(now) and not self._shares.is_large(self._slots_of(sequence)):
+            self._shares.reserve(0, now)
         self._waiting.admit(sequence, 0 if sequence.wants_import else sequence.to_compute)
         sequence.published = cached // self.blocks.block_size
         if sequence.first_scheduled is None:
@@ -442,10 +471,19 @@ class Scheduler:
         return self._max_num_seqs - len(self._running) - len(self._importing) - len(self._loading)
 
     @property
+    def _live(self) -> list[Sequence]:
+        """Those that have a slot."""
+        return [*self._running, *self._importing.values(), *self._loading.values()]
+
+    def _slots_of(self, sequence: Sequence) -> int:
+        """Those that its tenant has in its band."""
+        return held_by(sequence.priority, self._live)[sequence.request.tenant]
+
+    @property
     def _dear_slots(self) -> int:
         """Slots that sequences with dear masks may still take: they hold them for long without a step."""
         most = max(1, self._max_num_seqs // DEAR_SHARE)
-        return most - sum(each.has_dear_masks for each in self._running)
+        return most - sum(each.has_dear_masks for each in self._live)
 
     def _waits_for_block(self, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]]) -> bool:
         return not sequence.wants_import and self._computed_elsewhere(sequence, _usable(sequence), pending)
@@ -584,10 +622,9 @@ def _usable(sequence: Sequence) -> list[BlockHash]:
     return [] if sequence.computes_all else sequence.chain
 
 
-def _displaceable(sequence: Sequence, priority: int) -> bool:
-    """For a request of `priority`: nobody else reads or writes its blocks, and it has not yielded too often."""
-    free = sequence.request.kv_export is None and not sequence.gated
-    return free and sequence.priority > priority and sequence.displaced < MAX_DISPLACED
+def _displaceable(sequence: Sequence) -> bool:
+    """Nobody else reads or writes its blocks, and it has not yielded too often."""
+    return sequence.request.kv_export is None and not sequence.gated and sequence.displaced < MAX_DISPLACED
 
 
 def _prefills(sequence: Sequence) -> bool:

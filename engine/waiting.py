@@ -70,6 +70,11 @@ class WaitingQueue:
                 sequence.account.charge(tokens * INPUT_COST / sequence.request.weight)
         self.remove(sequence)
 
+    def heads(self, band: int) -> list[Sequence]:
+        """The next one of each tenant that waits in `band`, in turn."""
+        heads = [(line[0][1], tenant) for tenant, line in self._lines.get(band, {}).items()]
+        return [sequence for sequence, _ in sorted(heads, key=_turn)]
+
     def in_turn(self) -> Iterator[Sequence]:
         """Whose turn it is, then whose it would be next, and so on. Each may be admitted before the next is asked for,
         and others may join later bands; nothing else may change the queue meanwhile."""

@@ -24,6 +24,8 @@ HOLD_S = 0.25
 """A replica whose next request is a quantum ahead of those who wait at other replicas leaves the room to them; after so
 long with room that nobody took, it takes it."""
 _WINDOW_S = 1.0
+_NEWCOMER = ""
+"""A tenant that has nothing: nobody's claim is better."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,11 +61,13 @@ class Admission:
         max_tokens: int,
         room: Callable[[int, int], bool],
         wait_s: Callable[[int], float],
+        claims: Callable[[str, float, int], bool] = lambda tenant, weight, priority: False,
         ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`room(prompt_tokens, priority)`: a worker can take such a request without letting it wait; it may displace
-        those of later bands. `wait_s(priority)`: the shortest wait of a new prompt on any worker. `ttft_slo_s`: see
+        those of later bands. `wait_s(priority)`: the shortest wait of a new prompt on any worker.
+        `claims(tenant, weight, priority)`: a worker would give it a slot of a tenant with far more. `ttft_slo_s`: see
         RouterConfig."""
         self.granted = 0
         self.queued = 0
@@ -75,6 +79,7 @@ class Admission:
         self._max_tokens = max_tokens
         self._room = room
         self._wait_s = wait_s
+        self._claims = claims
         self._ttft_slo_s = math.inf if ttft_slo_s is None else ttft_slo_s
         self._clock = clock
         self._queue: FairQueue[Waiting] = FairQueue(counters, _cached_tokens)
@@ -128,10 +133,11 @@ class Admission:
             for _ in range(MAX_GRANTS):
                 if not self._queue:
                     return False
-                if not self._room(0, self._queue.first_band):
+                band = self._queue.first_band
+                if not self._room(0, band) and not self._somebody_is_crowded_out(band):
                     self._held_since = None
                     return False
-                waiting = self._queue.pop(self._fits)
+                waiting = self._queue.pop(self._fits, self._is_crowded_out)
                 if waiting is None:
                     return False
                 self._count(waiting, -1)
@@ -159,7 +165,7 @@ class Admission:
     # Inside
 
     def _fits(self, waiting: Waiting) -> bool:
-        if not self._room(waiting.prompt_tokens, waiting.priority):
+        if not self._room(waiting.prompt_tokens, waiting.priority) and not self._is_crowded_out(waiting):
             self._held_since = None
             return False
         if self._counters.ahead(waiting.tenant, waiting.priority) > QUANTUM:
@@ -171,6 +177,13 @@ class Admission:
             self._counters.ignore_elsewhere()
         self._held_since = None
         return True
+
+    def _is_crowded_out(self, waiting: Waiting) -> bool:
+        """Its tenant has far fewer slots of a worker than another one."""
+        return self._claims(waiting.tenant, waiting.weight, waiting.priority)
+
+    def _somebody_is_crowded_out(self, band: int) -> bool:
+        return self._claims(_NEWCOMER, math.inf, band) and any(map(self._is_crowded_out, self._queue.heads(band)))
 
     def _grant(self, waiting: Waiting) -> None:
         now = self._clock()

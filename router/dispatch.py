@@ -107,7 +107,8 @@ class Dispatcher:
         self._metrics.placements.inc(placement.reason)
         decode = decoding[placement.decode]
         prefill = None if placement.prefill is None else prefilling[placement.prefill]
-        self._account(key, request, placement, decode, prefill, chain, hits, block_size, bool(output_token_ids))
+        resumed, caller = bool(output_token_ids), sequence.caller
+        self._account(key, request, placement, decode, prefill, chain, hits, block_size, resumed, caller)
         message = worker_pb2.SessionRequest()
         submit = message.submit  # filled in place: a message that is put into another one is encoded and decoded
         submit.key.CopyFrom(key)
@@ -150,6 +151,12 @@ class Dispatcher:
         ):
             return False
         return self._prompt_wait_s(decodes, prefills, priority) <= READY_S
+
+    def claims(self, tenant: str, weight: float, priority: int) -> bool:
+        """Whether a worker without room would give a request of `tenant` a slot that somebody with far more has. That
+        one's prompts, which wait there, it passes."""
+        decodes, _ = self.workers(priority)
+        return any(self.pool.state(session).load.yields_to(tenant, weight, priority) for session in decodes)
 
     def wait_s(self, priority: int) -> float:
         """The least time until a new prompt of this band has its turn; 0 where nobody is connected."""
@@ -211,6 +218,7 @@ class Dispatcher:
         hits: Hits,
         block_size: int,
         resumed: bool,
+        caller: Caller,
     ) -> None:
         """Counts the request on its workers, before it is sent to them."""
         for state, output_tokens in ((decode, request.output_tokens), (prefill, 0)):
@@ -225,6 +233,8 @@ class Dispatcher:
                 prefill_s=placement.prefill_s if computes else 0.0,
                 cached_tokens=cached,
                 priority=request.priority,
+                tenant=caller.tenant,
+                weight=caller.weight,
             )
             source = prefill if state is decode else None
             placed = Placed(self.pool, state, work, chain, cached // block_size, source=source, resumed=resumed)

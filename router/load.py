@@ -9,11 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from tandem.common.fairness import LAST_BAND
+from tandem.common.slot_shares import LARGE, kept
 from tandem.planner.perf_model import PerfModel
 
 LOWEST = 2**31 - 1
 """The band after all others."""
 NONE: Mapping[int, int] = MappingProxyType({})
+
+
+@dataclass(slots=True)
+class TenantLoad:
+    """Requests of one tenant and priority on a worker, of those that this router gave it."""
+
+    weight: float
+    requests: int = 0
 
 
 @dataclass(slots=True)
@@ -23,6 +33,8 @@ class BandLoad:
     requests: int = 0
     waiting_s: float = 0.0
     reserved_tokens: int = 0
+    tenants: dict[str, TenantLoad] = field(default_factory=dict)
+    """None is without requests."""
 
 
 @dataclass(slots=True)
@@ -110,6 +122,22 @@ class WorkerLoad:
         foreign = self.foreign_tokens * (1.0 - self._foreign_later(priority))
         return self.reserved_tokens - later + foreign + tokens <= self.capacity_tokens
 
+    def yields_to(self, tenant: str, weight: float, priority: int) -> bool:
+        """Whether a request of `tenant` would get a slot that somebody with far more of them has
+        (`common/slot_shares.py`). Other routers' requests are taken for those of one tenant."""
+        if priority == LAST_BAND:
+            return False
+        band = self.bands.get(priority)
+        holders = dict(band.tenants) if band is not None else {}
+        mine = holders.pop(tenant, None)
+        if foreign := self.foreign_bands.get(priority, 0):
+            holders[""] = TenantLoad(1.0, foreign)
+        least = kept(mine.requests / weight if mine is not None else 0.0, weight)
+        return any(
+            each.requests > self.max_requests / LARGE and (each.requests - 1) / each.weight >= least
+            for each in holders.values()
+        )
+
     def _foreign_later(self, priority: int) -> float:
         """The share of other routers' requests that are of later bands."""
         total = sum(self.foreign_bands.values()) if self.foreign_bands else 0
@@ -144,6 +172,9 @@ class Work:
     cached_tokens: int = 0
     """Of the prompt, on this worker: they take up no further room."""
     priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
+    """Of the tenant."""
     produced_tokens: int = 0
     _waits: bool = field(default=False, init=False)
     _decodes: bool = field(default=False, init=False)
@@ -154,6 +185,7 @@ class Work:
         load = self.load
         self._band = load.bands.setdefault(self.priority, BandLoad())
         self._band.requests += 1
+        self._band.tenants.setdefault(self.tenant, TenantLoad(self.weight)).requests += 1
         self._band.reserved_tokens += self._reserved
         load.requests += 1
         load.reserved_tokens += self._reserved
@@ -191,6 +223,10 @@ class Work:
         self._over = True
         load = self.load
         self._band.requests -= 1
+        mine = self._band.tenants[self.tenant]
+        mine.requests -= 1
+        if not mine.requests:
+            del self._band.tenants[self.tenant]
         self._band.reserved_tokens -= self._reserved
         if not self._band.requests:
             del load.bands[self.priority]

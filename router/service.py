@@ -98,6 +98,7 @@ class Service:
             max_tokens=config.max_queued_tokens,
             room=dispatcher.room,
             wait_s=dispatcher.wait_s,
+            claims=dispatcher.claims,
             ttft_slo_s=config.ttft_slo_s,
         )
         metrics.watch_admission(self.admission)

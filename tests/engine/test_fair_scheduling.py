@@ -40,8 +40,8 @@ class Floor:
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> StepPlan:
-        plan = self.scheduler.schedule(0.0)
+    def step(self, now: float = 0.0) -> StepPlan:
+        plan = self.scheduler.schedule(now)
         self.admitted += plan.admitted
         self.scheduler.computed(plan)
         for sequence in [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]:
@@ -97,7 +97,7 @@ def test_who_was_preempted_goes_on_before_others_begin() -> None:
     """Two requests outgrow the pool; the one that had to leave comes back before a tenant that had nothing yet."""
     floor = Floor(slots=2, num_blocks=10)
     first = floor.add("ann", tokens=62, max_tokens=60)
-    second = floor.add("ann", tokens=62, max_tokens=20)
+    second = floor.add("amy", tokens=62, max_tokens=20)
     floor.step()
     for _ in range(3):
         floor.add("bob", tokens=62)

@@ -353,3 +353,33 @@ def test_every_request_ends_in_exactly_one_way_and_the_bounds_hold(script: list[
     assert not any("raised without a time to come back" in how for how in ends.values())
     assert {name: len(how) for name, how in ends.items()} == dict.fromkeys(waiting, 1)
     assert (desk.admission.waiting_requests, desk.admission.waiting_tokens) == (0, 0)
+
+
+def crowded(crowd: str) -> Desk:
+    """A desk without room, whose workers are full of one tenant's requests."""
+    desk = Desk(claims=lambda tenant, weight, priority: tenant != crowd and priority == 0)
+    desk.submit("h1", "hog")
+    desk.submit("h2", "hog")
+    return desk
+
+
+def test_who_is_crowded_out_neither_waits_for_room_nor_behind_the_crowd() -> None:
+    desk = crowded("hog")
+    assert desk.started == []
+    desk.submit("v1", "victim")
+    assert desk.started == ["v1"]
+    assert desk.admission.waiting_requests == 2
+    desk.counters.charge("victim", 0, 10_000.0, 1.0)
+    desk.submit("v2", "victim")
+    assert desk.started == ["v1", "v2"], "although it is the other one's turn"
+    desk.slots = 0
+    desk.free(2)
+    assert desk.started == ["v1", "v2", "h1", "h2"]
+
+
+def test_a_crowd_that_waits_alone_waits() -> None:
+    desk = crowded("hog")
+    for _ in range(3):
+        assert not desk.admission.pump()
+    desk.submit("late", "victim", priority=1)
+    assert desk.started == [], "bands are strict"

@@ -148,6 +148,19 @@ async def test_room_ends_where_batches_are_full_and_where_prompts_queue() -> Non
     assert Bench(Workers([])).dispatcher.room(100, 0), "start says that nobody is there"
 
 
+async def test_who_sends_few_has_a_claim_on_the_slots_of_who_has_them_all() -> None:
+    bench = Bench(Workers([session("w0")]))
+    for _ in range(6):
+        bench.start(range(32))
+    assert not bench.dispatcher.room(100, 0)
+    assert bench.dispatcher.claims("another", 1.0, 0)
+    assert not bench.dispatcher.claims(CALLER.tenant, 1.0, 0)
+    assert not bench.dispatcher.claims("another", 1.0, LAST_BAND)
+    for _ in range(2):
+        bench.start(range(32), caller=Caller("another"))
+    assert not bench.dispatcher.claims("another", 1.0, 0), "it has its share"
+
+
 async def test_the_work_of_other_routers_counts_from_the_status() -> None:
     workers = [session("w0"), session("w1")]
     bench = Bench(Workers(workers))

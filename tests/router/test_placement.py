@@ -330,3 +330,36 @@ def test_other_routers_batches_count_too() -> None:
     loads = [worker(0), worker(1)]
     loads[1].foreign(requests=1, decoding=1, pending_tokens=0, used_tokens=0, by_band={LAST_BAND: 1})
     assert left_over(loads) == [1]
+
+
+def test_a_tenant_with_far_more_yields_to_one_with_few() -> None:
+    load = replace(worker(0), max_requests=16)
+    for _ in range(16):
+        Work(load, 10, 10, 0.0, tenant="hog").start(0.0)
+    assert not load.has_room(10, 0)
+    assert load.yields_to("victim", 1.0, 0)
+    assert not load.yields_to("hog", 1.0, 0)
+    assert not load.yields_to("victim", 1.0, 1), "bands are strict"
+    mine = [Work(load, 10, 10, 0.0, tenant="victim") for _ in range(6)]
+    for work in mine:
+        work.start(0.0)
+    assert not load.yields_to("victim", 1.0, 0), "it has its share"
+    assert load.yields_to("victim", 4.0, 0), "which is larger with a larger weight"
+    for work in mine:
+        work.end(0.0)
+    assert load.yields_to("victim", 1.0, 0)
+    assert set(load.bands[0].tenants) == {"hog"}
+
+
+def test_tenants_with_few_requests_each_yield_to_nobody() -> None:
+    load = replace(worker(0), max_requests=16)
+    for index in range(16):
+        Work(load, 10, 10, 0.0, tenant=f"tenant {index // 2}").start(0.0)
+    assert not load.yields_to("newcomer", 1.0, 0)
+
+
+def test_requests_of_other_routers_yield_as_those_of_one_tenant() -> None:
+    load = replace(worker(0), max_requests=16)
+    load.foreign(requests=16, decoding=16, pending_tokens=0, used_tokens=0, by_band={0: 16})
+    assert load.yields_to("victim", 1.0, 0)
+    assert not load.yields_to("victim", 1.0, 3)
