@@ -23,7 +23,7 @@ from tandem.kvstore.transport import (
 )
 
 DIGEST = bytes(range(32))
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Recorder:

@@ -54,7 +54,7 @@ def main() -> None:
         while not printer.ended.is_set():
             stream.send_layer(0, 0, 16, fill)
             sent.acquire(timeout=1)
-    printer.ended.wait(30)
+    printer.ended.wait(60)
     pool.close()
 
 

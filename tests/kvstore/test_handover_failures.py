@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -86,7 +85,7 @@ def test_a_sender_of_another_version_is_told_so(rig):
     with socket.create_connection((rig.both.host, rig.both.port)) as sock:
         head = HEADER.pack(MAGIC, PROTOCOL_VERSION + 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         sock.sendall(head + bytes(8))
-        sock.settimeout(5)
+        sock.settimeout(60)
         answer = sock.recv(4096)
     assert b"incompatible" in answer
     assert f"version {PROTOCOL_VERSION + 1}".encode() in answer
@@ -212,7 +211,7 @@ def test_a_stopped_server_is_noticed_by_every_stream(rig):
     rig.sink.wait_for(lambda: len(rig.sink.opened_streams) == 5)
     rig.server.stop()
     for i, listener in enumerate(listeners):
-        assert listener.ending(1.0) == ("lost", "peer_closed")
+        assert listener.ending() == ("lost", "peer_closed")
         assert rig.sink.lost_code(f"r{i}") == "shutdown"
 
 
@@ -222,7 +221,7 @@ def test_a_closed_pool_loses_its_streams_on_both_sides(rig):
     rig.sink.wait_for(lambda: rig.sink.opened_streams)
     rig.pool.close()
     assert listener.ending() == ("lost", "shutdown")
-    assert rig.sink.lost_code("r", timeout_s=1.0) == "peer_closed"
+    assert rig.sink.lost_code("r") == "peer_closed"
     with pytest.raises(RuntimeError, match="closed"):
         rig.open("s", rig.rows())
 
@@ -248,25 +247,26 @@ def test_a_new_connection_follows_a_broken_one(rig, tmp_path):
 
 def test_a_silent_receiver_is_given_up(make_rig, transport, tmp_path):
     """One that accepts connections and then says nothing, in the handshake and after it."""
-    rig = make_rig(connect_timeout_s=0.2, stall_timeout_s=0.4)
+    rig = make_rig(stall_timeout_s=0.4)
     rig.sink.gate.clear()
     rows = rig.rows()
     stream, listener = rig.open("r", rows)
     rows.send(stream)
-    started = time.monotonic()
-    assert listener.ending(3.0) == ("lost", "stalled")
-    assert time.monotonic() - started < 2.0
+    assert listener.ending() == ("lost", "stalled")
+    rig.settings = TransportSettings(connect_timeout_s=0.2)
+    hasty = rig.new_pool()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host, port = silent.getsockname()
         listener = rig.listener()
-        rig.pool.open(Endpoint("d", 1, host=host, port=port), "s", 1, 10, 8, 1, listener)
-        assert listener.ending(3.0) == ("lost", "unreachable")
+        hasty.open(Endpoint("d", 1, host=host, port=port), "s", 1, 10, 8, 1, listener)
+        assert listener.ending() == ("lost", "unreachable")
+    hasty.close()
 
 
 def test_a_sender_that_says_nothing_after_connecting_is_dropped(make_rig):
     rig = make_rig(connect_timeout_s=0.2)
     with socket.create_connection((rig.both.host, rig.both.port)) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         assert sock.recv(1) == b""
 
 

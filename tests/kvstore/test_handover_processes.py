@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -66,10 +65,8 @@ def test_a_frozen_sender_loses_its_lease(make_rig, start_sender):
     rig = make_rig(lease_s=0.6)
     process = start_sender("endless", rig.endpoint)
     rig.sink.wait_for(lambda: len(rig.sink.arrivals) > 20)
-    frozen_at = time.monotonic()
     process.send_signal(signal.SIGSTOP)
     code = rig.sink.lost_code("r", timeout_s=30)
     assert code in {"lease", "stalled"}
-    assert time.monotonic() - frozen_at > 0.4
     process.send_signal(signal.SIGCONT)
     assert process.stdout.read().split()[:2] == ["accepted", "lost"]

@@ -198,12 +198,12 @@ def test_no_fill_runs_after_the_last_callback(rig):
 
     def slow(start, stop, out):
         entered.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         assert not listener.endings
         rows.fill(0)(start, stop, out)
 
     stream.send_layer(0, 0, 10, slow)
-    assert entered.wait(30)
+    assert entered.wait(60)
     rig.server.close_stream("r", 1, Reason("cancelled", ""))
     other, other_listener = rig.open("other", rows)
     other.abort(Reason("cancelled", ""))

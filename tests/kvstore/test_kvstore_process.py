@@ -304,7 +304,7 @@ def test_workers_that_are_killed_while_they_write_leave_no_hold(
         "from tandem.kvstore.dataplane.client import RemoteHomeNode\n"
         "from tandem.kvstore.interfaces import ObjectInfo\n"
         f"home = RemoteHomeNode({shared.unix_path!r}, 'victim')\n"
-        "home.wait_connected(20)\n"
+        "assert home.wait_connected(60)\n"
         "home.begin_put(bytes(32), ObjectInfo(size=1 << 20, num_tokens=1))\n"
         "print('writing', flush=True)\n"
         "time.sleep(60)\n"

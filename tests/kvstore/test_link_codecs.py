@@ -76,12 +76,12 @@ class Nodes:
 
     def fetched(self) -> bytes:
         node = self.nodes[1].node
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not (located := node.locate([KEY])):
             assert time.monotonic() < deadline
         assert located[0].tier is TierName.PEER
         with node.fetch(located) as fetch:
-            assert fetch.wait(SPEC.num_layers, 5)
+            assert fetch.wait(SPEC.num_layers, 60)
             assert fetch.intact() == 1
             return bytes(fetch.buffer(0))
 

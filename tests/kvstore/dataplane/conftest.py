@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.kvstore.dataplane import protocol, puts
+from tandem.kvstore.dataplane import channel, protocol, puts
 from tandem.kvstore.dataplane.auth import ServerIdentity
 from tandem.kvstore.dataplane.channel import Channel
 from tandem.kvstore.dataplane.client import RemoteHomeNode
@@ -22,7 +22,7 @@ from tandem.kvstore.transport.peers import local_host_id
 from .scripted_node import ScriptedNode
 
 SECRET = b"a secret of at least 16 bytes"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Rig:
@@ -65,6 +65,12 @@ class Rig:
             client.close()
         self.server.stop()
         self.node.close()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is not taken for a dead node."""
+    monkeypatch.setattr(channel, "CALL_S", DEADLINE_S)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ class ScriptedNode:
         return located if len(located) == len(keys) else None
 
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
-        assert self.look_up.wait(10)
+        assert self.look_up.wait(60)
         located = []
         for wanted in keys:
             if wanted not in self.objects:

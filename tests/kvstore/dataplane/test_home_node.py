@@ -18,6 +18,8 @@ from .conftest import DEADLINE_S, Rig
 from .scripted_node import ScriptedTicket, key
 
 Eventually = Callable[[Callable[[], object]], None]
+NEVER_S = 3600.0
+"""Nothing may wait so long: the test would be ended."""
 INFO = ObjectInfo(size=5000, num_tokens=256, owner="tenant", model="m", recompute_s=0.25, ttl_s=60.0)
 
 
@@ -133,9 +135,7 @@ def test_a_failed_fetch_says_so_without_waiting_and_tells_what_is_intact(rig: Ri
     script.set(layers=2)
     assert fetch.wait(2, DEADLINE_S)
     script.set(layers=2, complete=1, failed=True)
-    started = time.monotonic()
-    assert not fetch.wait(3, DEADLINE_S)
-    assert time.monotonic() - started < DEADLINE_S / 2
+    assert not fetch.wait(3, NEVER_S)
     assert fetch.intact() == 1
 
 
@@ -181,7 +181,7 @@ def test_running_fetches_and_puts_fail_at_once_when_the_node_dies(rig: Rig, even
     ticket = home.begin_put(key(1), INFO)
     assert not isinstance(ticket, Refusal)
     results: list[bool] = []
-    waiter = threading.Thread(target=lambda: results.append(fetch.wait(1, 60)))
+    waiter = threading.Thread(target=lambda: results.append(fetch.wait(1, NEVER_S)))
     waiter.start()
     rig.server.stop()
     waiter.join(DEADLINE_S)
@@ -275,5 +275,5 @@ def test_many_threads_share_one_connection(rig: Rig) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert failures == []

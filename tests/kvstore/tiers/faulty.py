@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, Tier, TierName
 
-HOLD_S = 10.0
+HOLD_S = 60.0
 
 
 class FaultyTier:

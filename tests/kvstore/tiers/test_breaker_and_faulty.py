@@ -92,6 +92,6 @@ def test_held_operations_wait(tmp_path: Path) -> None:
     assert tier.info(key_of(1)) is None
     assert not done
     tier.hold.set()
-    thread.join(30)
+    thread.join()
     assert done == [True]
     tier.close()

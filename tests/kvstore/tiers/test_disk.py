@@ -316,14 +316,14 @@ def test_a_reader_keeps_its_segment_while_it_is_removed(tmp_path: Path, monkeypa
 
     def slow(self: blockfile.BlockFile, position: int, out: memoryview) -> None:
         reading.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         read(self, position, out)
 
     monkeypatch.setattr(blockfile.BlockFile, "read", slow)
     got: list[bytes | None] = []
     reader = threading.Thread(target=lambda: got.append(get(tier, 1)))
     reader.start()
-    assert reading.wait(30)
+    assert reading.wait(60)
     assert tier.delete(key_of(1))
     assert len(list(tmp_path.glob("*.seg"))) == 1
     go_on.set()

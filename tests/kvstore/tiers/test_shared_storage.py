@@ -16,13 +16,14 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from tandem.common.errors import ConfigError
 from tandem.kvstore.interfaces import StoreIntegrityError
-from tandem.kvstore.tiers import open_tier
+from tandem.kvstore.tiers import object_store, open_tier
 from tandem.kvstore.tiers.disk import DiskTier
 from tandem.kvstore.tiers.folder import ABANDONED_AFTER_S, FolderTier
 from tandem.kvstore.tiers.object_store import ObjectStoreTier
 from tandem.kvstore.tiers.redis_tier import RedisTier
 from tests.kvstore.tiers.conftest import Opener
 from tests.kvstore.tiers.disk_writer import key_of
+from tests.kvstore.tiers.stopped_breaker import StoppedBreaker
 from tests.kvstore.tiers.test_disk import get, put
 from tests.kvstore.tiers.test_every_tier import run_machine
 
@@ -121,12 +122,13 @@ def test_a_dead_service_costs_almost_nothing(monkeypatch: pytest.MonkeyPatch) ->
         "AWS_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    start = time.monotonic()
+    breakers: list[StoppedBreaker] = []
+    monkeypatch.setattr(object_store, "Breaker", lambda: breakers.append(StoppedBreaker()) or breakers[-1])
     tier = open_tier("s3://bucket/prefix", CAPACITY)
     for number in range(100):
         assert get(tier, number) is None
         assert not put(tier, number, b"x")
-    assert time.monotonic() - start < 5
+    assert [breaker.calls for breaker in breakers] == [1]
     assert list(tier.objects()) == []
     tier.close()
 
