@@ -19,6 +19,8 @@ from tandem.engine.masks.guide import Guide
 SHARE = 0.05
 """Share of the time of steps that may be spent on waiting for masks that are late, where others would be sampled."""
 LONGEST_WAIT_S = 0.002
+SHORTEST_WAIT_S = 0.001
+"""What `poll` can wait for; shorter waits are saved up."""
 ALONE_WAIT_S = 0.02
 """Where nobody else would be sampled."""
 
@@ -33,11 +35,14 @@ class Patience:
 
     def of_step(self, step_s: float, alone: bool) -> float:
         """Seconds for a step that took `step_s` so far; `alone`: nobody is sampled but those whose mask is missing."""
+        if alone:
+            return ALONE_WAIT_S
         self._saved_s = min(self._saved_s + SHARE * step_s, LONGEST_WAIT_S)
-        return ALONE_WAIT_S if alone else self._saved_s
+        return self._saved_s if self._saved_s >= SHORTEST_WAIT_S else 0.0
 
     def spend(self, seconds: float) -> None:
-        self._saved_s = max(self._saved_s - seconds, 0.0)
+        """Others waited so long; what is more than was saved will be saved up first."""
+        self._saved_s -= seconds
 
 
 class TokenMasks:

@@ -490,15 +490,21 @@ class Engine:
         return logits[kept], [sampled[index] for index in kept]
 
     def _wait_for_masks(self, late: list[Sequence], step_s: float, *, alone: bool) -> None:
-        """`alone`: nobody else is sampled."""
+        """`alone`: nobody else is sampled; then it ends when somebody comes, too."""
         self._masks.receive()
         started = time.monotonic()
         until = started + self._patience.of_step(step_s, alone)
         while any(each.guide is not None and each.guide.awaited for each in late):
             left = until - time.monotonic()
-            if left <= 0 or not self._masks.receive(left):
+            if left <= 0 or (alone and self._inbox):
                 break
-        self._patience.spend(time.monotonic() - started)
+            if alone:
+                self._inbox.sleep(left, self._masks.watched())
+                self._masks.receive()
+            elif not self._masks.receive(left):
+                break
+        if not alone:
+            self._patience.spend(time.monotonic() - started)
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """`token` was chosen to follow the last one of `sequence`."""

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
@@ -37,7 +38,11 @@ PATIENCE_S = 30.0
 PROMPT_S = 0.15
 """A check that takes longer yields to all else that the machine does."""
 YIELDING = 10
-"""How nice it is then."""
+"""How much nicer than this its process is from then on: it cannot become quicker again."""
+SLOW_S = 60.0
+"""Whose check took longer asks such a process for so long."""
+MAX_SLOW = 1024
+"""Callers that are remembered for it."""
 _TRIES = 2
 _NESTED = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT})
 
@@ -76,28 +81,47 @@ class ConstraintCheck:
     def __init__(self) -> None:
         self._work = FairWork("constraint-check", PROCESSES, max_waiting=MAX_WAITING, share=SHARE)
         self._mine = threading.local()
+        self._lock = threading.Lock()
         self._known: OrderedDict[Question, Answer] = OrderedDict()
+        self._slow: OrderedDict[str, float] = OrderedDict()
+        """Callers whose checks take long, and until when (s)."""
 
     async def answer(self, question: Question, caller: Caller) -> Answer:
         """In `caller`'s turn. Raises TandemError `overloaded`, `unavailable` where none can be had now."""
-        known = self._known.get(question)
-        if known is not None:
-            self._known.move_to_end(question)
+        if (known := self._remembered(question)) is not None:
             return known
         try:
-            found = await self._work.run(caller.line, caller.weight, self._ask, question)
+            return await self._work.run(caller.line, caller.weight, self._found, question, caller.line)
         except OSError as error:
             raise TandemError("unavailable", f"constraints cannot be checked ({error})", retry_after_s=1.0) from error
-        self._known[question] = found
-        if len(self._known) > MAX_KEPT:
-            self._known.popitem(last=False)
+
+    def _found(self, question: Question, caller: str) -> Answer:
+        """On a thread of ours. Raises OSError."""
+        if (known := self._remembered(question)) is not None:  # somebody asked the same before its turn came
+            return known
+        found = self._ask(question, caller)
+        with self._lock:
+            self._known[question] = found
+            if len(self._known) > MAX_KEPT:
+                self._known.popitem(last=False)
         return found
 
-    def _ask(self, question: Question) -> Answer:
-        """On a thread of ours, each of which has a process. Raises OSError where none can be started."""
+    def _remembered(self, question: Question) -> Answer | None:
+        with self._lock:
+            known = self._known.get(question)
+            if known is not None:
+                self._known.move_to_end(question)
+            return known
+
+    def _ask(self, question: Question, caller: str) -> Answer:
+        """Raises OSError where no process can be started."""
         for _ in range(_TRIES):
-            process = self._process()
-            line = _exchanged(process, msgspec.json.encode(question) + b"\n")
+            yields = time.monotonic() < self._slow.get(caller, 0.0)
+            process = self._process(yields)
+            line = _begun(process, msgspec.json.encode(question) + b"\n")
+            if line and not _readable(process, PROMPT_S):
+                self._note_slow(caller, process)
+            line = line and _line(process)
             if line is None:
                 process.kill()
                 process.wait()
@@ -111,52 +135,79 @@ class ConstraintCheck:
                 return Answer("it is nested too deeply or needs too much memory; make it smaller")
         return Answer(f"it ended the process that checks it, {_TRIES} times (status {-status}); make it smaller")
 
-    def _process(self) -> subprocess.Popen[bytes]:
-        process: subprocess.Popen[bytes] | None = getattr(self._mine, "process", None)
+    def _note_slow(self, caller: str, process: subprocess.Popen[bytes]) -> None:
+        """What `process` does for `caller` takes long."""
+        with self._lock:
+            self._slow[caller] = time.monotonic() + SLOW_S
+            self._slow.move_to_end(caller)
+            if len(self._slow) > MAX_SLOW:
+                self._slow.popitem(last=False)
+        processes = self._processes
+        if processes.get(False) is process:
+            if (other := processes.get(True)) is not None:
+                other.kill()
+                other.wait()
+            processes[True] = processes.pop(False)
+            _yield(process)
+
+    @property
+    def _processes(self) -> dict[bool, subprocess.Popen[bytes]]:
+        """Those of this thread, by whether they yield."""
+        if not hasattr(self._mine, "processes"):
+            self._mine.processes = {}
+        found: dict[bool, subprocess.Popen[bytes]] = self._mine.processes
+        return found
+
+    def _process(self, yields: bool) -> subprocess.Popen[bytes]:
+        process = self._processes.get(yields)
         if process is None or process.poll() is not None:
-            process = self._mine.process = subprocess.Popen(
+            process = self._processes[yields] = subprocess.Popen(
                 [sys.executable, "-m", "tandem.router.constraint_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
+            if yields:
+                _yield(process)
         return process
 
 
-def _exchanged(process: subprocess.Popen[bytes], line: bytes) -> bytes | None:
-    """The line that answers; empty where the process has ended, None where nothing comes."""
+def _yield(process: subprocess.Popen[bytes]) -> None:
+    nice = os.getpriority(os.PRIO_PROCESS, 0) + YIELDING
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{process.pid}/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), nice)
+
+
+def _begun(process: subprocess.Popen[bytes], question: bytes) -> bytes | None:
+    """The empty line that it says when it has all that it needs, and begins: see `_line`."""
     assert process.stdin is not None
-    assert process.stdout is not None
     try:
-        process.stdin.write(line)
+        process.stdin.write(question)
         process.stdin.flush()
     except BrokenPipeError:
         return b""
-    poll = select.poll()  # select.select() takes no descriptors above 1023
-    poll.register(process.stdout.fileno(), select.POLLIN)
-    if poll.poll(PROMPT_S * 1000):
-        return _line(process.stdout.fileno(), poll)
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{process.pid}/task"):
-            os.setpriority(os.PRIO_PROCESS, int(thread), YIELDING)
-    found = _line(process.stdout.fileno(), poll)
-    if found:
-        process.kill()  # it cannot become quicker again
-        process.wait()
-    return found
+    return _line(process, at_once=1)
 
 
-def _line(descriptor: int, poll: select.poll) -> bytes | None:
-    """One line; empty where the other side has ended, None where nothing comes."""
+def _line(process: subprocess.Popen[bytes], at_once: int = 65536) -> bytes | None:
+    """One line, with which all ends that is there; empty where the other side has ended, None where nothing comes."""
+    assert process.stdout is not None
     line = b""
     while not line.endswith(b"\n"):
-        if not poll.poll(PATIENCE_S * 1000):
+        if not _readable(process, PATIENCE_S):
             return None
-        part = os.read(descriptor, 65536)
+        part = os.read(process.stdout.fileno(), at_once)
         if not part:
             return b""
         line += part
     return line
+
+
+def _readable(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    poll = select.poll()  # select.select() takes no descriptors above 1023
+    poll.register(process.stdout, select.POLLIN)  # type: ignore[arg-type]
+    return bool(poll.poll(timeout_s * 1000))
 
 
 CHECK = ConstraintCheck()

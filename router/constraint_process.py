@@ -157,10 +157,12 @@ def _in_one_line(text: str) -> str:
 
 
 def answer(questions: BinaryIO, answers: BinaryIO) -> None:
-    """One line of JSON for each, until there are no more."""
+    """For each an empty line when it begins with it and one of JSON, until there are no more."""
     for line in questions:
         question = json.loads(line)
         _vocabulary(question["tokenizer"])  # takes a second where it is large, which is not the question's fault
+        answers.write(b"\n")
+        answers.flush()
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         found = answered(question)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.common.constraint_limits import MASK_S
+from tandem.common.constraint_limits import DEAR_S, MASK_S
 from tandem.common.sampling import Constraint
 from tandem.engine.masks.messages import Reply
 
@@ -13,9 +13,8 @@ BUDGET_S = 2.0
 BUDGET_PER_TOKEN_S = MASK_S
 """so much more."""
 PROMPT_S = 0.005
-"""A sequence whose last mask took longer is left out of steps until the next one is there."""
-DEAR_S = 0.001
-"""Masks that take more on average keep a sequence waiting; it may not keep many slots from others meanwhile."""
+"""A sequence is left out of steps until its mask is there, where that, and those that its process is asked for before
+it, can be expected to take longer."""
 MAX_STRIKES = 2
 """Times that a process may end while it works for a sequence. Once may be somebody else's doing."""
 
@@ -30,6 +29,7 @@ class Work:
 
     @property
     def is_dear(self) -> bool:
+        """It keeps its sequences waiting; they may not keep many slots from others meanwhile."""
         return self.spent_s > DEAR_S * self.masks
 
     @property
@@ -63,6 +63,8 @@ class Guide:
     error_code: str = "invalid_request"
     prompt: bool = False
     """The next mask can be expected to be there when a step ends."""
+    last_s: float = 0.0
+    """Processor time of its last mask."""
     queued: bool = False
     """Its first mask has come, and the sequence has taken its place in the queue."""
     opened: bool = False
@@ -83,7 +85,7 @@ class Guide:
         self.opened = True
         self.work.masks += 1
         self.work.spent_s += reply.cost_s
-        self.prompt = reply.cost_s <= PROMPT_S
+        self.last_s = reply.cost_s
         self.complete = reply.complete
         self.bits = reply.bits or None
         self.error = reply.error

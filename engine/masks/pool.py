@@ -26,7 +26,7 @@ import msgspec
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint
-from tandem.engine.masks.guide import MAX_STRIKES, Guide, Work
+from tandem.engine.masks.guide import MAX_STRIKES, PROMPT_S, Guide, Work
 from tandem.engine.masks.messages import Close, Follow, Frames, Open, Ready, Reply, Request, framed
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,11 @@ class MaskProcess:
             if not self.awaited:
                 self.waits_since = time.monotonic()
             self.awaited.append(guide)
+
+    @property
+    def backlog_s(self) -> float:
+        """Processor time of all that it has not answered yet, as far as known."""
+        return sum([guide.last_s for guide in self.awaited])
 
     def answered(self) -> Guide:
         """The guide that the answer is for."""
@@ -159,6 +164,7 @@ class MaskPool:
             guide.bits = None
             home = self._homes[guide.number]
             home.put(Follow(guide.number, new), guide)
+            guide.prompt = home.backlog_s <= PROMPT_S
 
     def close(self, guide: Guide) -> None:
         home = self._homes.pop(guide.number, None)

@@ -23,7 +23,7 @@ from contextlib import suppress
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from tandem.common.constraint_limits import MAX_LEXER_STATES, MAX_ROW_ITEMS
+from tandem.common.constraint_limits import DEAR_S, MAX_LEXER_STATES, MAX_ROW_ITEMS
 from tandem.engine.masks.messages import LENGTH_BYTES, Close, Follow, Open, Ready, Reply, Request, framed
 
 COMPILE_CPU_S = 4.0
@@ -32,8 +32,8 @@ JOB_CPU_S = 1.0
 """Time of one mask, and of reading the output up to it. A mask of good will takes a millisecond."""
 REPLAY_CPU_S = 0.001
 """More for each token of output that is read."""
-COSTLY_S = 0.02
-"""A process with one mask that took longer yields to all others of the machine from then on."""
+FREE_S = 0.05
+"""A process yields to all others of the machine once its masks took so much more than `DEAR_S` each."""
 MAX_COMPILED = 16
 """Compiled grammars that a process keeps: those last used."""
 MEMORY_BYTES = 512 << 20
@@ -52,6 +52,8 @@ class Masks:
         self._tokenizer = tokenizer
         self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._guides: dict[int, tuple[LLMatcher, tuple[str, str]]] = {}
+        self._left_s = FREE_S
+        """Processor time until this process yields."""
 
     def answer(self, request: Request) -> Reply | None:
         match request:
@@ -94,7 +96,8 @@ class Masks:
             self._compiled.pop(constraint, None)  # copies share the states that may have become too many
             problem = f"the output cannot be held to its constraint: {in_one_line(matcher.get_error())}"
             return Reply(guide, cost_s, error=problem)
-        if cost_s > COSTLY_S + REPLAY_CPU_S * len(tokens):
+        self._left_s = min(self._left_s + DEAR_S + REPLAY_CPU_S * len(tokens) - cost_s, FREE_S)
+        if self._left_s < 0:
             with suppress(OSError):
                 os.nice(19)
         return Reply(guide, cost_s, bits=bits, complete=complete)

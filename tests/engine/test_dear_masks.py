@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tandem.common.constraint_limits import DEAR_S
 from tandem.common.sampling import Constraint
-from tandem.engine.masks.guide import DEAR_S, Guide, Work
+from tandem.engine.constraint import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Patience
+from tandem.engine.masks.guide import Guide, Work
 from tandem.engine.scheduler import DEAR_SHARE
 from tandem.engine.sequence import Phase, Sequence
 from tests.engine.test_scheduler import Play
@@ -55,3 +57,24 @@ def test_ordinary_masks_take_every_slot() -> None:
     sequences = [constrained(play.add(f"json{index}", 8, max_tokens=5), DEAR_S / 2) for index in range(SLOTS)]
     play.step()
     assert running(sequences) == SLOTS
+
+
+def test_dear_ones_that_still_import_take_slots_of_the_share() -> None:
+    play = make_play()
+    dear = [constrained(play.add(f"dear{index}", 8, kv_import=object()), 2 * DEAR_S) for index in range(SLOTS)]
+    for _ in range(3):
+        play.step()
+    assert sum(each.phase is Phase.IMPORTING for each in dear) == SLOTS // DEAR_SHARE
+
+
+def test_steps_wait_for_masks_no_longer_than_their_share_whatever_a_wait_takes() -> None:
+    """A system call may wait for longer than it was told to; the next waits pay for it."""
+    patience, step_s, late_s = Patience(), 0.002, 0.003
+    waited_s, steps = 0.0, 2000
+    for _ in range(steps):
+        wait_s = patience.of_step(step_s, alone=False)
+        assert wait_s == 0.0 or SHORTEST_WAIT_S <= wait_s <= LONGEST_WAIT_S
+        if wait_s:
+            patience.spend(wait_s + late_s)
+            waited_s += wait_s + late_s
+    assert 0 < waited_s <= SHARE * step_s * steps + LONGEST_WAIT_S + late_s

@@ -13,14 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llguidance import LLTokenizer
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint
 from tandem.engine import constraint as waiting
 from tandem.engine.masks import guide as guide_module
 from tandem.engine.masks import pool as pool_module
+from tandem.engine.masks import process as process_module
 from tandem.engine.masks.guide import Work
-from tandem.engine.masks.messages import Frames, Reply, framed
+from tandem.engine.masks.messages import Frames, Open, Reply, framed
 from tandem.engine.masks.pool import MaskPool
 from tandem.engine.request import FinishReason
 from tandem.engine.worker_process import STALLED_S
@@ -103,7 +105,7 @@ def test_answers_are_the_same_where_every_mask_comes_too_late(
     expected = [engine.tokens(ask(engine, name, REGEX_LONG, **options)) for name in names]
     monkeypatch.setattr(waiting, "ALONE_WAIT_S", 0.0)
     monkeypatch.setattr(waiting, "SHARE", 0.0)
-    monkeypatch.setattr(guide_module, "PROMPT_S", TIMEOUT_S)  # each row is computed before its mask is there
+    monkeypatch.setattr(pool_module, "PROMPT_S", TIMEOUT_S)  # each row is computed before its mask is there
     with EngineUnderTest(folder) as hasty:
         keys = [ask(hasty, name, REGEX_LONG, **options) for name in names]
         beside = hasty.submit("beside", PROMPT, max_tokens=100)
@@ -361,3 +363,45 @@ def test_frames_are_cut_wherever_the_stream_is() -> None:
 
 def _decoded(body: bytes) -> Reply:
     return pool_module._REPLIES.decode(body)
+
+
+def test_a_mask_is_not_awaited_within_a_step_where_many_come_before_it(
+    pool: MaskPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [opened(pool, REGEX) for _ in range(6)]
+    for guide in many:
+        guide.last_s = pool_module.PROMPT_S / 3
+    for guide in many:
+        pool.follow(guide, [70])
+    assert [guide.prompt for guide in many] == [True] * 3 + [False] * 3
+    for guide in many:
+        settle(pool, guide)
+        pool.close(guide)
+
+
+def test_who_comes_ends_the_wait_for_masks_of_a_step(engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of nobody but rows without a mask would wait as long as it may."""
+    monkeypatch.setattr(waiting, "ALONE_WAIT_S", 10 * TIMEOUT_S)
+    monkeypatch.setattr(pool_module, "PROMPT_S", TIMEOUT_S)
+    key = ask(engine, "a", REGEX_LONG)
+    engine.wait_tokens(key, 1)
+    (process,) = forked(engine.engine._masks)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert len(engine.tokens(engine.submit("newcomer", PROMPT, max_tokens=3))) == 3
+    finally:
+        os.kill(process, signal.SIGCONT)
+    engine.last(key)
+
+
+@pytest.mark.parametrize("free_s", [-1.0, float("inf")])
+def test_a_process_of_dear_masks_yields(folder: Path, monkeypatch: pytest.MonkeyPatch, free_s: float) -> None:
+    monkeypatch.setattr(process_module, "FREE_S", free_s)
+    yielded: list[int] = []
+    monkeypatch.setattr(process_module.os, "nice", yielded.append)
+    monkeypatch.setattr(process_module, "_limit", lambda cpu_s: None)
+    masks = process_module.Masks(LLTokenizer(str(folder / "tokenizer.json"), n_vocab=VOCAB_SIZE))
+    reply = masks.answer(Open(1, REGEX.kind, REGEX.text, []))
+    assert reply is not None
+    assert reply.bits
+    assert yielded == ([19] if free_s < 0 else [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
+import signal
 import subprocess
 import sys
 import threading
@@ -55,7 +55,7 @@ async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     assert ("too long" in bombs or "too big" in bombs, harmless) == (True, "")
 
     class Silent(ConstraintCheck):
-        def _ask(self, question: Question) -> Answer:
+        def _ask(self, question: Question, caller: str) -> Answer:
             raise AssertionError("the answer is known")
 
     check.__class__ = Silent
@@ -76,7 +76,7 @@ async def test_what_ends_or_holds_up_the_process_is_refused(
     monkeypatch.setattr(constraint_check, "PATIENCE_S", 2.0)
 
     class Broken(ConstraintCheck):
-        def _process(self) -> subprocess.Popen[bytes]:
+        def _process(self, yields: bool) -> subprocess.Popen[bytes]:
             return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     assert reason in await problem(Broken(), "regex", "a+")
@@ -85,7 +85,7 @@ async def test_what_ends_or_holds_up_the_process_is_refused(
 async def test_a_process_that_died_between_two_questions_is_replaced() -> None:
     check = ConstraintCheck()
     assert await problem(check, "regex", "a+") == ""
-    process = await check._work.run("default", 1.0, check._process)
+    process = await check._work.run("default", 1.0, check._process, False)
     process.kill()
     for index in range(3):
         assert await problem(check, "regex", f"b{index}") == ""
@@ -99,7 +99,7 @@ class HeldCheck(ConstraintCheck):
         self.go = threading.Event()
         self.begun: list[str] = []
 
-    def _ask(self, question: Question) -> Answer:
+    def _ask(self, question: Question, caller: str) -> Answer:
         self.begun.append(question.text)
         assert self.go.wait(60)
         return Answer()
@@ -227,20 +227,45 @@ async def test_nesting_of_any_depth_is_no_500(model_with_tools: Path, place: str
     assert response.json()["error"]["code"] != "internal"
 
 
-async def test_a_check_that_takes_long_yields_and_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constraint_check, "PROMPT_S", 0.0)
-    priorities: list[int] = []
-    line = constraint_check._line
-
-    def looking(descriptor: int, poll: select.poll) -> bytes | None:
-        priorities.append(max(os.getpriority(os.PRIO_PROCESS, int(each)) for each in os.listdir(f"/proc/{pid}/task")))
-        return line(descriptor, poll)
-
+async def test_who_sends_what_takes_long_asks_a_process_that_yields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others one that does not. None is started for each."""
+    monkeypatch.setattr(constraint_check, "PROCESSES", 1)
+    readable = constraint_check._readable
+    monkeypatch.setattr(
+        constraint_check, "_readable", lambda process, s: s != constraint_check.PROMPT_S and readable(process, s)
+    )
     check = ConstraintCheck()
-    pid = (await check._work.run("default", 1.0, check._process)).pid
-    monkeypatch.setattr(constraint_check, "_line", looking)
+
+    async def process(yields: bool) -> tuple[int, set[int]]:
+        pid = (await check._work.run("default", 1.0, check._process, yields)).pid
+        return pid, {os.getpriority(os.PRIO_PROCESS, int(each)) for each in os.listdir(f"/proc/{pid}/task")}
+
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    yielding = {min(mine + constraint_check.YIELDING, 19)}
+    pid, priorities = await process(False)
+    assert priorities == {mine}
     assert await problem(check, "regex", "a+") == ""
-    assert priorities == [constraint_check.YIELDING]
-    monkeypatch.undo()
+    assert await process(True) == (pid, yielding)
     assert await problem(check, "regex", "b+") == ""
-    assert (await check._work.run("default", 1.0, check._process)).pid != pid
+    assert await process(True) == (pid, yielding)
+
+    monkeypatch.setattr(
+        constraint_check, "_readable", lambda process, s: readable(process, constraint_check.PATIENCE_S)
+    )
+    other, priorities = await process(False)
+    assert (other != pid, priorities) == (True, {mine})
+    assert (await check.answer(Question("regex", "c+"), Caller("other"))).problem == ""
+    assert (await process(False))[0] == other
+    os.kill(pid, signal.SIGKILL)
+    assert await problem(check, "regex", "d+") == ""
+    replaced, priorities = await process(True)
+    assert (replaced != pid, priorities) == (True, yielding), "and the next one yields, too"
+
+
+async def test_what_was_asked_meanwhile_is_not_asked_again() -> None:
+    check = HeldCheck()
+    same = [asked(check, "many", "m") for _ in range(12)]
+    await until(lambda: len(check.begun) == constraint_check.SHARE)
+    check.go.set()
+    assert await asyncio.gather(*same) == [Answer()] * 12
+    assert check.begun == ["m"] * constraint_check.SHARE
