@@ -30,7 +30,7 @@ import httpx
 from load import Result, stream
 from systems import ROOT, Server
 
-from tandem.engine.config import ModelConfig
+from tandem.engine.model.config import ModelConfig
 
 MODEL = ROOT / "src/tandem/small_model"
 Body = dict[str, Any]

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from bench.codecs import processor  # noqa: E402
-from tandem.engine.loader import LoadedModel, load_model  # noqa: E402
-from tandem.engine.sampler import Sampler  # noqa: E402
+from tandem.engine.model.loader import LoadedModel, load_model  # noqa: E402
+from tandem.engine.step.sampler import Sampler  # noqa: E402
 from tests.engine.paged_model import PagedModel  # noqa: E402
 from tests.engine_harness import make_sequence  # noqa: E402
 
@@ -40,7 +40,7 @@ def load(way: str, args: argparse.Namespace) -> LoadedModel:
     options = {"dtype": args.dtype, "device": "cpu", "quantization": None, "batch_invariant": way == "batch_invariant"}
     if way != "onednn":
         return load_model(args.model, **options)
-    with mock.patch("tandem.engine.loader.faster_than_library", return_value=False):
+    with mock.patch("tandem.engine.model.loader.faster_than_library", return_value=False):
         return load_model(args.model, **options)
 
 

@@ -56,9 +56,9 @@ class Ours:
     def __init__(self, blocks: int) -> None:
         from tandem.kvstore.identity import Namespace
         from tandem.planner.perf_model import ModelShape, PerfModel
-        from tandem.router.load import WorkerLoad
+        from tandem.router.fleet.load import WorkerLoad
         from tandem.router.main import spare_collector
-        from tandem.router.prefix_index import PrefixIndex
+        from tandem.router.placing.prefix_index import PrefixIndex
 
         self.index = PrefixIndex(blocks)
         self.root = Namespace(bytes(32))
@@ -72,8 +72,8 @@ class Ours:
 
     def decide(self, number: int, tokens: list[int]) -> None:
         from tandem.kvstore.identity import prefix_chain
-        from tandem.router.load import Work
-        from tandem.router.placement import Request, place
+        from tandem.router.fleet.load import Work
+        from tandem.router.placing.placement import Request, place
 
         chain = prefix_chain(self.root, tokens, BLOCK)
         hits = {slot: (here * BLOCK, soon * BLOCK) for slot, here, soon in self.index.match(chain)}
@@ -196,7 +196,7 @@ def radix(blocks: int, lookups: int = 2000) -> float:
 
 def our_lookups(blocks: int, lookups: int = 2000) -> float:
     from tandem.kvstore.identity import BlockHash
-    from tandem.router.prefix_index import PrefixIndex
+    from tandem.router.placing.prefix_index import PrefixIndex
 
     index, length = PrefixIndex(blocks), 1024
     slots = [index.add(None) for _ in range(WORKERS)]

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tandem.common.fairness import INPUT_COST, OUTPUT_COST, QUANTUM, AccountKey, ServiceCounters
-from tandem.router.admission import Admission, Waiting
+from tandem.router.turns.admission import Admission, Waiting
 
 TICK_S = 0.05
 EXCHANGE_S = 0.1

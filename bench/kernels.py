@@ -65,7 +65,7 @@ def gather(x: Tensor, tables: Tensor, keys: int) -> Tensor:
 
 
 def decode_case(shape: Shape, requests: int, context: int, device: torch.device) -> Case:
-    from tandem.engine.kernels.paged_decode import paged_decode
+    from tandem.engine.model.kernels.paged_decode import paged_decode
 
     k, v, tables = paged_kv(shape, requests, context, device)
     q = torch.randn(requests, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
@@ -93,7 +93,7 @@ def decode_case(shape: Shape, requests: int, context: int, device: torch.device)
 
 
 def prefill_case(shape: Shape, slices: int, tokens: int, context: int, device: torch.device) -> Case:
-    from tandem.engine.kernels.paged_prefill import paged_prefill
+    from tandem.engine.model.kernels.paged_prefill import paged_prefill
 
     total = context + tokens
     k, v, tables = paged_kv(shape, slices, total, device)

@@ -27,7 +27,7 @@ import psutil
 from load import Result, stream
 from systems import ROOT, Server
 
-from tandem.engine.config import ModelConfig
+from tandem.engine.model.config import ModelConfig
 
 MODEL = ROOT / "src/tandem/small_model"
 MODES = {"default": (), "batch_invariant": ("--batch-invariant", "true")}

@@ -53,10 +53,10 @@ from tandem.kvstore.dataplane.nixl import PACKAGES, NixlAgent
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
 from tandem.kvstore.directory import EmbeddedDirectory
 from tandem.kvstore.interfaces import HomeNode, NodeInfo, ObjectInfo, ObjectKey, Refusal, Tier
-from tandem.kvstore.open import open_node
+from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
 from tandem.kvstore.tiers import open_tier
-from tandem.kvstore.transport.peers import local_host_id
+from tandem.wire.peers import local_host_id
 
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
 BYTES_PER_CELL = 128 << 20

@@ -1,5 +1,5 @@
-"""The router's own placement in virtual time: what `router/dispatch.py` and `router/pool.py` do around the policy, with
-a clock of its own and mock workers instead of sessions."""
+"""The router's own placement in virtual time: what `dispatch.py` and `pool.py` of `router/placing/` do around the
+policy, with a clock of its own and mock workers instead of sessions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mock_pool import Job, MockPool, MockWorker
 
 from tandem.kvstore.identity import BlockHash
 from tandem.planner.perf_model import ModelShape, PerfModel
-from tandem.router.load import Work, WorkerLoad
-from tandem.router.placement import Hits, Placement, Request, place
-from tandem.router.prefix_index import PrefixIndex
+from tandem.router.fleet.load import Work, WorkerLoad
+from tandem.router.placing.placement import Hits, Placement, Request, place
+from tandem.router.placing.prefix_index import PrefixIndex
 from tandem.router.settings import Disaggregate
 
 FIRST_OUTPUT_TOKENS = 256.0
 REMEMBERED = 100
-"""As in `router/pool.py`."""
+"""As in `router/placing/pool.py`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ from tandem.common.sampling import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
 from tandem.engine.settings import EngineConfig
+from tandem.engine.step.warmup import warm_up
 from tandem.engine.store.cache import EngineStore
-from tandem.engine.warmup import warm_up
 from tandem.kvstore.codecs import CODECS
 from tandem.kvstore.cost import RAW, LinkCost, LinkCosts
 from tandem.kvstore.dataplane.client import RemoteHomeNode
@@ -44,7 +44,7 @@ from tandem.kvstore.directory import open_directory
 from tandem.kvstore.interfaces import EncodedObject, HomeNode, NodeInfo, ObjectKey, Tier
 from tandem.kvstore.node import KvNode, NodeSettings
 from tandem.kvstore.tiers import open_tier
-from tandem.kvstore.transport.peers import local_host_id
+from tandem.wire.peers import local_host_id
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 2000

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.kvstore.transport import Endpoint, Incoming, KvClientPool, KvServer, PeerIdentity, Reason
+from tandem.handover import Endpoint, Incoming, KvClientPool, KvServer, PeerIdentity, Reason
 
 ROW_BYTES = 4096
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]

@@ -1,6 +1,6 @@
 """Every error a user can meet, with its HTTP status and gRPC code in one table.
 
-Raised anywhere; turned into an OpenAI-shaped body by `router/http_errors.py`, into a gRPC status by the servers, and
+Raised anywhere; turned into an OpenAI-shaped body by `router/web/errors.py`, into a gRPC status by the servers, and
 sent between processes as `WorkerError{code, message, retriable}`.
 """
 

@@ -16,9 +16,9 @@ from typing import Protocol
 
 from tandem.common.errors import TandemError
 from tandem.engine.request import EngineRequest, KvReservation, RequestKey, RequestOutput
-from tandem.engine.wire import unpack_first
-from tandem.kvstore.transport import Incoming, Reason, local_host_id
+from tandem.handover import Incoming, Reason, local_host_id
 from tandem.proto import worker_pb2
+from tandem.worker.wire import unpack_first
 
 log = logging.getLogger(__name__)
 

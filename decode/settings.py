@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from tandem.common.errors import ConfigError
 from tandem.common.settings import Group
-from tandem.engine.worker_settings import WorkerConfig
 from tandem.kvstore.settings import split_address
+from tandem.worker.settings import WorkerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

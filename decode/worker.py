@@ -11,10 +11,10 @@ from tandem.common.scratch import scratch_folder
 from tandem.common.secret import check_reachable
 from tandem.decode.importer import Importer
 from tandem.decode.settings import DecodeConfig
-from tandem.engine.worker_process import WorkerProcess
+from tandem.handover import KvServer
 from tandem.kvstore.settings import split_address
-from tandem.kvstore.transport import KvServer
 from tandem.proto import worker_pb2
+from tandem.worker.process import WorkerProcess
 
 EXPIRY_TICK_S = 0.25
 HANDOVER_TIMEOUT_S = 3.0

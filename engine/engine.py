@@ -30,16 +30,13 @@ from tandem.common.checkpoint import resolve_model
 from tandem.common.errors import TandemError
 from tandem.common.fairness import LAST_BAND
 from tandem.common.sampling import Constraint
-from tandem.engine.block_manager import BlockManager, IntegrityError
-from tandem.engine.cache_events import CacheLog
-from tandem.engine.constraint import Patience
 from tandem.engine.export import LayerAnnouncer
 from tandem.engine.inbox import Inbox
 from tandem.engine.intake import Intake
-from tandem.engine.loader import load_model
 from tandem.engine.masks.guide import Guide
 from tandem.engine.masks.pool import MaskPool
-from tandem.engine.memory import make_pool
+from tandem.engine.model.loader import load_model
+from tandem.engine.model.memory import make_pool
 from tandem.engine.request import (
     EngineRequest,
     FinishReason,
@@ -50,13 +47,16 @@ from tandem.engine.request import (
     TokenLogprobs,
 )
 from tandem.engine.reservation import Reservation
-from tandem.engine.runner import Runner
-from tandem.engine.sampler import Sampler
-from tandem.engine.scheduler import Scheduler, StepPlan
-from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
+from tandem.engine.schedule.cache_events import CacheLog
+from tandem.engine.schedule.scheduler import Scheduler, StepPlan
+from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.settings import EXPORT_LEASE_S, MAX_WAITING, EngineConfig
 from tandem.engine.status import EngineStatus, StepMeter
-from tandem.engine.step import ChunkRows, ComputedStep, compute_in_parts, not_finite
+from tandem.engine.step.constraint import Patience
+from tandem.engine.step.runner import Runner
+from tandem.engine.step.sampler import Sampler
+from tandem.engine.step.step import ChunkRows, ComputedStep, compute_in_parts, not_finite
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.flow import StoreFlow
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Container
 
 from tandem.engine.request import KvExport
-from tandem.engine.scheduler import StepPlan
-from tandem.engine.sequence import Sequence
+from tandem.engine.schedule.scheduler import StepPlan
+from tandem.engine.schedule.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ import random
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import check_ids
-from tandem.engine.loader import LoadedModel
+from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import EngineRequest, Pooling
-from tandem.engine.sampler import Traits
-from tandem.engine.sequence import Sequence
+from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
+from tandem.engine.step.sampler import Traits
 from tandem.kvstore.identity import prefix_chain, salted
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from tandem.engine.batch import KvPool, all_finite
+from tandem.engine.model.batch import KvPool, all_finite
 from tandem.engine.request import RequestOutput
 
 

@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 
 from tandem.common.errors import TandemError
-from tandem.engine.batch import KvPool
+from tandem.engine.model.batch import KvPool
 from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
-from tandem.engine.wire import pack_first
-from tandem.kvstore.transport import Endpoint, KvClientPool, KvStream, Reason, local_host_id
+from tandem.handover import Endpoint, KvClientPool, KvStream, Reason, local_host_id
 from tandem.proto import worker_pb2
+from tandem.worker.wire import pack_first
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.common.settings import Group
-from tandem.engine.worker_settings import WorkerConfig
+from tandem.worker.settings import WorkerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

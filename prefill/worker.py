@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tandem.engine.worker_process import WorkerProcess
-from tandem.kvstore.transport import KvClientPool
+from tandem.handover import KvClientPool
 from tandem.prefill.exporter import Exporter
 from tandem.prefill.settings import PrefillConfig
+from tandem.worker.process import WorkerProcess
 
 
 async def serve(config: PrefillConfig) -> None:

@@ -14,25 +14,25 @@ import uvicorn
 from tandem.common.errors import ConfigError
 from tandem.common.fairness import ServiceCounters
 from tandem.common.secret import read_secret
-from tandem.router.accounts import Accounts
 from tandem.router.batch.lane import BatchLane
-from tandem.router.caller import ANYBODY, Caller
-from tandem.router.deployment import deployment_of
-from tandem.router.grpc_api import GrpcServer
-from tandem.router.http_app import ROUTES, HttpApp
-from tandem.router.http_protocol import BoundedHttp
-from tandem.router.metrics import RouterMetrics
+from tandem.router.calls.accounts import Accounts
+from tandem.router.calls.request_log import RequestLog
+from tandem.router.fleet.session import SILENCE_S
+from tandem.router.fleet.workers import Fleet
+from tandem.router.grpc_api.service import GrpcServer
+from tandem.router.http.app import ROUTES, HttpApp
+from tandem.router.metrics.router_metrics import RouterMetrics
 from tandem.router.replicas import ALONE, Replica, bind, cannot_listen, process_name
-from tandem.router.request_log import RequestLog
-from tandem.router.served_model import ServedModel
 from tandem.router.service import Service
-from tandem.router.session import SILENCE_S
 from tandem.router.settings import RouterConfig
-from tandem.router.shared_service import SharedCollector, SharedService
-from tandem.router.siblings import Siblings
-from tandem.router.tenants import Tenants
+from tandem.router.tenants.caller import ANYBODY, Caller
+from tandem.router.tenants.tenants import Tenants
+from tandem.router.text.served_model import ServedModel
 from tandem.router.throughput import tell_regularly
-from tandem.router.workers import Fleet
+from tandem.router.turns.deployment import deployment_of
+from tandem.router.turns.shared_service import SharedCollector, SharedService
+from tandem.router.turns.siblings import Siblings
+from tandem.router.web.protocol import BoundedHttp
 
 log = logging.getLogger(__name__)
 

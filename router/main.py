@@ -60,7 +60,7 @@ def run(config: RouterConfig) -> None:
 async def _serve(config: RouterConfig) -> None:
     from tandem.common import telemetry
     from tandem.router.app import Router
-    from tandem.router.http_protocol import allow_many_connections
+    from tandem.router.web.protocol import allow_many_connections
 
     replica = place_of_this_process()
     allow_many_connections()

@@ -19,23 +19,23 @@ from tandem.common.fair_work import FairWork
 from tandem.common.fairness import LAST_BAND, ServiceCounters
 from tandem.common.secret import derive
 from tandem.kvstore.identity import SALT_PURPOSE
-from tandem.router.accounts import Accounts, Charge
-from tandem.router.admission import Admission
-from tandem.router.caller import Caller
-from tandem.router.choice import CallContext, CallSpec, ChoiceSpec
-from tandem.router.contexts import ContextClient
-from tandem.router.dispatch import Dispatcher
-from tandem.router.explain import Explain
-from tandem.router.generate import Call
-from tandem.router.metrics import RouterMetrics
-from tandem.router.request_log import RequestLog, request_pairs
-from tandem.router.served_model import ServedModel
-from tandem.router.session import WorkerSession
+from tandem.router.calls.accounts import Accounts, Charge
+from tandem.router.calls.choice import CallContext, CallSpec, ChoiceSpec
+from tandem.router.calls.explain import Explain
+from tandem.router.calls.generate import Call
+from tandem.router.calls.request_log import RequestLog, request_pairs
+from tandem.router.fleet.session import WorkerSession
+from tandem.router.fleet.workers import Fleet
+from tandem.router.metrics.router_metrics import RouterMetrics
+from tandem.router.placing.contexts import ContextClient
+from tandem.router.placing.dispatch import Dispatcher
+from tandem.router.placing.store_view import StoreView
 from tandem.router.settings import RouterConfig
-from tandem.router.siblings import Siblings
-from tandem.router.store_view import StoreView
-from tandem.router.usage import TenantUsage, merged
-from tandem.router.workers import Fleet
+from tandem.router.tenants.caller import Caller
+from tandem.router.tenants.usage import TenantUsage, merged
+from tandem.router.text.served_model import ServedModel
+from tandem.router.turns.admission import Admission
+from tandem.router.turns.siblings import Siblings
 
 if TYPE_CHECKING:
     from tandem.router.batch.lane import BatchLane

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from tandem.router.request_log import RequestLog, Value, pairs_of
+from tandem.router.calls.request_log import RequestLog, Value, pairs_of
 from tandem.router.service import Service
 
 EVERY_S = 10.0

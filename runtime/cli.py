@@ -44,7 +44,7 @@ COMMANDS = {
     "prefill": "tandem.prefill.main",
     "decode": "tandem.decode.main",
     "router": "tandem.runtime.router",
-    "kvstore": "tandem.kvstore.command",
+    "kvstore": "tandem.kvstore.process.command",
     "kv": "tandem.runtime.kv",
     "chat": "tandem.runtime.chat",
     "status": "tandem.runtime.status",

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def describe_commands() -> list[Command]:
-    from tandem.kvstore.admin import command_names
+    from tandem.kvstore.process.admin import command_names
     from tandem.runtime.cli import COMMANDS
 
     described = []

@@ -1,4 +1,4 @@
-"""`tandem kv`: `kvstore/admin.py`, which finds the store node of a running `tandem serve` where none is named."""
+"""`tandem kv`: the commands of `admin.py`, with the store node of a running `tandem serve` where none is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tandem.runtime.running import find_running, only_running
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status. Raises ConfigError."""
-    from tandem.kvstore import admin
+    from tandem.kvstore.process import admin
 
     return admin.main(argv, _node_that_runs_here)
 

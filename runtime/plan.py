@@ -88,7 +88,7 @@ def _quotas(config: ServeConfig) -> dict[str, float]:
     """Shares of the store by tenant; the tenants file goes before the setting. Raises ConfigError."""
     if config.tenants_file is None:
         return config.kv_quotas
-    from tandem.router.tenant_file import read_tenants
+    from tandem.router.tenants.tenant_file import read_tenants
 
     tenants = read_tenants(config.tenants_file, {}).callers
     return config.kv_quotas | {each.tenant: each.kv_quota for each in tenants if each.kv_quota is not None}

@@ -70,10 +70,10 @@ def in_a_fork(check: Callable[[], None]) -> None:
 
 
 def _check_model(config: ServeConfig, folder: Path) -> None:
-    from tandem.engine.config import ModelConfig
-    from tandem.router.served_model import ServedModel
+    from tandem.engine.model.config import ModelConfig
     from tandem.router.settings import FrontDoorSettings, RouterConfig
-    from tandem.router.tenants import Tenants
+    from tandem.router.tenants.tenants import Tenants
+    from tandem.router.text.served_model import ServedModel
 
     ModelConfig.from_folder(folder)
     front = config.part(FrontDoorSettings)

@@ -17,9 +17,9 @@ import pytest
 from tandem.common.sampling import SamplingParams
 from tandem.engine.engine import Engine
 from tandem.engine.request import EngineRequest, FinishReason, KvReservation, RequestKey, RequestOutput
-from tandem.engine.sampler import Traits
-from tandem.engine.sequence import Sequence
+from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
+from tandem.engine.step.sampler import Traits
 from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.identity import Namespace, prefix_chain, salted
 from tests.models import tiny_model

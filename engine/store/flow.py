@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tandem.engine.batch import KvPool
-from tandem.engine.block_manager import BlockManager
-from tandem.engine.loader import LoadedModel
+from tandem.engine.model.batch import KvPool
+from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import RequestKey
-from tandem.engine.scheduler import Scheduler, StepPlan
-from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.schedule.block_manager import BlockManager
+from tandem.engine.schedule.scheduler import Scheduler, StepPlan
+from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.settings import MAX_WAITING, EngineConfig
 from tandem.engine.status import StepMeter
 from tandem.engine.store.cache import EngineStore

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tandem.engine.batch import KvPool, all_finite
-from tandem.engine.scheduler import StepPlan
-from tandem.engine.sequence import Sequence
+from tandem.engine.model.batch import KvPool, all_finite
+from tandem.engine.schedule.scheduler import StepPlan
+from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.lookup import LookUp
 from tandem.kvstore.bundle import Bundle, ChunkSpec, parse

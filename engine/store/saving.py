@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tandem.engine.batch import KvPool, all_finite
-from tandem.engine.block_manager import BlockId
+from tandem.engine.model.batch import KvPool, all_finite
+from tandem.engine.schedule.block_manager import BlockId
 from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.bundle import BundleWriter, ChunkSpec, bundle_size
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, PutTicket, Refusal

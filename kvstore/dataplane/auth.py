@@ -1,7 +1,7 @@
 """The handshake: that both know the secret, where there is one, and who is there.
 
 client                                     server
-(kvstore/challenge.py, where there is a secret)
+(wire/challenge.py, where there is a secret)
 Hello {name}                        ->
                                     <-     Welcome {node id, epoch, host id, arena size} + descriptor, or Refuse
 """
@@ -13,7 +13,6 @@ import os
 from dataclasses import dataclass
 
 from tandem.common.secret import derive
-from tandem.kvstore.challenge import Unproven, demand, prove
 from tandem.kvstore.dataplane.link import CONNECT_S, Link, expect
 from tandem.kvstore.dataplane.protocol import (
     Body,
@@ -24,6 +23,7 @@ from tandem.kvstore.dataplane.protocol import (
     VersionMismatch,
     Welcome,
 )
+from tandem.wire.challenge import Unproven, demand, prove
 
 
 class HandshakeRefused(Exception):

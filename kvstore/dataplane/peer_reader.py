@@ -20,7 +20,7 @@ from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.protocol import MAX_OBJECT_BYTES, MAX_RANGES, Kind, ProtocolError
 from tandem.kvstore.dataplane.windows import MappedArena, Outcome, Window
 from tandem.kvstore.interfaces import EncodedObject, NodeInfo, ObjectInfo, ObjectKey, Refusal
-from tandem.kvstore.transport.peers import local_host_id
+from tandem.wire.peers import local_host_id
 
 logger = logging.getLogger(__name__)
 

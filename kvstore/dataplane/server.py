@@ -13,7 +13,7 @@ from tandem.kvstore.dataplane.interfaces import ServedNode
 from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.session import Session
 from tandem.kvstore.dataplane.stats import Counters, DataPlaneStats
-from tandem.kvstore.listening import Listener
+from tandem.wire.listening import Listener
 
 logger = logging.getLogger(__name__)
 

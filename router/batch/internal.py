@@ -17,17 +17,17 @@ import msgspec
 from tandem.common.errors import TandemError
 from tandem.common.fairness import LAST_BAND
 from tandem.router.batch.order import Item, prompt_keys
-from tandem.router.caller import UNLIMITED, Caller
-from tandem.router.choice import ChoiceSpec
-from tandem.router.generate import Call
-from tandem.router.http_exchange import Exchange
-from tandem.router.sampling_fields import invalid
+from tandem.router.calls.choice import ChoiceSpec
+from tandem.router.calls.generate import Call
+from tandem.router.fields.sampling import invalid
 from tandem.router.service import Service
+from tandem.router.tenants.caller import UNLIMITED, Caller
+from tandem.router.web.exchange import Exchange
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent, HTTPScope
 
-    from tandem.router.http_app import Handler
+    from tandem.router.http.app import Handler
 
 log = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from tandem.router.batch.internal import Inside, batch_caller
 from tandem.router.batch.records import KEPT_S, BatchRecord
 from tandem.router.batch.run import BatchRun, Host, Outcome
 from tandem.router.batch.store import Index
-from tandem.router.caller import Caller
 from tandem.router.service import Service
+from tandem.router.tenants.caller import Caller
 
 if TYPE_CHECKING:
-    from tandem.router.http_app import Handler
+    from tandem.router.http.app import Handler
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from tandem.common.errors import TandemError
 from tandem.common.private import private_opener
 from tandem.router.batch.files import write_all
 from tandem.router.batch.records import BatchError, Counts
-from tandem.router.request_fields import BodyReader, log_ignored
-from tandem.router.strict_fields import Fields
+from tandem.router.fields.strict import Fields
+from tandem.router.web.request_fields import BodyReader, log_ignored
 
 MAX_LINES = 50_000
 MAX_CUSTOM_ID = 512

@@ -24,9 +24,9 @@ from tandem.router.batch.lines import (
 from tandem.router.batch.order import Item, Plan
 from tandem.router.batch.records import BatchError, BatchRecord, Counts, FileRecord
 from tandem.router.batch.store import Index
-from tandem.router.caller import Caller
-from tandem.router.generate import Call
-from tandem.router.request_fields import SMALL_BODY_BYTES
+from tandem.router.calls.generate import Call
+from tandem.router.tenants.caller import Caller
+from tandem.router.web.request_fields import SMALL_BODY_BYTES
 
 log = logging.getLogger(__name__)
 

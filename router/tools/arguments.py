@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tandem.router.json_depth import too_deep
+from tandem.router.fields.json_depth import too_deep
 
 
 class CutArguments(Mapping[str, Any]):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import MAX_LISTED_TOKENS, SamplingParams
-from tandem.engine.wire import request_from_proto
 from tandem.proto import worker_pb2
+from tandem.worker.wire import request_from_proto
 
 VOCAB = 5000
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

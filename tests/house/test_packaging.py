@@ -19,7 +19,19 @@ from tests.e2e.serving import environment
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
 """For other interpreters than this one: what is installed there is tested, not what a developer's shell names."""
-ROOMS = ["common", "decode", "engine", "planner", "kvstore", "prefill", "router", "runtime"]
+ROOMS = [
+    "common",
+    "decode",
+    "engine",
+    "handover",
+    "kvstore",
+    "planner",
+    "prefill",
+    "router",
+    "runtime",
+    "wire",
+    "worker",
+]
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -70,8 +82,8 @@ def test_the_wheel_has_every_room_and_the_small_model_and_is_not_large(wheel: Pa
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"tandem/{room}/__init__.py" for room in ROOMS} <= names
     assert {"tandem/proto/worker_pb2.py", "tandem/proto/worker.proto"} <= names
-    assert {f"tandem/engine/{path.name}" for path in (ROOT / "engine").glob("*.c")} <= names
-    assert {f"tandem/router/pages/{path.name}" for path in (ROOT / "router" / "pages").iterdir()} <= names
+    assert {f"tandem/engine/model/{path.name}" for path in (ROOT / "engine" / "model").glob("*.c")} <= names
+    assert {f"tandem/router/http/html/{path.name}" for path in (ROOT / "router" / "http" / "html").iterdir()} <= names
     model = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
     assert {f"tandem/small_model/{name}" for name in model} <= names
     assert not [name for name in names if name.split("/")[0] not in {"tandem"} and ".dist-info/" not in name]
@@ -87,7 +99,7 @@ def test_the_wheel_works_beside_what_is_installed_here(wheel: Path, tmp_path: Pa
     site = next(path for path in sys.path if path.endswith("site-packages"))
     (packages,) = (home / "lib").glob("python*/site-packages")
     (packages / "others.pth").write_text(site)
-    code = "import tandem.engine.batch, tandem.router, tandem.proto.worker_pb2; print(tandem.engine.batch.__file__)"
+    code = "from tandem.engine.model import batch; import tandem.router, tandem.proto.worker_pb2; print(batch.__file__)"
     assert Path(run(python, "-c", code, cwd=tmp_path).strip()).is_relative_to(home)
     assert "usage: tandem" in run(home / "bin" / "tandem", "--help", cwd=tmp_path)
     where = "from tandem.runtime.settings import ServeConfig; print(ServeConfig().model_folder)"

@@ -10,7 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("common", "decode", "engine", "kvstore", "operator", "planner", "prefill", "router", "runtime")
+ROOMS = (
+    "common",
+    "decode",
+    "engine",
+    "handover",
+    "kvstore",
+    "operator",
+    "planner",
+    "prefill",
+    "router",
+    "runtime",
+    "wire",
+    "worker",
+)
 _TRUTH = {"__len__", "__bool__"}
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import grpc
 from prometheus_client import CollectorRegistry
 
-from tandem.kvstore.contexts import open_shelf
+from tandem.kvstore.contexts.contexts import open_shelf
 from tandem.kvstore.directory import EmbeddedDirectory
 from tandem.kvstore.interfaces import ObjectKey
 from tandem.kvstore.node import KvNode
-from tandem.kvstore.open import open_node
-from tandem.kvstore.service import KvNodeService
+from tandem.kvstore.process.open import open_node
+from tandem.kvstore.process.service import KvNodeService
 from tandem.kvstore.settings import StoreSettings
 from tandem.proto import kvnode_pb2_grpc
 from tests.kvstore.node.fakes import put, spec_of

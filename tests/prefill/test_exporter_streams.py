@@ -10,12 +10,12 @@ import torch
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
-from tandem.engine.batch import KvPool
+from tandem.engine.model.batch import KvPool
 from tandem.engine.request import EngineRequest, PromptReport, RequestKey, RequestOutput
-from tandem.engine.wire import unpack_first
-from tandem.kvstore.transport import Reason, local_host_id
+from tandem.handover import Reason, local_host_id
 from tandem.prefill.exporter import Exporter
 from tandem.proto import worker_pb2
+from tandem.worker.wire import unpack_first
 
 KEY = RequestKey("r", 3)
 SLOTS = [33, 32, 47, 16, 17, 18]

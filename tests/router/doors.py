@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tandem.common.fair_work import FairWork
 from tandem.common.fairness import ServiceCounters
-from tandem.router.admission import Admission
-from tandem.router.explain import Record
+from tandem.router.calls.explain import Record
+from tandem.router.turns.admission import Admission
 
 
 def open_door() -> Admission:

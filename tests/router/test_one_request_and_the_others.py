@@ -16,12 +16,12 @@ import pytest
 
 from tandem.proto import inference_pb2 as pb
 from tandem.proto import inference_pb2_grpc
-from tandem.router import body_memory
-from tandem.router.json_size import MAX_VALUES
-from tandem.router.limits import BYTES_PER_REQUEST, BYTES_PER_TOKEN
+from tandem.router.fields.json_size import MAX_VALUES
+from tandem.router.turns.limits import BYTES_PER_REQUEST, BYTES_PER_TOKEN
+from tandem.router.web import body_memory
 from tests.router.conftest import House, until
 from tests.router.fake_worker import Script
-from tests.router.test_tenant_requests import Desk
+from tests.router.tenants.test_tenant_requests import Desk
 
 LARGE = {"prompt": "a", "max_tokens": 2, "user": "x" * 100_000}
 TIMEOUT_S = 30.0

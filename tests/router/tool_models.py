@@ -15,7 +15,7 @@ from tandem.common.sampling import Constraint
 from tandem.proto import worker_pb2
 from tandem.router.app import Router
 from tandem.router.settings import RouterConfig
-from tandem.router.tokenizer import ModelText
+from tandem.router.text.tokenizer import ModelText
 from tests.router.conftest import write_model
 
 SLOW_IMPORTS_S = 60.0

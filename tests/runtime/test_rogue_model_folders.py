@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.common.errors import ConfigError, TandemError
-from tandem.engine.loader import load_model
-from tandem.router.served_model import ServedModel
+from tandem.engine.model.loader import load_model
 from tandem.router.settings import RouterConfig
-from tandem.router.tokenizer import ModelText
+from tandem.router.text.served_model import ServedModel
+from tandem.router.text.tokenizer import ModelText
 from tandem.runtime.preflight import checked, in_a_fork
 from tandem.runtime.settings import ServeConfig
 from tests.models import tiny_model

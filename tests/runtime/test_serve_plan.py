@@ -13,7 +13,7 @@ import yaml
 from tandem.common.errors import ConfigError
 from tandem.common.settings import parse_settings, plain
 from tandem.decode.settings import DecodeConfig
-from tandem.kvstore.process import KvStoreConfig
+from tandem.kvstore.process.process import KvStoreConfig
 from tandem.prefill.settings import PrefillConfig
 from tandem.router.replicas import bind
 from tandem.router.settings import RouterConfig

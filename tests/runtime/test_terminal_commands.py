@@ -202,7 +202,7 @@ def test_kv_goes_to_the_node_of_the_running_server(
         asked.append((node, secret))
         raise ConfigError("this is far enough")
 
-    monkeypatch.setattr("tandem.kvstore.admin.open_channel", channel)
+    monkeypatch.setattr("tandem.kvstore.process.admin.open_channel", channel)
     secret = tmp_path / "secret"
     secret.write_text("s" * 32)
     secret.chmod(0o600)

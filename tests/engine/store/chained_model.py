@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tandem.engine.batch import ForwardBatch, KvPool
+from tandem.engine.model.batch import ForwardBatch, KvPool
 
 Rows = npt.NDArray[np.float32]
 """[layer, token, K|V, channel]"""

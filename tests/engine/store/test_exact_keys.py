@@ -18,14 +18,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from tandem.engine.loader import LoadedModel, load_model
+from tandem.engine.model.loader import LoadedModel, load_model
 from tandem.engine.request import RequestKey
-from tandem.engine.sequence import Phase, Sequence
+from tandem.engine.schedule.sequence import Phase, Sequence
+from tandem.handover import Reason
 from tandem.kvstore.bundle import parse, transcode
 from tandem.kvstore.codecs import Fidelity
 from tandem.kvstore.identity import prefix_chain, salted
 from tandem.kvstore.interfaces import ObjectKey
-from tandem.kvstore.transport import Reason
 from tests.engine.store.chained_model import Exact, Rows, read_rows
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine.store.workers_in_step import Wire, WorkerInStep, without_threads

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.engine.sequence import Phase
+from tandem.engine.schedule.sequence import Phase
 from tandem.engine.store import loading
 from tandem.engine.store.loading import arrives_in_time
 from tests.engine.store.conftest import MakeEngine, assert_same, fill, report_of

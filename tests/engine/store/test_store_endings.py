@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.request import FinishReason, RequestKey
-from tandem.engine.sequence import Phase
+from tandem.engine.schedule.sequence import Phase
 from tandem.engine.store import loading
 from tandem.engine.store.cache import EngineStore
 from tests.engine.store.conftest import CHUNK, MakeEngine, fill

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tandem.engine.request import FinishReason, RequestKey
-from tandem.engine.scheduler import StepPlan
+from tandem.engine.schedule.scheduler import StepPlan
 from tandem.engine.store import loading
 from tests.engine.store.conftest import CHUNK, MakeEngine, assert_same, fill, report_of
 from tests.engine.store.scripted_home import ScriptedHome

@@ -9,9 +9,9 @@ from tandem.common.errors import ConfigError
 from tandem.engine.request import PromptReport, RequestKey, RequestOutput
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.stats import StoreCounters
-from tandem.engine.wire import output_from_proto, output_to_proto, pack_first, request_from_proto, unpack_first
-from tandem.engine.worker_metrics import WorkerMetrics
 from tandem.proto import worker_pb2
+from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.wire import output_from_proto, output_to_proto, pack_first, request_from_proto, unpack_first
 from tests.engine.store.scripted_home import ScriptedHome
 
 OUTPUT = RequestOutput(

@@ -17,13 +17,13 @@ from tandem.common.sampling import SamplingParams
 from tandem.decode.importer import Importer
 from tandem.engine import engine as engine_module
 from tandem.engine.engine import Engine
-from tandem.engine.loader import LoadedModel
+from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
 from tandem.engine.settings import EngineConfig
 from tandem.engine.store import flow, loading
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.threads import Job
-from tandem.kvstore.transport import Reason
+from tandem.handover import Reason
 from tandem.prefill.exporter import Exporter
 from tandem.proto import worker_pb2
 from tests.engine.store.chained_model import ChainedDecoder

@@ -17,7 +17,7 @@ from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
 from tandem.kvstore.dataplane.protocol import Kind
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.interfaces import NodeInfo
-from tandem.kvstore.transport.peers import local_host_id
+from tandem.wire.peers import local_host_id
 
 from .scripted_node import ScriptedNode
 

@@ -16,7 +16,7 @@ from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.link import LinkClosed, connect_unix
 from tandem.kvstore.dataplane.protocol import Kind
 from tandem.kvstore.interfaces import TierName
-from tandem.kvstore.open import open_node
+from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
 from tests.kvstore import chunks
 

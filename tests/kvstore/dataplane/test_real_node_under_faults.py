@@ -15,7 +15,7 @@ import pytest
 from tandem.kvstore.dataplane import puts
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.interfaces import Fetch
-from tandem.kvstore.open import open_node
+from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
 from tests.kvstore.chunks import NUM_LAYERS, info, is_sound, key, put
 

@@ -54,7 +54,7 @@ def test_a_watcher_needs_an_address() -> None:
 
 def test_the_embedded_directory_needs_neither_grpc_nor_redis_nor_torch() -> None:
     code = (
-        "import sys, tandem.kvstore.directory, tandem.kvstore.ring, tandem.kvstore.replication; "
+        "import sys, tandem.kvstore.directory, tandem.kvstore.replication.replication; "
         "print([name for name in ('grpc', 'redis', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

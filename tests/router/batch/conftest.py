@@ -15,8 +15,8 @@ import pytest
 
 from tandem.router.app import Router
 from tandem.router.batch.lane import BatchLane
-from tandem.router.caller import ANYBODY, Caller
-from tandem.router.http_app import ROUTES
+from tandem.router.http.app import ROUTES
+from tandem.router.tenants.caller import ANYBODY, Caller
 from tests.router.conftest import House
 from tests.router.fake_worker import FakeWorker
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from tandem.common.errors import ConfigError, TandemError
-from tandem.router.batch import files, http_files, store
+from tandem.router.batch import files, store
 from tandem.router.batch.files import Storage
-from tandem.router.batch.http_files import _Form
+from tandem.router.http import files as http_files
+from tandem.router.http.files import _Form
 from tests.router.batch.conftest import Desk, OpenDesk
 from tests.router.conftest import House, until
 

@@ -19,7 +19,7 @@ from tandem.router.batch import lines, store
 from tandem.router.batch.internal import PRIORITY
 from tandem.router.batch.lines import read_lines
 from tandem.router.batch.order import BLOCK_TOKENS
-from tandem.router.caller import ANYBODY, Caller
+from tandem.router.tenants.caller import ANYBODY, Caller
 from tests.router.batch.conftest import Desk, OpenDesk, completion
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script

@@ -11,7 +11,7 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from tandem.router.constraint_process import answered
+from tandem.router.asks.constraint_process import answered
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples/small_model/model"
 TOKENIZER = str(FOLDER / "tokenizer.json")

@@ -1,0 +1,228 @@
+"""One request on its way through the engine: the state that scheduler, runner and sampler share."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from tandem.engine.request import EngineRequest, Pooling, Preemption, PromptReport, RequestKey, TokenLogprobs
+from tandem.engine.schedule.pooling import Pooler
+from tandem.kvstore.identity import BlockHash
+
+if TYPE_CHECKING:
+    from tandem.common.errors import TandemError
+    from tandem.common.fairness import Account
+    from tandem.engine.masks.guide import Guide
+    from tandem.engine.reservation import Reservation
+    from tandem.engine.step.sampler import Traits
+    from tandem.engine.store.state import StoreState
+
+
+class Phase(enum.Enum):
+    LOOKUP = "lookup"
+    """The first mask of its constraint is on its way, or the KV store asked what it has of the prompt; not in the queue
+    yet, without blocks."""
+    WAITING = "waiting"
+    """In the queue, without blocks."""
+    IMPORTING = "importing"
+    """Blocks reserved, waiting for KV from elsewhere; takes no part in steps."""
+    LOADING = "loading"
+    """Blocks reserved, filled from the KV store; takes no part in steps."""
+    RUNNING = "running"
+    """Computed in steps."""
+    HOLDING = "holding"
+    """Computed here; its blocks are kept until the hand-over is confirmed."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """`num_computed` chases `len(tokens)`: the KV of tokens below it is in the pool.
+
+    A sequence with one token left beyond its prompt decodes; one with more, or with prompt tokens left, prefills.
+    After a preemption the output so far is computed again like a prompt, and no token is emitted twice because only a
+    step that reaches the last token samples. A request whose output another worker began starts in that state.
+    """
+
+    __slots__ = (
+        "account",
+        "announced",
+        "arrival",
+        "chain",
+        "chunk_ends",
+        "dead_end",
+        "deadline",
+        "displaced",
+        "first_scheduled",
+        "gated",
+        "guide",
+        "inexact_from",
+        "key",
+        "last_token",
+        "max_total",
+        "num_computed",
+        "num_prompt",
+        "output_cost",
+        "phase",
+        "pooler",
+        "preempted",
+        "prefill_finished",
+        "priority",
+        "prompt_logprobs",
+        "published",
+        "report",
+        "request",
+        "reservation",
+        "root",
+        "row",
+        "seed",
+        "stop_ids",
+        "store",
+        "stored",
+        "submitted",
+        "tokens",
+        "traits",
+        "wants_import",
+    )
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        *,
+        root: bytes,
+        chain: list[BlockHash],
+        seed: int,
+        stop_ids: frozenset[int],
+        traits: Traits,
+        max_model_len: int,
+        submitted: float,
+    ) -> None:
+        self.request = request
+        self.key: RequestKey = request.key
+        self.priority = request.priority
+        self.deadline = request.deadline
+        self.tokens = list(request.token_ids)
+        self.last_token = self.tokens[-1]
+        self.num_prompt = len(request.prompt_token_ids)
+        self.max_total = min(self.num_prompt + request.sampling.max_tokens, max_model_len)
+        """Tokens at which it ends with `length`."""
+        self.num_computed = 0
+        self.preempted: Preemption | None = None
+        """Why it was the last time."""
+        self.displaced = 0
+        """Times that it was for the sake of an earlier band."""
+        self.inexact_from: int | None = None
+        """The first token whose KV has not the bits that computing gives: it went through a near codec, or depends on
+        rows that did. All that follow it count as inexact. None: all is exact."""
+        self.root = root
+        """The tenant's namespace: the parent of the chain."""
+        self.chain = chain
+        """Hashes of the leading full blocks of `tokens`; grows as the output fills more."""
+        self.published = 0
+        """Leading blocks that are in the prefix cache."""
+        self.seed = seed
+        self.stop_ids = stop_ids
+        self.traits = traits
+        self.dead_end: TandemError | None = None
+        """Why no token can follow; the sampler says so."""
+        self.guide: Guide | None = None
+        """What holds the output of a request to its constraint."""
+        self.pooler: Pooler | None = None
+        """Gathers the embedding, where that is the answer."""
+        if request.pooling is not Pooling.NONE:
+            self.pooler = Pooler(request.pooling)
+            self.max_total = self.num_prompt
+        self.phase = Phase.WAITING
+        self.arrival = -1
+        """Set by the scheduler: the order of arrival."""
+        self.account: Account | None = None
+        """The tenant's, set when it is queued."""
+        self.output_cost = 0.0
+        """Service per output token, per weight."""
+        self.row = -1
+        """Set by the runner: the place in its persistent buffers."""
+        self.wants_import = request.kv_import is not None
+        """Until the import has succeeded, failed or been preempted."""
+        self.reservation: Reservation | None = None
+        self.stored = (0, 0)
+        """Tokens [first, end) that the KV store fills once there are blocks; the last known token is not among
+        them."""
+        self.gated = False
+        """RUNNING, though its last layers are still being filled from the KV store."""
+        self.announced: int | None = None
+        """Leading tokens that the exporter knows to be there in all layers; set by the first announcement and by those
+        of loaded tokens. None: it has not begun and reads no block."""
+        self.store: StoreState | None = None
+        """What `engine/store` keeps of it; None without a store."""
+        self.chunk_ends: list[int] = []
+        """Where the prompt's chunks ended the first time, so that a recompute runs the same kernels on the same
+        shapes."""
+        self.submitted = submitted
+        self.first_scheduled: float | None = None
+        self.prefill_finished: float | None = None
+        self.report: PromptReport | None = PromptReport()
+        """Until it has gone out with the first output."""
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def exact_tokens(self) -> int:
+        """Leading tokens whose KV is in the pool and exact: what may be known under an exact key."""
+        return self.num_computed if self.inexact_from is None else min(self.inexact_from, self.num_computed)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def to_compute(self) -> int:
+        """Tokens that will be computed here before the next one can be sampled, as far as known."""
+        return len(self.tokens) - max(self.num_computed, self.stored[1])
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Lower goes first; the highest is preempted first."""
+        return self.priority, self.arrival
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """It takes no part in steps: what may follow is not known, and not expected to be when a step ends; or the end
+        of its output has been chosen, and only whether it is complete is to be said."""
+        guide = self.guide
+        if guide is None or guide.ready:
+            return False
+        return not guide.prompt or self.remaining > 1 or len(self.tokens) >= self.max_total
+
+    @property
+    def has_dear_masks(self) -> bool:
+        return self.guide is not None and self.guide.work.is_dear
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt log-probabilities are wanted and have not been sent yet."""
+        return self.report is not None and self.request.sampling.prompt_logprobs is not None
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether it needs what only computing every prompt token gives, whatever is cached."""
+        return self.scores_prompt or (self.pooler is not None and self.pooler.every_row)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.last_token = token
+
+    def restart(self) -> None:
+        """Its blocks are gone: everything is computed again."""
+        self.phase = Phase.WAITING
+        self.num_computed = 0
+        self.inexact_from = None
+        self.published = 0
+        self.stored = (0, 0)
+        if self.report is not None:
+            self.report.near_tokens = 0
+        self.prompt_logprobs.clear()
+        if self.pooler is not None:
+            self.pooler.restart()

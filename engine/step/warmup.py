@@ -1,0 +1,74 @@
+"""Runs the model once for every row count that a step may have, before a worker says that it is ready.
+
+oneDNN makes a kernel for each row count it meets and Triton compiles on first use. Without this the first request of a
+fresh worker takes twice its time, and memory grows for as long as row counts turn up that were not there before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from tandem.engine.model.batch import ForwardBatch, KvPool, PrefillSlice
+from tandem.engine.model.linear import padded_rows
+from tandem.engine.model.loader import LoadedModel
+
+LONGEST_S = 5.0
+"""A large model on a CPU needs minutes for all row counts; what is not reached in this time is made on first use."""
+
+
+def warm_up(loaded: LoadedModel, pool: KvPool, max_num_seqs: int, max_num_batched_tokens: int) -> float:
+    """Decodes and prefills rows of padding; K and V land in block 0, which belongs to nobody. Returns the seconds."""
+    device, started = loaded.device, time.monotonic()
+    longest_prompt = min(max_num_batched_tokens, loaded.config.max_position_embeddings)
+    loaded.decoder.reach(longest_prompt)
+    batches = [_decodes(rows, pool.block_size, device) for rows in row_counts(max_num_seqs)]
+    batches += [_prompt(rows, pool.block_size, device) for rows in row_counts(longest_prompt)]
+    with torch.inference_mode():
+        for batch in batches:
+            loaded.decoder.forward(batch, pool)
+            if time.monotonic() - started > LONGEST_S:
+                break
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.monotonic() - started
+
+
+def row_counts(most: int) -> list[int]:
+    """Every row count that linear layers are run with for up to `most` rows, in ascending order."""
+    return sorted({padded_rows(rows) for rows in range(1, most + 1)})
+
+
+def _decodes(rows: int, block_size: int, device: torch.device) -> ForwardBatch:
+    """One token each after a context of half a block."""
+    position = block_size // 2
+    return ForwardBatch(
+        token_ids=torch.zeros(rows, dtype=torch.int64, device=device),
+        positions=torch.full((rows,), position, dtype=torch.int64, device=device),
+        slots=torch.full((rows,), position, dtype=torch.int64, device=device),
+        num_decode=rows,
+        block_tables=torch.zeros((rows, 1), dtype=torch.int64, device=device),
+        context_lens=torch.full((rows,), position + 1, dtype=torch.int64, device=device),
+        max_context_len=position + 1,
+        prefills=[],
+        logit_rows=torch.arange(rows, device=device),
+    )
+
+
+def _prompt(rows: int, block_size: int, device: torch.device) -> ForwardBatch:
+    """One prompt of `rows` tokens, all of its blocks block 0."""
+    positions = torch.arange(rows, device=device)
+    blocks = torch.zeros(math.ceil(rows / block_size), dtype=torch.int64, device=device)
+    return ForwardBatch(
+        token_ids=torch.zeros(rows, dtype=torch.int64, device=device),
+        positions=positions,
+        slots=positions % block_size,
+        num_decode=0,
+        block_tables=torch.zeros((0, 1), dtype=torch.int64, device=device),
+        context_lens=torch.zeros(0, dtype=torch.int64, device=device),
+        max_context_len=0,
+        prefills=[PrefillSlice(0, rows, 0, blocks)],
+        logit_rows=torch.tensor([rows - 1], device=device),
+    )

@@ -1,0 +1,46 @@
+"""The seam between transports: how the payload of a Rows frame gets from one process to the other.
+
+Everything else (frames, streams, leases) is the same for all. `arena.py` moves it through shared memory, `inline.py`
+in the byte stream; an RDMA library would be a third pair.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tandem.handover.frames import Frame
+from tandem.handover.link import Link
+
+
+class PayloadSender(Protocol):
+    """Owned by the sender of one connection. Calls are serialised by the connection's lock, except `send`."""
+
+    name: str
+
+    def reserve(self, length: int) -> memoryview | None:
+        """Writable memory of `length` bytes for the next frame; None: ask again after an Ack. Raises ValueError when
+        `length` can never be had."""
+
+    def cancel(self) -> None:
+        """Gives back what the last `reserve` returned; nothing was sent."""
+
+    def send(self, link: Link, frame: Frame, payload: memoryview) -> None:
+        """Sends `frame` and the payload that was written to the reserved memory. Writing thread only."""
+
+    def credit(self, consumed: int) -> None:
+        """The receiver has consumed so many Rows frames in all. Raises FrameError when fewer were sent."""
+
+    def close(self) -> None: ...
+
+
+class PayloadReceiver(Protocol):
+    """Owned by the reading thread of one connection."""
+
+    name: str
+    acknowledges: bool
+    """Whether the sender waits for Ack frames."""
+
+    def receive(self, link: Link, frame: Frame) -> memoryview:
+        """The payload, valid until the next call, not yet checked. Raises FrameError, OSError."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,288 @@
+"""Which workers serve a request. A pure policy: loads, cache hits and the time in, a decision with its reasons out.
+
+Every candidate has a cost in seconds: what the request will wait for, plus what it takes from those that run already.
+
+    computed on the decode worker    queue + prefill or fetch + stall of its decoders  + decode + slowdown + memory
+    by a prefill worker              queue + prefill or fetch + hand-over of the KV    + decode + slowdown + memory
+
+The cheapest wins. Work in flight is part of the loads, so that a herd spreads by itself. The two halves of a hand-over
+do not depend on each other, so n prefill and m decode workers cost n + m evaluations, not n * m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tandem.common.fairness import LAST_BAND
+from tandem.router.fleet.load import LOWEST, WorkerLoad
+from tandem.router.settings import Disaggregate
+
+REASONS = (
+    "handover",
+    "no_prefill_worker",
+    "short_prompt",
+    "cached_prefix",
+    "cheaper_here",
+    "prompt_logprobs",
+    "pooling",
+    "switched_off",
+    "left_free",
+)
+"""`handover`, or why there is none. `short_prompt`: it computes faster than it is sent; `cached_prefix`: most of
+it is on the decode worker; `cheaper_here`: neither, but nobody there is held up enough for a hand-over to pay;
+`left_free`: the last band leaves the last prefill worker to others."""
+
+Hits = Mapping[int, tuple[int, int]]
+"""By slot: leading prompt tokens present, and tokens promised right after them."""
+Stored = Mapping[str, Sequence[tuple[str, int]]]
+"""By store node: the leading prompt tokens it can fetch, as runs of (tier, end of the run in tokens)."""
+_NOTHING = (0, 0)
+
+PREFILL_WEIGHT = 2.0
+"""Computing what another worker has cached also makes those wait who come after: each second of it counts this often.
+Found in replays of a production trace (docs/placement.md): more raises the hit rate little, and lets queues grow."""
+STALL_WEIGHT = 0.05
+"""Waiting for the first token weighs more than as many seconds taken from running requests, which are spread over all
+of them and over many tokens."""
+DECODE_WEIGHT = 0.5
+"""So does waiting for the later tokens, of this answer and of those that it slows down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    prompt_tokens: int
+    output_tokens: int = 256
+    """Expected."""
+    priority: int = LOWEST
+    """It displaces requests of later bands (higher values) where a worker is full."""
+    one_place: str = ""
+    """Why it cannot be handed over: `prompt_logprobs`, `pooling` or `left_free`."""
+    stored: Stored = field(default_factory=dict)
+    adapter_s: Mapping[int, float] = field(default_factory=dict)
+    """By slot of a decode worker: time to load the request's adapter there."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateCost:
+    """Seconds, unless it says otherwise."""
+
+    decode: str
+    """Name of the worker."""
+    prefill: str | None
+    total_s: float
+    """The sum, with `PREFILL_WEIGHT`, `STALL_WEIGHT` and `DECODE_WEIGHT`."""
+    queue_s: float
+    """Until its turn, on whichever worker computes the prompt, and for a place in the decode worker's batch."""
+    prefill_s: float
+    fetch_s: float
+    """KV from the store."""
+    stall_s: float
+    """By which the decode worker's other requests are held up, all together, while it computes the prompt."""
+    handover_s: float
+    decode_s: float
+    """All expected output of this request."""
+    slowdown_s: float
+    """By which the others' steps become longer, all together, while this request decodes."""
+    memory_s: float
+    """Until others have made room for its KV, and what being preempted would cost."""
+    adapter_s: float
+    device_tokens: int
+    """Of the prompt, on the worker that computes it."""
+    promised_tokens: int
+    """More that an earlier request will have computed there by then."""
+    stored_tokens: tuple[tuple[str, int], ...]
+    """More that are fetched, by tier."""
+
+
+_Way = tuple["_Prompt", "_Decode", WorkerLoad, WorkerLoad | None]
+"""Costs and workers; without a prefill worker the decode worker computes the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    decode: int
+    """Index of the decode worker."""
+    prefill: int | None
+    """Index of the prefill worker; None: the decode worker computes the prompt."""
+    reason: str
+    """One of `REASONS`."""
+    prefill_s: float
+    """Estimated time to compute (or fetch) the prompt where that happens."""
+    ways: tuple[_Way, ...]
+    """What was compared, as `candidates` shows it."""
+
+    @property
+    def candidates(self) -> tuple[CandidateCost, ...]:
+        """Cheapest first: every decode worker by itself, each with the best prefill worker, and the best decode worker
+        with each prefill worker. Made when asked for, since few placements are ever explained."""
+        return tuple(sorted((_explain(*way) for way in self.ways), key=lambda cost: cost.total_s))
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """The cost of computing the prompt on one worker."""
+
+    queue_s: float
+    prefill_s: float
+    fetch_s: float
+    stall_s: float
+    present: int
+    promised: int
+    stored: tuple[tuple[str, int], ...]
+    total_s: float
+
+
+@dataclass(slots=True)
+class _Decode:
+    """The cost of decoding on one worker."""
+
+    queue_s: float
+    decode_s: float
+    slowdown_s: float
+    memory_s: float
+    adapter_s: float
+    handover_s: float
+    """If the prompt is computed elsewhere."""
+    total_s: float
+    """Without the hand-over."""
+
+
+def place(
+    decodes: Sequence[WorkerLoad],
+    prefills: Sequence[WorkerLoad],
+    request: Request,
+    hits: Hits,
+    now: float,
+    *,
+    disaggregate: Disaggregate = "auto",
+    turn: int = 0,
+) -> Placement:
+    """`turn` breaks ties: equally cheap workers take turns if it grows by one each time. Raises ValueError where there
+    is no decode worker."""
+    if not decodes:
+        raise ValueError("no decode candidate")
+    decoding = [_decode_cost(load, request, hits.get(load.slot, _NOTHING)) for load in decodes]
+    ways: list[_Way] = []
+    local = [
+        _prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, load.decoding + load.foreign_decoding)
+        for load in decodes
+    ]
+    ways.extend((prompt, decode, load, None) for prompt, decode, load in zip(local, decoding, decodes, strict=True))
+    here = _least([prompt.total_s + decode.total_s for prompt, decode in zip(local, decoding, strict=True)], turn)
+    why = _forbidden(prefills, request, disaggregate)
+    if why:
+        return Placement(here, None, why, local[here].prefill_s + local[here].fetch_s, tuple(ways))
+
+    remote = [_prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, 0) for load in prefills]
+    best = _least([prompt.total_s for prompt in remote], turn)
+    there = _least([decode.total_s + decode.handover_s for decode in decoding], turn)
+    ways.extend((remote[best], decode, load, prefills[best]) for decode, load in zip(decoding, decodes, strict=True))
+    ways.extend((remote[i], decoding[there], decodes[there], prefills[i]) for i in range(len(prefills)) if i != best)
+    handed_over = remote[best].total_s + decoding[there].total_s + decoding[there].handover_s
+    if disaggregate == "always" or handed_over < local[here].total_s + decoding[here].total_s:
+        return Placement(there, best, "handover", remote[best].prefill_s + remote[best].fetch_s, tuple(ways))
+    model, prompt = decodes[here].model, local[here]
+    if model.stall_s(request.prompt_tokens) <= decoding[here].handover_s:
+        why = "short_prompt"
+    elif 2 * (prompt.present + prompt.promised) >= request.prompt_tokens:
+        why = "cached_prefix"
+    else:
+        why = "cheaper_here"
+    return Placement(here, None, why, prompt.prefill_s + prompt.fetch_s, tuple(ways))
+
+
+def left_over(loads: Sequence[WorkerLoad]) -> list[int]:
+    """Indices of the workers that the last band may use: not the last one that is free of it. A client who comes finds
+    a worker that batches do not keep busy, where there is more than one."""
+    free = [index for index, load in enumerate(loads) if not load.has_band(LAST_BAND)]
+    return [index for index in range(len(loads)) if len(free) > 1 or index not in free]
+
+
+def _forbidden(prefills: Sequence[WorkerLoad], request: Request, disaggregate: Disaggregate) -> str:
+    if disaggregate == "never":
+        return "switched_off"
+    if not prefills:
+        return request.one_place or "no_prefill_worker"
+    return request.one_place
+
+
+def _least(costs: Sequence[float], turn: int) -> int:
+    """Index of the smallest; of equal ones, the first from `turn` on."""
+    least = min(costs)
+    if costs.count(least) == 1:
+        return costs.index(least)
+    start = turn % len(costs)
+    return next(i % len(costs) for i in range(start, start + len(costs)) if costs[i % len(costs)] == least)
+
+
+def _prompt_cost(load: WorkerLoad, request: Request, hit: tuple[int, int], now: float, decoding: int) -> _Prompt:
+    model = load.model
+    last = request.prompt_tokens - 1  # always computed: its logits are needed
+    present = min(hit[0], last)
+    promised = min(hit[1], last - present)
+    # What is promised is computed before this request has its turn: the wait for it is in the queue.
+    cached = present + promised
+    prefill_s, fetch_s, computed_from = model.prefill_s(request.prompt_tokens - cached, cached), 0.0, cached
+    stored: tuple[tuple[str, int], ...] = ()
+    runs = request.stored.get(load.store_node) if load.store_node else None
+    if runs:
+        tokens: dict[str, int] = {}
+        reached = cached
+        for tier, end in runs:
+            end = min(end, last)
+            if end > reached:
+                tokens[tier] = tokens.get(tier, 0) + end - reached
+                reached = end
+        loading_s = sum(model.fetch_s(tier, count) for tier, count in tokens.items())
+        rest_s = model.prefill_s(request.prompt_tokens - reached, reached)
+        if tokens and loading_s + PREFILL_WEIGHT * rest_s < PREFILL_WEIGHT * prefill_s:
+            prefill_s, fetch_s, stored, computed_from = rest_s, loading_s, tuple(tokens.items()), reached
+    queue_s = load.wait_s(now, request.priority)
+    stall_s = decoding * model.stall_s(request.prompt_tokens - computed_from, computed_from) if decoding else 0.0
+    total_s = queue_s + PREFILL_WEIGHT * prefill_s + fetch_s + STALL_WEIGHT * stall_s
+    return _Prompt(queue_s, prefill_s, fetch_s, stall_s, present, promised, stored, total_s)
+
+
+def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _Decode:
+    model, output, batch = load.model, request.output_tokens, load.batch
+    kv_tokens = load.kv_tokens + load.foreign_tokens
+    before_s = model.decode_step_s(batch, kv_tokens)
+    after_s = model.decode_step_s(batch + 1, kv_tokens + request.prompt_tokens + output // 2)
+    decode_s = output * after_s
+    slowdown_s = output * batch * (after_s - before_s)
+    queue_s = memory_s = 0.0
+    before = load.batch_before(request.priority)
+    if load.max_requests and before >= load.max_requests:
+        queue_s = (before - load.max_requests + 1) / load.max_requests * decode_s
+    if load.capacity_tokens:
+        taken = load.reserved_tokens + load.foreign_tokens
+        missing = taken + request.prompt_tokens - hit[0] + output - load.capacity_tokens
+        if missing > 0:
+            # Requests end, and give back their KV, at a rate of all of it per life of a request.
+            memory_s = missing / max(taken, 1) * decode_s + model.prefill_s(missing)
+    adapter_s = request.adapter_s.get(load.slot, 0.0) if request.adapter_s else 0.0
+    handover_s = model.handover_s(max(request.prompt_tokens - hit[0] - hit[1], 0))
+    total_s = queue_s + DECODE_WEIGHT * (decode_s + slowdown_s) + memory_s + adapter_s
+    return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, handover_s, total_s)
+
+
+def _explain(prompt: _Prompt, decode: _Decode, decodes: WorkerLoad, prefills: WorkerLoad | None) -> CandidateCost:
+    handover_s = 0.0 if prefills is None else decode.handover_s
+    return CandidateCost(
+        decode=decodes.name,
+        prefill=None if prefills is None else prefills.name,
+        total_s=prompt.total_s + decode.total_s + handover_s,
+        queue_s=prompt.queue_s + decode.queue_s,
+        prefill_s=prompt.prefill_s,
+        fetch_s=prompt.fetch_s,
+        stall_s=prompt.stall_s,
+        handover_s=handover_s,
+        decode_s=decode.decode_s,
+        slowdown_s=decode.slowdown_s,
+        memory_s=decode.memory_s,
+        adapter_s=decode.adapter_s,
+        device_tokens=prompt.present,
+        promised_tokens=prompt.promised,
+        stored_tokens=prompt.stored,
+    )

@@ -1,0 +1,169 @@
+"""What the router knows of its workers: loads, prefix caches, speeds. Kept up to date by their sessions.
+
+One `WorkerState` per session, made when the session is first looked at; `Placed` follows one request on one worker.
+The arithmetic is in `load.py`, `prefix_index.py` and the planner's `perf_model.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from tandem.kvstore.identity import BlockHash
+from tandem.planner.perf_model import ModelShape, PerfModel
+from tandem.proto import worker_pb2
+from tandem.router.fleet.load import Work, WorkerLoad
+from tandem.router.fleet.session import WorkerSession, hashes
+from tandem.router.placing.prefix_index import PrefixIndex
+
+FIRST_OUTPUT_TOKENS = 256.0
+"""Of an average answer, until some have ended."""
+_REMEMBERED = 100
+"""Answers in that average, the latest most."""
+_COMPUTED = (worker_pb2.FINISH_REASON_HANDED_OVER, worker_pb2.FINISH_REASON_STOP)
+"""Ends of a request without tokens whose prompt was computed: handed over, or an embedding."""
+
+
+class Pool:
+    """Used from the event loop."""
+
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self.output_tokens = FIRST_OUTPUT_TOKENS
+        """Of a recent answer, on average."""
+        self._models: dict[tuple[str, ModelShape], PerfModel] = {}
+        self._states: dict[tuple[str, int], WorkerState] = {}
+
+    def state(self, session: WorkerSession) -> WorkerState:
+        state = self._states.get(session.identity)
+        if state is None or state.session is not session:
+            state = self._states[session.identity] = WorkerState(self, session)
+            session.attach(state)
+        return state
+
+    def model(self, info: worker_pb2.WorkerInfo) -> PerfModel:
+        """Shared by all workers that are equally fast."""
+        shape = ModelShape(info.num_parameters, info.weight_bytes, info.kv_bytes_per_token)
+        key = info.hardware_class, shape
+        if key not in self._models:
+            self._models[key] = PerfModel(info.hardware_class, shape)
+        return self._models[key]
+
+    def forget(self, state: WorkerState) -> None:
+        self.index.retire(state.load.slot)
+        if self._states.get(state.session.identity) is state:
+            del self._states[state.session.identity]
+
+    def answered(self, tokens: int) -> None:
+        self.output_tokens += (tokens - self.output_tokens) / _REMEMBERED
+
+
+class WorkerState:
+    """A session's `Feed`."""
+
+    def __init__(self, pool: Pool, session: WorkerSession) -> None:
+        info = session.info
+        self.session = session
+        self._pool = pool
+        self._block_size = info.block_size
+        self._step_s = 0.0
+        self._listed = False
+        self.load = WorkerLoad(
+            model=pool.model(info),
+            slot=pool.index.add(None if info.sends_cache_events else info.num_blocks),
+            capacity_tokens=info.num_blocks * info.block_size,
+            max_requests=info.max_num_seqs,
+            name=info.worker_id,
+            store_node=info.store_node,
+        )
+        self.alive = True
+
+    def on_status(self, status: worker_pb2.WorkerStatus) -> None:
+        load = self.load
+        used = (status.total_blocks - min(status.free_blocks, status.total_blocks)) * self._block_size
+        load.foreign(
+            requests=max(0, status.running + status.waiting - load.requests),
+            decoding=max(0, status.decoding - load.decoding),
+            pending_tokens=max(0, status.pending_prefill_tokens - load.waiting_tokens),
+            used_tokens=max(0, used - load.reserved_tokens),
+            by_band=status.by_band,
+        )
+        if status.decode_step_s != self._step_s:  # else nothing was decoded since the last time
+            self._step_s = status.decode_step_s
+            load.model.observe_decode(status.decoding, status.running_tokens, status.decode_step_s)
+
+    def on_cache(self, events: worker_pb2.CacheEvents) -> None:
+        if not self.session.info.sends_cache_events:
+            return
+        index, load = self._pool.index, self.load
+        if events.reset and self._listed:
+            load.slot = index.renew(load.slot)
+        self._listed = True
+        index.removed(load.slot, [BlockHash(block) for block in hashes(events.removed)])
+        index.stored(load.slot, [BlockHash(block) for block in hashes(events.stored)])
+
+    def on_closed(self) -> None:
+        self.alive = False
+        self._pool.forget(self)
+
+
+class Placed:
+    """One request on one worker: the `Watcher` that turns its outputs into load, prefix index and measurements."""
+
+    __slots__ = ("_chain", "_fresh", "_pool", "_promised_from", "_resumed", "_source", "_state", "work")
+
+    def __init__(
+        self,
+        pool: Pool,
+        state: WorkerState,
+        work: Work,
+        chain: Sequence[BlockHash],
+        promised_from: int,
+        *,
+        source: WorkerState | None = None,
+        resumed: bool = False,
+    ) -> None:
+        """`promised_from`: the first block of `chain` that the worker will compute. `source`: the prefill worker that
+        computes it instead, for the decode worker's side of a hand-over; nothing is promised here then, as a later
+        prompt would not find in this worker's queue what is still on its way. `resumed`: the prompt report is not of
+        all that is computed."""
+        self.work = work
+        self._pool = pool
+        self._state = state
+        self._chain = chain
+        self._promised_from = promised_from if source is None else len(chain)
+        self._source = source
+        self._resumed = resumed
+        self._fresh = True
+        work.start(time.monotonic())
+        pool.index.promise(state.load.slot, chain, self._promised_from)
+
+    def on_output(self, output: worker_pb2.RequestOutput) -> None:
+        reason = output.finish_reason
+        if self._fresh and (output.token_ids or reason in _COMPUTED):
+            self._fresh = False
+            if self._state.alive:
+                self._pool.index.computed(self._state.load.slot, self._chain)
+            self.work.computed(time.monotonic())
+            if output.HasField("prompt"):
+                self._learn(output.prompt)
+        self.work.produced(len(output.token_ids))
+        if reason in (worker_pb2.FINISH_REASON_STOP, worker_pb2.FINISH_REASON_LENGTH) and self.work.produced_tokens:
+            self._pool.answered(self.work.produced_tokens)
+
+    def on_end(self) -> None:
+        self.work.end(time.monotonic())
+        if self._state.alive:
+            self._pool.index.ended(self._state.load.slot, self._chain, self._promised_from)
+
+    def _learn(self, report: worker_pb2.PromptReport) -> None:
+        if self._resumed:
+            return
+        handed_over = self._source is not None and not report.recompute_reason
+        state = self._source if handed_over and self._source is not None else self._state
+        model, prompt = state.load.model, self.work.prompt_tokens
+        model.observe_prefill(prompt - report.cached_tokens, report.cached_tokens, report.prefill_s - report.load_s)
+        if report.load_s > 0.0:
+            model.observe_fetch(report.cached_by_tier, report.load_s)
+        if handed_over and report.handover_s > 0.0:
+            self._state.load.model.observe_handover(prompt - self.work.cached_tokens, report.handover_s)
