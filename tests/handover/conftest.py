@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +19,9 @@ from tandem.handover import (
     Reason,
     TransportSettings,
 )
+from tests.leftovers import eventually, nothing_left_over, open_descriptors
+
+__all__ = ["eventually", "nothing_left_over", "open_descriptors"]
 
 DIGEST = bytes(range(32))
 DEADLINE_S = 60.0
@@ -217,32 +218,3 @@ def make_rig(transport: str, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
 @pytest.fixture
 def rig(make_rig: Callable[..., Rig]) -> Rig:
     return make_rig()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    """Every test gives back its threads and descriptors."""
-    threads = set(threading.enumerate())
-    yield
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline and (extra := set(threading.enumerate()) - threads):
-        for thread in extra:
-            thread.join(0.1)
-    left = {thread.name for thread in set(threading.enumerate()) - threads if thread.name.startswith("kv-")}
-    assert not left
-
-
-@pytest.fixture
-def open_descriptors() -> Callable[[], int]:
-    return lambda: len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], object]], None]:
-    def wait(predicate: Callable[[], object], timeout_s: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not predicate():
-            assert time.monotonic() < deadline, "did not become true in time"
-            time.sleep(0.005)
-
-    return wait

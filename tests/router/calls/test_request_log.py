@@ -41,7 +41,9 @@ class Lines:
 
 def fields(line: str) -> dict[str, str]:
     head, _, pairs = line.partition(": request ")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO router tandem\.router\.request_log", head), line
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO router tandem\.router\.calls\.request_log", head
+    ), line
     return dict(pair.split("=", 1) for pair in shlex.split(pairs))
 
 
