@@ -20,7 +20,7 @@ from tandem.router.calls.request_log import RequestLog
 from tandem.router.fleet.session import SILENCE_S
 from tandem.router.fleet.workers import Fleet
 from tandem.router.grpc_api.service import GrpcServer
-from tandem.router.http.app import ROUTES, HttpApp
+from tandem.router.http.app import HttpApp
 from tandem.router.metrics.router_metrics import RouterMetrics
 from tandem.router.replicas import ALONE, Replica, bind, cannot_listen, process_name
 from tandem.router.service import Service
@@ -76,11 +76,9 @@ class Router:
             config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings, secret
         )
         if config.storage is not None:
-            handlers = {path: methods["POST"] for path, methods in ROUTES.items() if "POST" in methods}
             self.service.batches = BatchLane(
                 config.storage,
                 self.service,
-                handlers,
                 caller_of=self._caller_of,
                 room=lambda tokens: self.service.admission.idle,
             )

@@ -15,21 +15,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
 
 from tandem.common.errors import TandemError
+from tandem.router.batch.exchange import batch_caller
 from tandem.router.batch.files import Storage
-from tandem.router.batch.internal import Inside, batch_caller
 from tandem.router.batch.records import KEPT_S, BatchRecord
 from tandem.router.batch.run import BatchRun, Host, Outcome
 from tandem.router.batch.store import Index
 from tandem.router.service import Service
 from tandem.router.tenants.caller import Caller
-
-if TYPE_CHECKING:
-    from tandem.router.http.app import Handler
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +49,16 @@ class BatchLane:
         self,
         folder: Path,
         service: Service,
-        handlers: dict[str, Handler],
         *,
         caller_of: Callable[[str], Caller | None],
         room: Callable[[int], bool] = lambda tokens: True,
     ) -> None:
-        """`handlers`: by endpoint. `caller_of`: a tenant by name, None for one that is no more. `room`: whether a
+        """`caller_of`: a tenant by name, None for one that is no more. `room`: whether a
         prompt of so many tokens could start without any client waiting.
 
         Raises ConfigError where the folder cannot be used.
         """
         self.storage = Storage(folder)
-        self.inside = Inside(service, handlers)
         self._service = service
         self._caller_of = caller_of
         self._room = room
@@ -151,7 +145,7 @@ class BatchLane:
 
     def _begin(self, record: BatchRecord) -> BatchRun:
         caller = self._caller_of(record.tenant)
-        host = Host(self.storage, self.inside, self._changed.set, lambda result: self._lines.labels(result).inc())
+        host = Host(self.storage, self._service, self._changed.set, lambda result: self._lines.labels(result).inc())
         run = BatchRun(record, None if caller is None else batch_caller(caller), host)
         self._runs[record.id] = run
         task = asyncio.create_task(run.run(), name=record.id)

@@ -36,11 +36,16 @@ class _InputLine(Fields):
     body: dict[str, Any]
 
 
+class _RequestOfLine(msgspec.Struct):
+    body: msgspec.Raw
+
+
 class _ResultLine(msgspec.Struct):
     custom_id: str
 
 
 _INPUT = BodyReader(_InputLine)
+_REQUEST = msgspec.json.Decoder(_RequestOfLine)
 _RESULT = msgspec.json.Decoder(_ResultLine)
 
 
@@ -108,9 +113,10 @@ def _checked(raw: bytes, endpoint: str, seen: Collection[str], number: int) -> s
     return line.custom_id
 
 
-def request_body(file: BinaryIO, line: Line) -> dict[str, Any]:
+def request_json(file: BinaryIO, line: Line) -> bytes:
+    """The body of a request, as it stands in a line that `read_lines` has found good."""
     raw = os.pread(file.fileno(), line.length, line.offset)
-    return _INPUT.read(raw)[0].body
+    return bytes(_REQUEST.decode(raw).body)
 
 
 def answered_line(custom_id: str, request_id: str, status: int, body: bytes) -> bytes:

@@ -8,25 +8,26 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Literal
+from functools import partial
+from typing import BinaryIO, Literal
 
 from tandem.common.errors import TandemError
+from tandem.router.batch.exchange import BATCH_ENDPOINTS, Answer, LineExchange
 from tandem.router.batch.files import Storage, broken
-from tandem.router.batch.internal import Answer, Inside
 from tandem.router.batch.lines import (
     Line,
     Results,
     answered_line,
     read_lines,
-    request_body,
+    request_json,
     unanswered_line,
 )
-from tandem.router.batch.order import Item, Plan
+from tandem.router.batch.order import Item, Order
 from tandem.router.batch.records import BatchError, BatchRecord, Counts, FileRecord
 from tandem.router.batch.store import Index
 from tandem.router.calls.generate import Call
+from tandem.router.service import Service
 from tandem.router.tenants.caller import Caller
-from tandem.router.web.request_fields import SMALL_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Host:
     """What a batch needs from the lane."""
 
     storage: Storage
-    inside: Inside
+    service: Service
     wake: Callable[[], None]
     """Something has changed: there may be a line to start."""
     ended: Callable[[str], None]
@@ -75,7 +76,7 @@ class BatchRun:
         self._lines: list[Line] = []
         self._prompt_tokens: list[int] = []
         self._errors: list[BatchError] = []
-        self._plan: Plan | None = None
+        self._order: Order | None = None
         self._left = 0
         """Lines without a result."""
         self._attempts: dict[int, int] = {}
@@ -101,7 +102,7 @@ class BatchRun:
         try:
             await self._open()
             if not self._over.is_set():
-                await self._order()
+                await self._put_in_order()
             await self._over.wait()
             await self._stop_lines()
             await self._finish()
@@ -120,14 +121,14 @@ class BatchRun:
 
     def next_tokens(self) -> int | None:
         """Prompt tokens of the line that would start now; None: there is none."""
-        if self._plan is None or self._over.is_set() or time.monotonic() < self._pause_until:
+        if self._order is None or self._over.is_set() or time.monotonic() < self._pause_until:
             return None
-        index = self._plan.peek()
+        index = self._order.peek()
         return None if index is None else self._prompt_tokens[index]
 
     def launch(self) -> None:
         """Starts the line that `next_tokens` has told of."""
-        index = self._plan.next() if self._plan is not None else None
+        index = self._order.next() if self._order is not None else None
         assert index is not None
         self.running += 1
         task = asyncio.create_task(self._line(index), name=f"{self.record.id} line {index}")
@@ -137,8 +138,8 @@ class BatchRun:
     def note_prompts(self) -> None:
         """Frees lines that wait for another one's prompt: a first token says that its KV is there."""
         for index, call in self._calls.items():
-            if self._plan is not None and self._plan.awaited(index) and call.choices[0].num_tokens:
-                self._plan.computed(index)
+            if self._order is not None and self._order.awaited(index) and call.choices[0].num_tokens:
+                self._order.computed(index)
 
     # The beginning
 
@@ -146,7 +147,7 @@ class BatchRun:
         record, storage = self.record, self._host.storage
         paths = storage.path(record.output_name), storage.path(record.error_name)
         self._results = await storage.call(lambda _: Results(*paths))
-        limit = self._host.inside.service.config.max_body_bytes
+        limit = self._host.service.config.max_body_bytes
         try:
             self._input = await asyncio.to_thread(storage.path(record.input_file_id).open, "rb")
             self._lines, self._errors = await asyncio.to_thread(read_lines, self._input, record.endpoint, limit)
@@ -156,14 +157,14 @@ class BatchRun:
             raise broken(error) from error
         if self._caller is None and not self._errors:
             self._errors = [BatchError("permission_denied", f"there is no tenant `{record.tenant}` any more")]
-        if record.endpoint not in self._host.inside.handlers:
+        if record.endpoint not in BATCH_ENDPOINTS:
             self._errors = [BatchError("invalid_endpoint", f"{record.endpoint} is not served", param="endpoint")]
         if self._errors:
             self.end("failed")
             self._lines = self._lines if self._caller is None else []
 
-    async def _order(self) -> None:
-        """Looks at every line that has no result, and makes the plan."""
+    async def _put_in_order(self) -> None:
+        """Looks at every line that has no result, and says which is next."""
         assert self._results is not None
         done = self._results.done
         self._lines.sort(key=lambda line: line.custom_id in done)
@@ -171,13 +172,12 @@ class BatchRun:
         items: list[Item] = []
         for index in range(self._left):
             started = time.monotonic()
-            body = await self._body(index)
-            items.append(await self._host.inside.look_at(self.record.endpoint, body, self._who))
+            items.append(await self._exchange(index).look_at())
             await asyncio.sleep((time.monotonic() - started) * (1 / PLANNING_SHARE - 1))
             if self._over.is_set():
                 return
         self._prompt_tokens = [item.prompt_tokens for item in items]
-        plan = await asyncio.to_thread(Plan, items)
+        order = await asyncio.to_thread(Order, items)
 
         def begun(record: BatchRecord) -> BatchRecord:
             if record.status != "validating":
@@ -185,7 +185,7 @@ class BatchRun:
             return replace(record, status="in_progress", in_progress_at=int(time.time()), counts=self.counts)
 
         self.record = await self._host.storage.call(lambda index: index.update(self.record.id, begun))
-        self._plan = plan
+        self._order = order
         if self._left == 0:
             self._over.set()
         self._host.wake()
@@ -208,10 +208,8 @@ class BatchRun:
         def opened(call: Call) -> None:
             self._calls[index] = call
 
-        request_id = self._request_id(index)
         try:
-            body = await self._body(index)
-            return await self._host.inside.answer(self.record.endpoint, body, self._who, request_id, opened)
+            return await self._exchange(index).answer(opened)
         finally:
             self._calls.pop(index, None)
 
@@ -244,8 +242,8 @@ class BatchRun:
         except TandemError as error:
             log.error("%s: a result could not be written, its request runs again: %s", self.record.id, error)
             return False
-        assert self._plan is not None
-        self._plan.computed(index)
+        assert self._order is not None
+        self._order.computed(index)
         self._host.ended("failed" if failed else "completed")
         self._left -= 1
         if self._left == 0:
@@ -253,25 +251,18 @@ class BatchRun:
         return True
 
     def _put_back(self, index: int, pause_s: float = 0.0) -> None:
-        assert self._plan is not None
-        self._plan.put_back(index)
+        assert self._order is not None
+        self._order.put_back(index)
         self._troubles += 1
         backoff_s = min(MAX_PAUSE_S, 0.25 * 2 ** min(self._troubles, 10)) * random.uniform(0.5, 1.0)
         self._pause_until = time.monotonic() + min(MAX_PAUSE_S, max(pause_s, backoff_s))
 
-    async def _body(self, index: int) -> dict[str, Any]:
-        """A long line is read in a thread, in the turn of its tenant. Raises TandemError `overloaded`."""
-        assert self._input is not None
-        line = self._lines[index]
-        if line.length <= SMALL_BODY_BYTES:
-            return request_body(self._input, line)
-        work = self._host.inside.service.work
-        return await work.run(self._who.line, self._who.weight, request_body, self._input, line)
-
-    @property
-    def _who(self) -> Caller:
+    def _exchange(self, index: int) -> LineExchange:
         assert self._caller is not None
-        return self._caller
+        assert self._input is not None
+        line, read = self._lines[index], partial(request_json, self._input, self._lines[index])
+        host, request_id = self._host, self._request_id(index)
+        return LineExchange(host.service, self.record.endpoint, self._caller, request_id, line.length, read)
 
     def _request_id(self, index: int) -> str:
         return f"{self.record.id}-{self._lines[index].offset:x}"

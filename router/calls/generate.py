@@ -11,7 +11,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from tandem.router.turns.admission import Waiting
 
 log = logging.getLogger(__name__)
 
+STALLED_S = 30.0
+"""After its deadline, or after it failed, a call may take this long to reach a client that reads slowly."""
 MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 """A client that leaves this much unread is cut off. An upper estimate, see `Choice.buffered_bytes`."""
 
@@ -48,6 +51,17 @@ def account_of(call: Call) -> dict[str, Any]:
     record.cached_tokens, record.output_tokens = usage.cached_tokens, usage.completion_tokens
     record.finished("ok")
     return record.describe()
+
+
+@asynccontextmanager
+async def limited_sending(call: Call) -> AsyncIterator[None]:
+    """Sends what a call produces. Raises TimeoutError where that goes on for STALLED_S after the call has failed."""
+    try:
+        async with asyncio.timeout(None) as limit:
+            call.on_failed = lambda: limit.reschedule(asyncio.get_running_loop().time() + STALLED_S)
+            yield
+    finally:
+        call.on_failed = None
 
 
 class Call:

@@ -17,7 +17,8 @@ from tandem.router.grpc_api.errors import Metadata, status_of
 from tandem.router.tenants.caller import ANYBODY
 from tandem.router.web.body_memory import BodyMemory
 from tandem.router.web.exchange import IGNORED_HEADER, header_list
-from tandem.router.web.request_fields import SMALL_BODY_BYTES, log_ignored
+from tandem.router.web.off_loop import off_loop
+from tandem.router.web.request_fields import log_ignored
 from tandem.router.web.request_ids import request_id_of, traceparent_of
 
 MAX_TIMEOUT_S = 1e6
@@ -66,9 +67,7 @@ class GrpcExchange:
     async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a function that takes long where the message is large, on the tenant's account. Raises
         TandemError `overloaded`, and what the function raises."""
-        if self.memory.size <= SMALL_BODY_BYTES:
-            return function(*args)
-        return await self._work.run(self.caller.line, self.caller.weight, function, *args)
+        return await off_loop(self._work, self.caller, self.memory.size, function, *args)
 
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of the request that have no effect: the answer's metadata tells the client, the log says it once."""

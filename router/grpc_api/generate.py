@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import partial
 
 from tandem.common.errors import TandemError
 from tandem.proto import inference_pb2 as pb
 from tandem.proto.worker_pb2 import TokenLogprobs
-from tandem.router.asks.tool_choice import ToolUse
-from tandem.router.calls.choice import ChoiceSpec, Delta, with_seeds
-from tandem.router.calls.generate import Call, Usage, account_of
+from tandem.router.answers.large_answers import written
+from tandem.router.answers.logprobs import LOWEST
+from tandem.router.calls.choice import ChoiceSpec, Delta
+from tandem.router.calls.generate import Call, Usage, account_of, limited_sending
+from tandem.router.endpoints.plan import TextPlan
+from tandem.router.endpoints.plans import plan_chat, plan_completion
 from tandem.router.grpc_api.exchange import GrpcExchange
 from tandem.router.grpc_api.explain import account_message
 from tandem.router.grpc_api.requests import generation_body, naming, our_names
-from tandem.router.http.answers import STALLED_S
-from tandem.router.http.large_answers import written
-from tandem.router.http.logprobs import LOWEST
 from tandem.router.requests.bodies import CompletionBody
-from tandem.router.requests.chat import plan_chat
-from tandem.router.requests.completion import plan_completion
 from tandem.router.service import Service
 from tandem.router.text.choice_text import Piece
 from tandem.router.text.tokenizer import ModelText
 from tandem.router.tools.events import CallArguments, CallStart, Event, PlainText, Text
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    choices: Sequence[ChoiceSpec]
-    tools: ToolUse | None = None
-    echoed: str | None = None
-    """Before the text of every choice, where `echo` asks for it. None: its prompt's."""
 
 
 async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> None:
@@ -42,8 +30,7 @@ async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service:
     async with _call(exchange, request, service, plan, streaming=True) as call:
         answers = _Answers(exchange, request, service, plan, call)
         try:
-            async with asyncio.timeout(None) as patience:
-                call.on_failed = lambda: patience.reschedule(asyncio.get_running_loop().time() + STALLED_S)
+            async with limited_sending(call):
                 while not call.finished:
                     for delta in await call.next():
                         if answers.begun(delta):
@@ -56,8 +43,6 @@ async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service:
                 await exchange.send(last)
         except TimeoutError as error:
             raise call.error or TandemError("cancelled", "the client reads too slowly") from error
-        finally:
-            call.on_failed = None
 
 
 async def complete(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> pb.CompleteResponse:
@@ -72,20 +57,19 @@ async def complete(exchange: GrpcExchange, request: pb.GenerateRequest, service:
     return answer
 
 
-async def _plan(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> _Plan:
+async def _plan(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> TextPlan:
     with naming(request):
         body = await exchange.off_loop(generation_body, request)
         if isinstance(body, CompletionBody):
-            plan = _Plan(await plan_completion(body, service, exchange.caller))
+            plan = await plan_completion(body, service, exchange)
         else:
-            chat = await plan_chat(body, service, exchange.caller)
-            plan = _Plan(with_seeds(chat.spec, body.n or 1), chat.tools, body.echoed)
+            plan = await plan_chat(body, service, exchange)
     exchange.ignore(our_names(name for choice in plan.choices for name in choice.ignored))
     return plan
 
 
 def _call(
-    exchange: GrpcExchange, request: pb.GenerateRequest, service: Service, plan: _Plan, *, streaming: bool
+    exchange: GrpcExchange, request: pb.GenerateRequest, service: Service, plan: TextPlan, *, streaming: bool
 ) -> AbstractAsyncContextManager[Call]:
     return service.call(
         exchange.request_id,
@@ -101,7 +85,7 @@ class _Answers:
     """Makes messages of what comes of the choices of one call."""
 
     def __init__(
-        self, exchange: GrpcExchange, request: pb.GenerateRequest, service: Service, plan: _Plan, call: Call
+        self, exchange: GrpcExchange, request: pb.GenerateRequest, service: Service, plan: TextPlan, call: Call
     ) -> None:
         self._request_id = exchange.request_id
         self._request = request
@@ -142,8 +126,8 @@ class _Answers:
         prompt = choice.spec.sequence.prompt
         if request.return_token_ids:
             answer.prompt_token_ids.extend(prompt.token_ids)
-        if request.return_prompt_text:
-            answer.prompt_text = self._text.decode(prompt.token_ids, skip_special_tokens=False)
+        if self._plan.prompt_text is not None:
+            answer.prompt_text = self._plan.prompt_text
         answer.text = self._echoed(choice.spec)
         self._before[answer.index] = len(answer.text)
         for position, (token_id, entry) in enumerate(zip(prompt.token_ids, choice.prompt_logprobs, strict=False)):

@@ -7,12 +7,13 @@ from functools import partial
 from tandem.proto import inference_pb2 as pb
 from tandem.proto import kvnode_pb2
 from tandem.router.calls.generate import account_of
+from tandem.router.endpoints.plans import plan_embeddings
 from tandem.router.grpc_api.exchange import GrpcExchange
 from tandem.router.grpc_api.explain import account_message
 from tandem.router.grpc_api.requests import context_body, detokenize_body, embeddings_body, naming, tokenize_body
 from tandem.router.requests import contexts as named_contexts
 from tandem.router.requests.contexts import contexts_of
-from tandem.router.requests.embedding import plan_embeddings, vectors
+from tandem.router.requests.embedding import vectors
 from tandem.router.requests.tokenize import detokenized, tokenized
 from tandem.router.service import Service
 from tandem.router.tenants.usage import TenantUsage
@@ -22,10 +23,11 @@ async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Servi
     body = await exchange.off_loop(embeddings_body, request)
     timeout_s = exchange.timeout_s(request.timeout_s if request.HasField("timeout_s") else None)
     answer = pb.EmbedResponse(request_id=exchange.request_id)
-    for group in await plan_embeddings(body, service, exchange.caller):
+    plan = await plan_embeddings(body, service, exchange)
+    for choices in plan.calls:
         async with service.call(
             exchange.request_id,
-            group,
+            choices,
             arrived=exchange.arrived,
             traceparent=exchange.traceparent,
             timeout_s=timeout_s,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tandem.common.errors import TandemError
 from tandem.router.calls.accounts import Accounts
+from tandem.router.endpoints.table import ENDPOINTS
 from tandem.router.http import batches as http_batches
 from tandem.router.http import contexts as http_contexts
 from tandem.router.http import explain as http_explain
@@ -15,15 +16,14 @@ from tandem.router.http import files as http_files
 from tandem.router.http import info as http_info
 from tandem.router.http import pages as http_pages
 from tandem.router.http import usage as http_usage
-from tandem.router.http.chat import chat_completions
-from tandem.router.http.completions import completions
-from tandem.router.http.embeddings import embeddings
-from tandem.router.http.messages import count_tokens, messages
-from tandem.router.http.responses import input_tokens, responses
+from tandem.router.http.generate import counting, generating
+from tandem.router.requests.messages import CountBody
+from tandem.router.requests.responses import ResponsesBody
 from tandem.router.service import Service
 from tandem.router.tenants.tenants import Tenants
 from tandem.router.web.cors import Cors
 from tandem.router.web.exchange import ClientGone, Exchange, Headers
+from tandem.router.web.request_fields import BodyReader
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
@@ -33,13 +33,11 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Exchange, Service], Awaitable[None]]
 
 ROUTES: dict[str, dict[str, Handler]] = {
-    "/v1/completions": {"POST": completions},
-    "/v1/chat/completions": {"POST": chat_completions},
-    "/v1/embeddings": {"POST": embeddings},
-    "/v1/responses": {"POST": responses},
-    "/v1/responses/input_tokens": {"POST": input_tokens},
-    "/v1/messages": {"POST": messages},
-    "/v1/messages/count_tokens": {"POST": count_tokens},
+    **{path: {"POST": generating(endpoint)} for path, endpoint in ENDPOINTS.items()},
+    "/v1/responses/input_tokens": {
+        "POST": counting(BodyReader(ResponsesBody), {"object": "response.input_tokens"}),
+    },
+    "/v1/messages/count_tokens": {"POST": counting(BodyReader(CountBody), {})},
     "/v1/contexts": {"GET": http_contexts.list_contexts, "POST": http_contexts.create},
     "/v1/files": {"GET": http_files.list_files, "POST": http_files.upload},
     "/v1/batches": {"GET": http_batches.list_batches, "POST": http_batches.create},
@@ -63,7 +61,6 @@ ADMIN_PATHS = frozenset({"/metrics"})
 """Tell of all tenants: where there are several, only an `admin` may read them."""
 QUIET_PATHS = PROBES | ADMIN_PATHS
 """Asked every few seconds by machines: they leave no lines in the log."""
-GENERATING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
 
 
 class HttpApp:
@@ -99,7 +96,7 @@ class HttpApp:
                     arrived=exchange.arrived,
                     call=f"{exchange.method} {exchange.path}",
                     status=str(exchange.status),
-                    generates=exchange.path in GENERATING,
+                    generates=exchange.path in ENDPOINTS,
                 )
 
     async def _answer(self, exchange: Exchange) -> None:
@@ -135,7 +132,7 @@ class HttpApp:
 
     async def _take_in(self, exchange: Exchange, handler: Handler) -> None:
         """A request that costs something: it counts among those of its tenant, also where it is refused."""
-        generates = exchange.path in GENERATING
+        generates = exchange.path in ENDPOINTS
         async with self._accounts.entering(exchange.caller, lambda: exchange.body_bytes, generates=generates):
             if generates:
                 self._service.check_load()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from tandem.common.errors import TandemError
+from tandem.router.batch.exchange import BATCH_ENDPOINTS
 from tandem.router.batch.records import COMPLETION_WINDOW, BatchRecord, new_id
 from tandem.router.fields.sampling import invalid, shown
 from tandem.router.fields.strict import Fields
@@ -50,7 +51,7 @@ def by_id(path: str) -> dict[str, Callable[[Exchange, Service], Awaitable[None]]
 async def create(exchange: Exchange, service: Service) -> None:
     lane = lane_of(service)
     body = await exchange.decode(_READER)
-    _check(body, list(lane.inside.handlers))
+    _check(body)
     expiry = body.output_expires_after
     kept_s = kept_for(expiry and expiry.seconds, expiry and expiry.anchor, "output_expires_after")
     now = time.time()
@@ -95,9 +96,9 @@ async def cancel(exchange: Exchange, service: Service) -> None:
     await exchange.reply_json(record.shape())
 
 
-def _check(body: BatchBody, endpoints: list[str]) -> None:
-    if body.endpoint not in endpoints:
-        raise invalid("endpoint", f"must be one of {', '.join(endpoints)}, got {shown(body.endpoint)}")
+def _check(body: BatchBody) -> None:
+    if body.endpoint not in BATCH_ENDPOINTS:
+        raise invalid("endpoint", f"must be one of {', '.join(BATCH_ENDPOINTS)}, got {shown(body.endpoint)}")
     if body.completion_window != COMPLETION_WINDOW:
         raise invalid("completion_window", f"must be {COMPLETION_WINDOW}, got {shown(body.completion_window)}")
     metadata = body.metadata or {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tandem.router.http import batches as http_batches
-from tandem.router.http.messages import MessagesBody
-from tandem.router.http.responses import ResponsesBody
 from tandem.router.requests.bodies import ChatBody, CompletionBody, ContextBody, DetokenizeBody, TokenizeBody
 from tandem.router.requests.embedding import EmbeddingsBody
+from tandem.router.requests.messages import MessagesBody
+from tandem.router.requests.responses import ResponsesBody
 from tandem.router.web.field_table import Other, Refused
 from tandem.router.web.request_fields import Inside, KnownFields, known_fields
 

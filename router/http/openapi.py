@@ -13,11 +13,11 @@ import msgspec
 
 import tandem
 from tandem.router.http.batches import BatchBody
-from tandem.router.http.messages import CountBody, MessagesBody
 from tandem.router.http.openapi_answers import ANSWERS
-from tandem.router.http.responses import ResponsesBody
 from tandem.router.requests.bodies import ChatBody, CompletionBody, ContextBody, DetokenizeBody, TokenizeBody
 from tandem.router.requests.embedding import EmbeddingsBody
+from tandem.router.requests.messages import CountBody, MessagesBody
+from tandem.router.requests.responses import ResponsesBody
 
 JSON = "application/json"
 EVENTS = "text/event-stream"

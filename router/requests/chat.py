@@ -1,4 +1,4 @@
-"""From a chat body to what workers get: template, tools, limits, sampling. Shared by the three chat APIs."""
+"""What a chat body asks of the workers: template, tools, limits, sampling. Shared by the three chat APIs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from tandem.router.web.errors import renamed
 
 
 @dataclass(frozen=True, slots=True)
-class ChatPlan:
+class AskedChat:
+    """What one choice of a chat is."""
+
     spec: ChoiceSpec
     tools: ToolUse | None
     """None: the answer is text, whatever it looks like."""
 
-    def named(self, names: Sequence[tuple[str, str]]) -> ChatPlan:
-        """With the names that another API has for what is ignored, see `renaming`."""
+    def named(self, names: Sequence[tuple[str, str]]) -> AskedChat:
+        """The same with the names that another API has for what is ignored, see `renaming`."""
         ignored = tuple(renamed(field, names) for field in self.spec.ignored)
         return replace(self, spec=replace(self.spec, ignored=ignored))
 
@@ -83,7 +85,7 @@ async def chat_prompt(
     return prompt, tools, answer if tools is None else tools.constraint
 
 
-async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPlan:
+async def asked_chat(body: ChatBody, service: Service, caller: Caller) -> AskedChat:
     """Raises TandemError naming the field."""
     model = service.model
     prompt, tools, checked = await chat_prompt(body, service, caller)
@@ -116,7 +118,7 @@ async def plan_chat(body: ChatBody, service: Service, caller: Caller) -> ChatPla
         no_output=max_tokens == 0,
         ignored=_ignored(body, model) + (checked.ignored if checked else ()),
     )
-    return ChatPlan(spec, tools)
+    return AskedChat(spec, tools)
 
 
 def _variables(body: ChatBody, model: ServedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a completions body to what workers get: prompts, limits, sampling. HTTP and gRPC share it."""
+"""What a completions body asks of the workers: prompts, limits, sampling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
 
-async def plan_completion(body: CompletionBody, service: Service, caller: Caller) -> list[ChoiceSpec]:
+async def completion_choices(body: CompletionBody, service: Service, caller: Caller) -> list[ChoiceSpec]:
     """Prompts x n. Raises TandemError naming the field."""
     service.model.check_name(body.model)
     body.check()

@@ -1,9 +1,9 @@
-"""From an embeddings body to what workers get, and from their answers to vectors. HTTP and gRPC share it."""
+"""What an embeddings body asks of the workers, and vectors from their answers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -46,14 +46,14 @@ class EmbeddingsBody(Fields):
     truncation_side: Side | None = None
 
 
-async def plan_embeddings(body: EmbeddingsBody, service: Service, caller: Caller) -> Iterator[Sequence[ChoiceSpec]]:
+async def embedding_groups(body: EmbeddingsBody, service: Service, caller: Caller) -> list[list[ChoiceSpec]]:
     """Groups of inputs, each to be run as one call. Raises TandemError naming the field."""
     service.model.check_name(body.model)
     in_range("priority", body.priority, -(2**31), 2**31 - 1)
     check_salt(body.cache_salt)
     prompts = await _prompts(body, service, caller)
     specs = [_spec(prompt, body, service, caller) for prompt in prompts]
-    return (specs[start : start + AT_ONCE] for start in range(0, len(specs), AT_ONCE))
+    return [specs[start : start + AT_ONCE] for start in range(0, len(specs), AT_ONCE)]
 
 
 def vectors(choices: Sequence[Choice], dimensions: int | None) -> list[Vector]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tandem.common.errors import TandemError
+from tandem.common.fairness import LAST_BAND
 
 LOWEST_PRIORITY = -(2**31)
 HIGHEST_PRIORITY = 2**31 - 1
@@ -49,12 +50,14 @@ class Caller:
     """Share of each tier of the KV store that it may fill; None: what holds for everybody."""
     admin: bool = False
     """Sees usage, metrics and accounts of every tenant."""
+    batch: bool = False
+    """Its requests are lines of a batch: they go into the last band, whatever they ask for."""
 
     @property
     def line(self) -> str:
         """Where its work waits for threads that tenants share. Batches have a line of their own: what a client waits
         for is not behind them."""
-        return self.tenant if self.priority_min < HIGHEST_PRIORITY else f"batches of {self.tenant}"
+        return f"batches of {self.tenant}" if self.batch else self.tenant
 
     def cache_salt(self, wish: str) -> bytes:
         """Separates KV caches: between tenants or groups, and inside one by the request's own `cache_salt`."""
@@ -67,6 +70,8 @@ class Caller:
 
         Raises TandemError `permission_denied` for any other value outside the tenant's range.
         """
+        if self.batch:
+            return LAST_BAND
         if asked and not self.priority_min <= asked <= self.priority_max:
             raise TandemError(
                 "permission_denied",

@@ -13,7 +13,6 @@ import msgspec
 from tandem.common.errors import TandemError
 from tandem.common.fair_work import FairWork
 from tandem.router.calls.accounts import Accounts
-from tandem.router.fields.sampling import invalid
 from tandem.router.tenants.caller import ANYBODY
 from tandem.router.web.body_memory import BodyMemory
 from tandem.router.web.cors import Cors
@@ -24,8 +23,9 @@ from tandem.router.web.errors import (
     error_body,
     error_headers,
 )
-from tandem.router.web.request_fields import SMALL_BODY_BYTES, BodyReader, log_ignored
-from tandem.router.web.request_ids import request_id_of, traceparent_of
+from tandem.router.web.off_loop import off_loop
+from tandem.router.web.request_fields import BodyReader, log_ignored
+from tandem.router.web.request_ids import named_in_body, request_id_of, traceparent_of
 
 if TYPE_CHECKING:  # uvicorn keeps them private
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope
@@ -151,16 +151,12 @@ class Exchange:
     async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a function that takes long where the body is large: then in a thread, in the tenant's turn.
         Raises TandemError `overloaded`, and what the function raises."""
-        if self.body_bytes <= SMALL_BODY_BYTES:
-            return function(*args)
-        return await self._work.run(self.caller.line, self.caller.weight, function, *args)
+        return await off_loop(self._work, self.caller, self.body_bytes, function, *args)
 
     def name(self, given: str | None) -> None:
-        """The request's id, where the client has put one into the body. Raises TandemError `invalid_request`."""
-        if given is not None:
-            if request_id_of(given) != given:
-                raise invalid("request_id", "must be 1 to 128 letters, digits, dots, colons, dashes or underscores")
-            self.request_id = given
+        """Takes the request's id from its body, where the client has put one there. Raises TandemError
+        `invalid_request`."""
+        self.request_id = named_in_body(given, self.request_id)
 
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of the request that have no effect: the answer's headers tell the client, the log says it once."""

@@ -18,7 +18,7 @@ import pytest
 from tandem.common.errors import TandemError
 from tandem.router.asks import constraint_check, constraints
 from tandem.router.asks.constraint_check import Answer, ConstraintCheck, Question
-from tandem.router.batch.internal import batch_caller
+from tandem.router.batch.exchange import batch_caller
 from tandem.router.tenants.caller import ANYBODY, Caller
 from tests.router.conftest import until
 from tests.router.tool_models import bare_router, write_tool_model

@@ -15,7 +15,6 @@ import pytest
 
 from tandem.router.app import Router
 from tandem.router.batch.lane import BatchLane
-from tandem.router.http.app import ROUTES
 from tandem.router.tenants.caller import ANYBODY, Caller
 from tests.router.conftest import House
 from tests.router.fake_worker import FakeWorker
@@ -96,8 +95,7 @@ async def desk(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             **settings: Any,
         ) -> Desk:
             router = await house.router(*workers, **settings)
-            handlers = {path: by_method["POST"] for path, by_method in ROUTES.items() if "POST" in by_method}
-            lane = BatchLane(tmp_path / "storage", router.service, handlers, caller_of=caller_of, room=room)
+            lane = BatchLane(tmp_path / "storage", router.service, caller_of=caller_of, room=room)
             router.service.batches = lane
             lane.start()
             stack.push_async_callback(lane.stop)

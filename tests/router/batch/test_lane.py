@@ -13,10 +13,10 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from tandem.common.fairness import LAST_BAND
 from tandem.proto import worker_pb2
 from tandem.router.batch import lane as lane_module
 from tandem.router.batch import lines, store
-from tandem.router.batch.internal import PRIORITY
 from tandem.router.batch.lines import read_lines
 from tandem.router.batch.order import BLOCK_TOKENS
 from tandem.router.tenants.caller import ANYBODY, Caller
@@ -148,7 +148,7 @@ async def test_lines_run_in_the_lowest_band_for_their_tenant(desk: OpenDesk, hou
     worker = await house.decode()
     office = await desk(worker)
     await office.ended(await office.create([completion("a", priority=-5)]))
-    assert [(submit.priority, submit.tenant) for submit in worker.submits] == [(PRIORITY, "default")]
+    assert [(submit.priority, submit.tenant) for submit in worker.submits] == [(LAST_BAND, "default")]
 
 
 async def test_each_prefix_is_computed_once_before_those_that_share_it(desk: OpenDesk, house: House) -> None:

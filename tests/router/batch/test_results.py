@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tandem.router.batch import lines
-from tandem.router.batch.lines import Line, Results, answered_line, read_lines, request_body, unanswered_line
+from tandem.router.batch.lines import Line, Results, answered_line, read_lines, request_json, unanswered_line
 from tandem.router.batch.records import BatchError, Counts
 
 URL = "/v1/completions"
@@ -34,7 +34,7 @@ def test_lines_are_found_by_place(tmp_path: Path) -> None:
         found, errors = read_lines(file, URL, 10_000)
         assert errors == []
         assert [line.custom_id for line in found] == ["a", "b", "c"]
-        assert [request_body(file, line)["prompt"] for line in found] == ["x", "äöü", "x"]
+        assert [json.loads(request_json(file, line))["prompt"] for line in found] == ["x", "äöü", "x"]
 
 
 def test_files_from_windows_are_taken(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_files_from_windows_are_taken(tmp_path: Path) -> None:
     with path.open("rb") as file:
         found, errors = read_lines(file, URL, 10_000)
         assert errors == []
-        assert [request_body(file, line)["prompt"] for line in found] == ["x", "x"]
+        assert [json.loads(request_json(file, line))["prompt"] for line in found] == ["x", "x"]
 
 
 def test_depth_is_counted_where_there_is_some() -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from tandem.router.calls import generate
 from tandem.router.calls.generate import Call
-from tandem.router.http import answers as http_answers
 from tandem.router.text.tokenizer import ModelText
 from tests.router.conftest import House, events, until
 from tests.router.fake_worker import Script
@@ -153,7 +152,7 @@ async def test_client_that_goes_away_before_a_whole_answer_cancels_too(house: Ho
 
 async def test_a_client_that_reads_nothing_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays connected and holds neither a place nor memory."""
-    monkeypatch.setattr(http_answers, "STALLED_S", 0.3)
+    monkeypatch.setattr(generate, "STALLED_S", 0.3)
     monkeypatch.setattr(generate, "MAX_BUFFERED_BYTES", 1 << 19)
     router = await house.router(await house.decode(max_model_len=1024, script=Script(delay_s=0.001)))
     client = await house.client(router)

@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from tandem.proto import inference_pb2 as pb
+from tandem.router.calls import generate
 from tandem.router.grpc_api import generate as grpc_generate
 from tandem.router.grpc_api.explain import account_message
 from tandem.router.web import body_memory
@@ -309,7 +310,7 @@ async def test_cancelling_frees_the_worker(
 async def test_a_reader_that_stops_is_cut_off_and_others_go_on(
     doors: BothDoors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_generate, "STALLED_S", 0.5)
+    monkeypatch.setattr(generate, "STALLED_S", 0.5)
     doors.worker.script = Script(per_output=5, delay_s=0.005)
     options = [("grpc.http2.lookahead_bytes", 1 << 16), ("grpc.http2.bdp_probe", 0)]
     async with grpc.aio.insecure_channel(doors.grpc_target, options=options) as channel:

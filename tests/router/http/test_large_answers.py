@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.router.http import large_answers
+from tandem.router.answers import large_answers
 from tandem.router.web import body_memory, large_json
 from tandem.router.web import exchange as http_exchange
 from tandem.router.web.exchange import _in_pieces
@@ -89,7 +89,7 @@ async def test_what_is_written_in_a_thread_is_what_would_be_written_at_once(
         threads.append(threading.current_thread().name)
         return write(content)
 
-    monkeypatch.setattr("tandem.router.http.answers.encoded_parts", noting)
+    monkeypatch.setattr("tandem.router.endpoints.plan.encoded_parts", noting)
     monkeypatch.setattr(large_answers, "MAX_INLINE_ENTRIES", 10)
     monkeypatch.setattr(http_exchange, "PIECE_BYTES", 100)
     monkeypatch.setattr(large_json, "ENTRIES_AT_ONCE", 2)

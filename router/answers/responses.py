@@ -8,24 +8,28 @@ from typing import Any
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.router.answers.logprobs import chat_entries
 from tandem.router.calls.choice import Choice, Delta
-from tandem.router.calls.generate import Usage
-from tandem.router.http.logprobs import chat_entries
-from tandem.router.requests.chat import ChatPlan
-from tandem.router.service import Service
+from tandem.router.calls.generate import Call, Usage
+from tandem.router.requests.chat import AskedChat
+from tandem.router.text.served_model import ServedModel
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text
 
 
 class ResponseShapes:
     """A message and function calls, in the order in which they were written."""
 
-    def __init__(self, request_id: str, service: Service, plan: ChatPlan, given: dict[str, Any]) -> None:
+    named_events = True
+
+    def __init__(
+        self, model: ServedModel, asked: AskedChat, given: dict[str, Any], request_id: str, call: Call
+    ) -> None:
         """`given`: fields of the request that the answer repeats."""
         self._id = request_id
-        self._plan = plan
-        self._parser = plan.parser()
-        self._model_text = service.model.text
-        self._top: int | None = plan.spec.sequence.sampling.logprobs
+        self._tools = asked.tools
+        self._parser = asked.parser()
+        self._model_text = model.text
+        self._top: int | None = asked.spec.sequence.sampling.logprobs
         self._items: list[dict[str, Any]] = []
         self._open = False
         """The last item is still growing."""
@@ -40,13 +44,13 @@ class ResponseShapes:
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "model": service.model.name,
+            "model": model.name,
             "output": [],
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": plan.spec.sequence.sampling.temperature,
-            "top_p": plan.spec.sequence.sampling.top_p,
+            "temperature": asked.spec.sequence.sampling.temperature,
+            "top_p": asked.spec.sequence.sampling.top_p,
             "truncation": "disabled",
             "usage": None,
             **given,
@@ -96,8 +100,8 @@ class ResponseShapes:
                 self._emit("response.output_text.delta", delta=text, logprobs=logprobs, **self._part_place())
             case CallStart(_, name):
                 self._close()
-                assert self._plan.tools is not None
-                call_id = self._plan.tools.format.new_id()
+                assert self._tools is not None
+                call_id = self._tools.format.new_id()
                 self._begin({"type": "function_call", "call_id": call_id, "name": name, "arguments": ""}, "fc")
             case CallArguments(_, text):
                 self._items[-1]["arguments"] += text

@@ -1,46 +1,25 @@
-"""POST /v1/completions"""
+"""What /v1/completions answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tandem.proto.worker_pb2 import TokenLogprobs
+from tandem.router.answers.logprobs import completion_logprobs, prompt_logprobs
+from tandem.router.answers.shapes import CompletionsShapes, usage_object
 from tandem.router.calls.choice import Choice, Delta
 from tandem.router.calls.generate import Call, Usage
-from tandem.router.http.answers import answer
-from tandem.router.http.logprobs import completion_logprobs, prompt_logprobs
-from tandem.router.http.shapes import Shapes, usage_object
 from tandem.router.requests.bodies import CompletionBody
-from tandem.router.requests.completion import plan_completion
-from tandem.router.service import Service
 from tandem.router.text.choice_text import joined, prompt_piece, shifted
-from tandem.router.text.served_model import Prompt
-from tandem.router.web.exchange import Exchange
+from tandem.router.text.served_model import Prompt, ServedModel
 from tandem.router.web.large_json import encoded_ids
-from tandem.router.web.request_fields import BodyReader
-
-_READER = BodyReader(CompletionBody)
 
 
-async def completions(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_READER)
-    exchange.name(body.request_id)
-    choices = await plan_completion(body, service, exchange.caller)
-    async with service.call(
-        exchange.request_id,
-        choices,
-        arrived=exchange.arrived,
-        traceparent=exchange.traceparent,
-        streaming=bool(body.stream),
-    ) as call:
-        await answer(exchange, call, CompletionShapes(exchange.request_id, service, body, call))
-
-
-class CompletionShapes(Shapes):
+class CompletionShapes(CompletionsShapes):
     """Events and answers of one completions request."""
 
-    def __init__(self, request_id: str, service: Service, body: CompletionBody, call: Call) -> None:
-        super().__init__(f"cmpl-{request_id}", "text_completion", service, body, call)
+    def __init__(self, model: ServedModel, body: CompletionBody, request_id: str, call: Call) -> None:
+        super().__init__(f"cmpl-{request_id}", "text_completion", model, body, call)
         self._top = body.logprobs
         self._echo = bool(body.echo)
         self._token_ids = bool(body.return_token_ids)

@@ -1,31 +1,24 @@
-"""POST /v1/responses and /v1/responses/input_tokens: OpenAI's newer API over the same chat, without state."""
+"""Body of /v1/responses and /v1/responses/input_tokens, and the chat that it stands for, without state."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tandem.router.asks.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.asks.tool_choice import FunctionSpec, NamedFunction, NamedTool, Tool
 from tandem.router.fields.sampling import DrawingFields, invalid, shown
 from tandem.router.fields.strict import Fields
-from tandem.router.http.answers import answer
-from tandem.router.http.response_shapes import ResponseShapes
 from tandem.router.requests.bodies import ChatBody
-from tandem.router.requests.chat import chat_prompt, plan_chat
-from tandem.router.service import Service
 from tandem.router.text.messages import CalledFunction, ContentPart, Message, ToolCall
-from tandem.router.web.errors import renaming
-from tandem.router.web.exchange import Exchange
-from tandem.router.web.request_fields import BodyReader
 
-_NAMES = [
+CHAT_NAMES = [
     ("messages", "input"),
     ("max_completion_tokens", "max_output_tokens"),
     (r"response_format\.json_schema\.schema", "text.format.schema"),
     ("response_format", "text.format"),
     (r"(tools\[\d+\])\.function", r"\1"),
 ]
-"""Fields of a chat request, and what they are called here."""
+"""Fields of a chat request, as patterns, and what they are called here."""
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -57,6 +50,7 @@ class TextConfig(Fields):
 
 
 class ResponsesBody(DrawingFields, kw_only=True):
+    chat_names: ClassVar[list[tuple[str, str]]] = CHAT_NAMES
     input: str | list[InputItem]
     instructions: str | None = None
     model: str | None = None
@@ -117,35 +111,6 @@ class ResponsesBody(DrawingFields, kw_only=True):
             "top_logprobs": self.top_logprobs or 0,
             "user": self.user,
         }
-
-
-_READER = BodyReader(ResponsesBody)
-
-
-async def input_tokens(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_READER)
-    exchange.caller.check_model(service.model.name)
-    with renaming(_NAMES):
-        chat = await exchange.off_loop(body.chat)
-        prompt, _, _ = await chat_prompt(chat, service, exchange.caller, any_length=True)
-    await exchange.reply_json({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)})
-
-
-async def responses(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_READER)
-    exchange.name(body.request_id)
-    exchange.ignore(body.ignored())
-    with renaming(_NAMES):
-        chat = await exchange.off_loop(body.chat)
-        plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)
-    async with service.call(
-        exchange.request_id,
-        [plan.spec],
-        arrived=exchange.arrived,
-        traceparent=exchange.traceparent,
-        streaming=bool(body.stream),
-    ) as call:
-        await answer(exchange, call, ResponseShapes(exchange.request_id, service, plan, body.repeated()))
 
 
 def _messages(body: ResponsesBody) -> list[Message]:

@@ -10,8 +10,8 @@ from tandem.common.errors import TandemError
 from tandem.router.calls.choice import Choice, Delta
 from tandem.router.calls.generate import Call, Usage
 from tandem.router.fields.json_depth import too_deep
-from tandem.router.requests.chat import ChatPlan
-from tandem.router.service import Service
+from tandem.router.requests.chat import AskedChat
+from tandem.router.text.served_model import ServedModel
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text, collect
 from tandem.router.web.errors import anthropic_error
 
@@ -21,10 +21,12 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 class MessageShapes:
     """Text, and uses of tools, in the order in which they were written."""
 
-    def __init__(self, request_id: str, service: Service, plan: ChatPlan, call: Call) -> None:
+    named_events = True
+
+    def __init__(self, model: ServedModel, asked: AskedChat, request_id: str, call: Call) -> None:
         self._request_id = request_id
-        self._plan = plan
-        self._parser = plan.parser()
+        self._tools = asked.tools
+        self._parser = asked.parser()
         self._call = call
         self._index = -1
         self._kind = ""
@@ -35,7 +37,7 @@ class MessageShapes:
             "id": f"msg_{request_id}",
             "type": "message",
             "role": "assistant",
-            "model": service.model.name,
+            "model": model.name,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
@@ -84,8 +86,8 @@ class MessageShapes:
                 return self._delta({"type": "input_json_delta", "partial_json": text})
 
     def _tool_use(self, name: str) -> dict[str, Any]:
-        assert self._plan.tools is not None
-        return {"type": "tool_use", "id": self._plan.tools.format.new_id(), "name": name, "input": {}}
+        assert self._tools is not None
+        return {"type": "tool_use", "id": self._tools.format.new_id(), "name": name, "input": {}}
 
     def _start_block(self, block: dict[str, Any]) -> bytes:
         end = self._stop_block()

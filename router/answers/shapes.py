@@ -1,16 +1,17 @@
-"""What the answers of completions and chat have in common, and the quick way to write an event with text."""
+"""What writes an answer as JSON; what those of completions and chat share, with the quick way to write an event."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from tandem.common.errors import TandemError
+from tandem.router.calls.choice import Choice, Delta
 from tandem.router.calls.generate import Call, Usage
 from tandem.router.requests.bodies import GenerationBody
-from tandem.router.service import Service
+from tandem.router.text.served_model import ServedModel
 from tandem.router.web.errors import error_body
 
 DONE = b"data: [DONE]\n\n"
@@ -19,16 +20,42 @@ _CHOICE_END = b',"logprobs":null,"finish_reason":null}]'
 _encode = msgspec.json.encode
 
 
-class Shapes:
-    def __init__(self, answer_id: str, kind: str, service: Service, body: GenerationBody, call: Call) -> None:
+class Shapes(Protocol):
+    """Shapes of the answer to one request, in the API that it came by."""
+
+    named_events: bool
+    """Clients look at the names of events; else they expect `choices` in each."""
+
+    def opening(self) -> bytes:
+        """Events before any token."""
+
+    def chunks(self, delta: Delta) -> bytes:
+        """Events for what is new of one choice."""
+
+    def ending(self, usage: Usage) -> bytes:
+        """Events after the last choice has ended."""
+
+    def failure(self, error: TandemError) -> bytes:
+        """The event that ends a stream which has begun."""
+
+    def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
+        """The whole answer of a request that does not stream."""
+
+
+class CompletionsShapes:
+    """Events of /v1/completions and /v1/chat/completions."""
+
+    named_events = False
+
+    def __init__(self, answer_id: str, kind: str, model: ServedModel, body: GenerationBody, call: Call) -> None:
         """`kind`: the `object` of a whole answer; chat events have `.chunk` added, as OpenAI writes it."""
         include_usage = body.include_usage
-        self.text = service.model.text
+        self.text = model.text
         self.head: dict[str, Any] = {
             "id": answer_id,
             "object": kind,
             "created": int(time.time()),
-            "model": service.model.name,
+            "model": model.name,
             "system_fingerprint": None,
         }
         event_head = {**self.head, "object": f"{kind}.chunk" if kind == "chat.completion" else kind}

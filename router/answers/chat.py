@@ -1,51 +1,34 @@
-"""POST /v1/chat/completions"""
+"""What /v1/chat/completions answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tandem.router.calls.choice import Choice, Delta, with_seeds
+from tandem.router.answers.logprobs import chat_logprobs, prompt_logprobs
+from tandem.router.answers.shapes import CompletionsShapes, usage_object
+from tandem.router.calls.choice import Choice, Delta
 from tandem.router.calls.generate import Call, Usage
-from tandem.router.http.answers import answer
-from tandem.router.http.logprobs import chat_logprobs, prompt_logprobs
-from tandem.router.http.shapes import Shapes, usage_object
 from tandem.router.requests.bodies import ChatBody
-from tandem.router.requests.chat import ChatPlan, plan_chat
-from tandem.router.service import Service
+from tandem.router.requests.chat import AskedChat
+from tandem.router.text.served_model import ServedModel
 from tandem.router.tools.events import CallArguments, CallStart, Event, Text, collect
-from tandem.router.web.exchange import Exchange
 from tandem.router.web.large_json import encoded_ids
-from tandem.router.web.request_fields import BodyReader
-
-_READER = BodyReader(ChatBody)
 
 
-async def chat_completions(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_READER)
-    exchange.name(body.request_id)
-    plan = await plan_chat(body, service, exchange.caller)
-    prompt_text = None
-    if body.return_prompt_text:
-        ids = plan.spec.sequence.prompt.token_ids
-        prompt_text = await service.model.text.decode_long(ids, skip_special_tokens=False, caller=exchange.caller)
-    async with service.call(
-        exchange.request_id,
-        with_seeds(plan.spec, body.n or 1),
-        arrived=exchange.arrived,
-        traceparent=exchange.traceparent,
-        streaming=bool(body.stream),
-    ) as call:
-        await answer(exchange, call, ChatShapes(exchange.request_id, service, body, plan, call, prompt_text))
-
-
-class ChatShapes(Shapes):
+class ChatShapes(CompletionsShapes):
     """Events and answers of one chat request."""
 
     def __init__(
-        self, request_id: str, service: Service, body: ChatBody, plan: ChatPlan, call: Call, prompt_text: str | None
+        self,
+        model: ServedModel,
+        body: ChatBody,
+        asked: AskedChat,
+        prompt_text: str | None,
+        request_id: str,
+        call: Call,
     ) -> None:
         """`prompt_text`: to be told of in the answer."""
-        super().__init__(f"chatcmpl-{request_id}", "chat.completion", service, body, call)
+        super().__init__(f"chatcmpl-{request_id}", "chat.completion", model, body, call)
         self._num_choices = body.n or 1
         self._role = body.answer_role
         self._echoed = body.echoed
@@ -54,12 +37,12 @@ class ChatShapes(Shapes):
         self._prompt_top = body.prompt_logprobs
         self._logprobs = bool(body.logprobs)
         self._token_ids = bool(body.return_token_ids)
-        prompt = plan.spec.sequence.prompt
+        prompt = asked.spec.sequence.prompt
         self._of_prompt: dict[str, Any] = {"prompt_token_ids": encoded_ids(prompt.token_ids)} if self._token_ids else {}
         if prompt_text is not None:
             self._of_prompt["prompt_text"] = prompt_text
-        self._tools = plan.tools
-        self._parsers = [plan.tools.parser() for _ in range(self._num_choices)] if plan.tools else []
+        self._tools = asked.tools
+        self._parsers = [asked.tools.parser() for _ in range(self._num_choices)] if asked.tools else []
         self._called: set[int] = set()
         """Choices that have called a function."""
 

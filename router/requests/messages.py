@@ -1,8 +1,8 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API over the same chat: text and tools."""
+"""Bodies of /v1/messages and /v1/messages/count_tokens, and the chat that they stand for: text and tools."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -10,24 +10,17 @@ from tandem.router.asks.constraints import JsonSchemaFormat, ResponseFormat
 from tandem.router.asks.tool_choice import FunctionSpec, NamedFunction, NamedTool, Tool, ToolChoice
 from tandem.router.fields.sampling import in_range, invalid, shown
 from tandem.router.fields.strict import Fields
-from tandem.router.http.answers import answer
-from tandem.router.http.message_shapes import MessageShapes
 from tandem.router.requests.bodies import ChatBody
-from tandem.router.requests.chat import chat_prompt, plan_chat
-from tandem.router.service import Service
 from tandem.router.text.messages import CalledFunction, Message, ToolCall
-from tandem.router.web.errors import renaming
-from tandem.router.web.exchange import Exchange
-from tandem.router.web.request_fields import BodyReader
 
-_NAMES = [
+CHAT_NAMES = [
     ("stop", "stop_sequences"),
     (r"response_format\.json_schema\.schema", "output_config.format.schema"),
     ("response_format", "output_config.format"),
     (r"(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),
     (r"(tools\[\d+\])\.function", r"\1"),
 ]
-"""Fields of a chat request, and what they are called here."""
+"""Fields of a chat request, as patterns, and what they are called here."""
 
 
 class Block(Fields):
@@ -74,6 +67,7 @@ class OutputConfig(Fields):
 class CountBody(Fields, kw_only=True):
     """What the model reads."""
 
+    chat_names: ClassVar[list[tuple[str, str]]] = CHAT_NAMES
     messages: list[Turn]
     model: str | None = None
     system: str | list[Block] | None = None
@@ -114,6 +108,10 @@ class MessagesBody(CountBody, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
 
+    @property
+    def request_id(self) -> None:
+        """Anthropic's API has none in its body."""
+
     def chat(self) -> ChatBody:
         in_range("temperature", self.temperature, 0, 1)
         body = CountBody.chat(self)
@@ -122,35 +120,6 @@ class MessagesBody(CountBody, kw_only=True):
         body.max_tokens, body.stop, body.stream = self.max_tokens, self.stop_sequences, self.stream
         body.temperature, body.top_p, body.top_k = self.temperature, self.top_p, self.top_k
         return body
-
-
-_READER = BodyReader(MessagesBody)
-_COUNT_READER = BodyReader(CountBody)
-
-
-async def count_tokens(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_COUNT_READER)
-    exchange.caller.check_model(service.model.name)
-    with renaming(_NAMES):
-        chat = await exchange.off_loop(body.chat)
-        prompt, _, _ = await chat_prompt(chat, service, exchange.caller, any_length=True)
-    await exchange.reply_json({"input_tokens": len(prompt.token_ids)})
-
-
-async def messages(exchange: Exchange, service: Service) -> None:
-    body = await exchange.decode(_READER)
-    exchange.ignore(body.ignored())
-    with renaming(_NAMES):
-        chat = await exchange.off_loop(body.chat)
-        plan = (await plan_chat(chat, service, exchange.caller)).named(_NAMES)
-    async with service.call(
-        exchange.request_id,
-        [plan.spec],
-        arrived=exchange.arrived,
-        traceparent=exchange.traceparent,
-        streaming=bool(body.stream),
-    ) as call:
-        await answer(exchange, call, MessageShapes(exchange.request_id, service, plan, call))
 
 
 def _choice(given: AnthropicChoice | None) -> ToolChoice | None:
