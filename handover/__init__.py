@@ -37,12 +37,15 @@ A Reason has `code`, `message` and `retriable`; `str(reason)` is "code: message"
 """
 
 from tandem.handover.client import KvClientPool, KvStream
-from tandem.handover.interfaces import Fill, KvSink, Reason, StreamListener, TransportSettings
+from tandem.handover.frames import HAND_OVER
+from tandem.handover.interfaces import Fill, KvSink, StreamListener, TransportSettings
 from tandem.handover.server import Incoming, KvServer
 from tandem.handover.stats import TransportStats
-from tandem.wire.peers import Endpoint, PeerIdentity, hand_over_key, local_host_id
+from tandem.wire.peers import Endpoint, PeerIdentity, local_host_id
+from tandem.wire.protocol import Reason
 
 __all__ = [
+    "HAND_OVER",
     "Endpoint",
     "Fill",
     "Incoming",
@@ -55,6 +58,5 @@ __all__ = [
     "StreamListener",
     "TransportSettings",
     "TransportStats",
-    "hand_over_key",
     "local_host_id",
 ]

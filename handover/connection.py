@@ -13,22 +13,15 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from tandem.handover.frames import (
-    Frame,
-    FrameError,
-    Kind,
-    Open,
-    checksum,
-    decode_reason,
-    encode,
-    encode_reason,
-)
-from tandem.handover.handshake import HandshakeRefused, SendChannel, connect
-from tandem.handover.interfaces import Reason, StreamListener, TransportSettings
-from tandem.handover.link import reason_of
+from tandem.handover.frames import Accept, Ack, Finish, Kind, Open, Rows, checksum
+from tandem.handover.handshake import SendChannel, connect
+from tandem.handover.interfaces import StreamListener, TransportSettings, reason_of
 from tandem.handover.stats import Counters
 from tandem.handover.stream import Ending, KvStream, PendingRows
+from tandem.wire.handshake import HandshakeRefused
+from tandem.wire.header import Header, ProtocolError
 from tandem.wire.peers import Endpoint, PeerIdentity
+from tandem.wire.protocol import Body, Reason, expect
 
 logger = logging.getLogger(__name__)
 
@@ -270,19 +263,19 @@ class ClientConnection:
 
     def _renew(self, channel: SendChannel, numbers: list[int]) -> None:
         for number in numbers:
-            channel.link.send(Frame(Kind.RENEW, number))
+            channel.link.send(Kind.RENEW, number)
 
     def _announce(self, channel: SendChannel, stream: KvStream) -> None:
         try:
             body = Open(stream.request_id, stream.epoch, stream.num_tokens, stream.row_bytes, stream.num_layers)
-            channel.link.send_body(Kind.OPEN, encode(body), stream=stream.number)
+            channel.link.send(Kind.OPEN, stream.number, body)
         finally:
             self._leave(stream)
 
     def _say_aborted(self, channel: SendChannel, stream: KvStream, reason: Reason | None) -> None:
         try:
             if reason is not None:
-                channel.link.send_body(Kind.ABORT, encode_reason(reason), stream=stream.number)
+                channel.link.send(Kind.ABORT, stream.number, reason)
         finally:
             self._leave(stream)
 
@@ -298,23 +291,15 @@ class ClientConnection:
                     channel.payload.cancel()
                 self.abort(stream, Reason("source", repr(error)))
                 return
-            frame = Frame(
-                Kind.ROWS,
-                stream.number,
-                piece.layer,
-                piece.start,
-                piece.stop,
-                len(region),
-                checksum=checksum(region),
-            )
-            channel.payload.send(channel.link, frame, region)
+            rows = Rows(piece.layer, piece.start, piece.stop, len(region), checksum(region), channel.payload.offset)
+            channel.payload.send(channel.link, stream.number, rows, region)
         finally:
             self._leave(stream)
         self._counters.moved(len(region), piece.stop - piece.start, time.perf_counter() - started)
 
     def _send_finish(self, channel: SendChannel, stream: KvStream, payload: bytes) -> None:
         try:
-            channel.link.send_body(Kind.FINISH, payload, stream=stream.number)
+            channel.link.send(Kind.FINISH, stream.number, Finish(payload))
         finally:
             self._leave(stream)
 
@@ -324,8 +309,9 @@ class ClientConnection:
         tick_s = min(_LISTEN_TICK_S, self._settings.stall_timeout_s / 4)
         heard = time.monotonic()
         try:
+            channel.link.look_every(tick_s)
             while True:
-                if channel.link.wait_readable(tick_s):
+                if channel.link.wait_for_frame(tick_s):
                     self._receive(channel)
                     heard = time.monotonic()
                 elif not self.num_streams:
@@ -336,41 +322,40 @@ class ClientConnection:
             self._fail(Ending(reason_of(error)))
 
     def _receive(self, channel: SendChannel) -> None:
-        frame = channel.link.receive()
-        body = channel.link.read_body(frame)
-        if frame.kind is Kind.ACK:
+        header, body = channel.link.receive()
+        if isinstance(body, Ack):
             with self._wake:
-                channel.payload.credit(frame.offset)
+                channel.payload.credit(body.consumed)
                 self._wake.notify()
             return
-        if frame.kind is Kind.REFUSE and frame.stream == 0:
-            self._fail(Ending(decode_reason(body), refused=True))
+        if header.kind is Kind.REFUSE and header.id == 0:
+            self._fail(Ending(expect(body, Reason), refused=True))
             return
         with self._wake:
-            if not 0 < frame.stream <= self._last_number:
-                raise FrameError(f"{frame.kind.name} for stream {frame.stream}, which was never opened")
-            stream = self._streams.get(frame.stream)
+            if not 0 < header.id <= self._last_number:
+                raise ProtocolError(f"{header.kind.name} for stream {header.id}, which was never opened")
+            stream = self._streams.get(header.id)
         if stream is not None:
-            self._receive_for(stream, frame, body)
+            self._receive_for(stream, header, body)
 
-    def _receive_for(self, stream: KvStream, frame: Frame, body: bytearray) -> None:
-        if frame.kind is Kind.ACCEPT:
-            self._accepted(stream, frame.start)
-        elif frame.kind is Kind.REFUSE:
-            self._end(stream, Ending(decode_reason(body), refused=True))
-        elif frame.kind is Kind.ABORT:
-            self._end(stream, Ending(decode_reason(body)))
-        elif frame.kind is Kind.FINISH_ACK:
+    def _receive_for(self, stream: KvStream, header: Header, body: Body) -> None:
+        if isinstance(body, Accept):
+            self._accepted(stream, body.skip_tokens)
+        elif isinstance(body, Reason):
+            self._end(stream, Ending(body, refused=header.kind is Kind.REFUSE))
+        elif header.kind is Kind.FINISH_ACK:
             if not stream.finishing or stream.items:
-                raise FrameError("a FinishAck before the Finish")
+                raise ProtocolError("a FinishAck before the Finish")
             self._end(stream, Ending(None))
-        elif frame.kind is not Kind.RENEW:
-            raise FrameError(f"{frame.kind.name} from a receiver")
+        elif header.kind is not Kind.RENEW:
+            raise ProtocolError(f"{header.kind.name} from a receiver")
 
     def _accepted(self, stream: KvStream, skip_tokens: int) -> None:
         with self._wake:
             if stream.accepted or skip_tokens > stream.num_tokens:
-                raise FrameError(f"an Accept that skips {skip_tokens} of {stream.num_tokens} tokens, or a second one")
+                raise ProtocolError(
+                    f"an Accept that skips {skip_tokens} of {stream.num_tokens} tokens, or a second one"
+                )
             if stream.ending:
                 return
             stream.accepted = True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from tandem.handover.frames import Frame, Kind, Open, encode_reason
-from tandem.handover.interfaces import Reason
+from tandem.handover.frames import Accept, Kind, Open, Rows
+from tandem.wire.protocol import Reason
 
 if TYPE_CHECKING:
     from tandem.handover.receiver import Receiver
@@ -56,7 +56,7 @@ class Incoming:
             raise ValueError(f"cannot skip {skip_tokens} of {self.num_tokens} tokens")
         if not self._registry.accept(self, skip_tokens):
             return False
-        self.receiver.post(Kind.ACCEPT, stream=self.number, start=skip_tokens)
+        self.receiver.post(Kind.ACCEPT, self.number, Accept(skip_tokens))
         return True
 
     def refuse(self, reason: Reason) -> bool:
@@ -64,17 +64,17 @@ class Incoming:
         meanwhile or was answered already."""
         if not self._registry.end(self, reason.code, only_unanswered=True):
             return False
-        self.receiver.post(Kind.REFUSE, encode_reason(reason), stream=self.number)
+        self.receiver.post(Kind.REFUSE, self.number, reason)
         return True
 
-    def misfit(self, frame: Frame) -> str | None:
+    def misfit(self, rows: Rows) -> str | None:
         """What is wrong with a Rows frame, if anything; the payload apart."""
         if self.state is not State.ACCEPTED:
             return "rows before the stream was accepted"
-        if frame.layer >= self.num_layers:
-            return f"layer {frame.layer} of {self.num_layers}"
-        if not self.skip_tokens <= frame.start < frame.stop <= self.num_tokens:
-            return f"rows {frame.start}..{frame.stop}, wanted are {self.skip_tokens}..{self.num_tokens}"
-        if frame.length != (frame.stop - frame.start) * self.row_bytes:
-            return f"{frame.length} bytes for {frame.stop - frame.start} rows of {self.row_bytes}"
+        if rows.layer >= self.num_layers:
+            return f"layer {rows.layer} of {self.num_layers}"
+        if not self.skip_tokens <= rows.start < rows.stop <= self.num_tokens:
+            return f"rows {rows.start}..{rows.stop}, wanted are {self.skip_tokens}..{self.num_tokens}"
+        if rows.length != (rows.stop - rows.start) * self.row_bytes:
+            return f"{rows.length} bytes for {rows.stop - rows.start} rows of {self.row_bytes}"
         return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from tandem.handover.frames import Frame
-from tandem.handover.link import Link
+from tandem.handover.frames import Kind, Rows
+from tandem.wire.header import Header, ProtocolError
+from tandem.wire.link import Link
 
 
 class InlineSender:
     """Fills one buffer and sends it; the kernel's socket buffer is the window."""
 
     name = "inline"
+    offset = 0
 
     def __init__(self, frame_bytes: int) -> None:
         self._buffer = memoryview(bytearray(frame_bytes))
@@ -22,8 +24,8 @@ class InlineSender:
     def cancel(self) -> None:
         pass
 
-    def send(self, link: Link, frame: Frame, payload: memoryview) -> None:
-        link.send(frame, payload)
+    def send(self, link: Link, stream: int, rows: Rows, payload: memoryview) -> None:
+        link.send(Kind.ROWS, stream, rows, payload)
 
     def credit(self, consumed: int) -> None:
         pass
@@ -41,10 +43,12 @@ class InlineReceiver:
     def __init__(self) -> None:
         self._buffer = memoryview(b"")
 
-    def receive(self, link: Link, frame: Frame) -> memoryview:
-        if frame.length > len(self._buffer):
-            self._buffer = memoryview(bytearray(frame.length))
-        payload = self._buffer[: frame.length]
+    def receive(self, link: Link, header: Header, rows: Rows) -> memoryview:
+        if header.payload_length != rows.length:
+            raise ProtocolError(f"Rows of {rows.length} bytes with a payload of {header.payload_length}")
+        if rows.length > len(self._buffer):
+            self._buffer = memoryview(bytearray(rows.length))
+        payload = self._buffer[: rows.length]
         link.read_into(payload)
         return payload
 

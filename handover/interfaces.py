@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from tandem.wire.header import ProtocolError
+from tandem.wire.link import Patience
+from tandem.wire.protocol import Reason
+
 if TYPE_CHECKING:
     from tandem.handover.server import Incoming
+
+logger = logging.getLogger(__name__)
 
 Fill = Callable[[int, int, memoryview], None]
 """fill(start, stop, out) writes rows [start, stop) to `out`, (stop - start) * row_bytes bytes. Runs on a sender
 thread, between `send_layer` and the stream's last callback."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a stream ended without success.
+def reason_of(error: Exception) -> Reason:
+    """What the streams of a connection that broke with `error` are told.
 
-    Codes made here: checksum, duplicate, gone, incompatible, internal, lease, overloaded, peer_closed, protocol, range,
-    shutdown, sink, source, stalled, superseded, unreachable. Workers add their own with `abort`, `refuse` and
-    `close_stream`.
+    Codes made in this package: checksum, duplicate, gone, incompatible, internal, lease, overloaded, peer_closed,
+    protocol, range, shutdown, sink, source, stalled, superseded, unproven, unreachable. Workers add their own with
+    `abort`, `refuse` and `close_stream`.
     """
-
-    code: str
-    message: str
-    retriable: bool = True
-    """False: the same two workers will fail again."""
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
+    if isinstance(error, ProtocolError):
+        return Reason("protocol", str(error))
+    if isinstance(error, TimeoutError):
+        return Reason("stalled", str(error))
+    if isinstance(error, OSError):
+        return Reason("peer_closed", str(error))
+    logger.error("a connection failed", exc_info=error)
+    return Reason("internal", repr(error))
 
 
 class StreamListener(Protocol):
@@ -94,3 +100,8 @@ class TransportSettings:
             raise ValueError("lease_s, stall_timeout_s and connect_timeout_s must be positive")
         if not 0 < self.frame_bytes <= self.arena_bytes // 2:
             raise ValueError("frame_bytes must be positive and at most half of arena_bytes")
+
+    @property
+    def patience(self) -> Patience:
+        """Of the sockets."""
+        return Patience(self.connect_timeout_s, self.stall_timeout_s)

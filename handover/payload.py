@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tandem.handover.frames import Frame
-from tandem.handover.link import Link
+from tandem.handover.frames import Rows
+from tandem.wire.header import Header
+from tandem.wire.link import Link
 
 
 class PayloadSender(Protocol):
     """Owned by the sender of one connection. Calls are serialised by the connection's lock, except `send`."""
 
     name: str
+    offset: int
+    """Of what the last `reserve` returned, for the Rows frame."""
 
     def reserve(self, length: int) -> memoryview | None:
         """Writable memory of `length` bytes for the next frame; None: ask again after an Ack. Raises ValueError when
@@ -24,11 +27,11 @@ class PayloadSender(Protocol):
     def cancel(self) -> None:
         """Gives back what the last `reserve` returned; nothing was sent."""
 
-    def send(self, link: Link, frame: Frame, payload: memoryview) -> None:
-        """Sends `frame` and the payload that was written to the reserved memory. Writing thread only."""
+    def send(self, link: Link, stream: int, rows: Rows, payload: memoryview) -> None:
+        """Sends `rows` and the payload that was written to the reserved memory. Writing thread only."""
 
     def credit(self, consumed: int) -> None:
-        """The receiver has consumed so many Rows frames in all. Raises FrameError when fewer were sent."""
+        """The receiver has consumed so many Rows frames in all. Raises ProtocolError when fewer were sent."""
 
     def close(self) -> None: ...
 
@@ -40,7 +43,7 @@ class PayloadReceiver(Protocol):
     acknowledges: bool
     """Whether the sender waits for Ack frames."""
 
-    def receive(self, link: Link, frame: Frame) -> memoryview:
-        """The payload, valid until the next call, not yet checked. Raises FrameError, OSError."""
+    def receive(self, link: Link, header: Header, rows: Rows) -> memoryview:
+        """The payload, valid until the next call, not yet checked. Raises ProtocolError, OSError."""
 
     def close(self) -> None: ...

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import logging
-import socket
-import threading
 import time
 from collections.abc import Callable
 
 from tandem.common.seldom import Seldom
-from tandem.handover.frames import (
-    Frame,
-    FrameError,
-    Kind,
-    Open,
-    checksum,
-    decode,
-    decode_reason,
-    encode_reason,
-)
-from tandem.handover.handshake import HandshakeRefused, ReceiveChannel, welcome
+from tandem.handover.frames import Ack, Finish, Kind, Open, Rows, checksum
+from tandem.handover.handshake import ReceiveChannel, welcome
 from tandem.handover.incoming import Incoming, State
-from tandem.handover.interfaces import KvSink, Reason, TransportSettings
-from tandem.handover.link import Link, reason_of
+from tandem.handover.interfaces import KvSink, TransportSettings, reason_of
 from tandem.handover.registry import StreamRegistry
 from tandem.handover.stats import Counters
+from tandem.wire.handshake import HandshakeRefused
+from tandem.wire.header import Header, ProtocolError
+from tandem.wire.link import Link
 from tandem.wire.peers import PeerIdentity
+from tandem.wire.protocol import Body, Reason
 
 logger = logging.getLogger(__name__)
 
@@ -35,68 +27,48 @@ _GONE = Reason("gone", "the receiver does not want the rows any more")
 
 
 class Receiver:
-    """Leases run on a clock that stands still while a frame is read or the sink works, so that a slow sink never
-    makes a live sender look dead."""
+    """`run` it once, on a thread of its own. Leases run on a clock that stands still while a frame is read or the sink
+    works, so that a slow sink never makes a live sender look dead."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        link: Link,
         identity: PeerIdentity,
         settings: TransportSettings,
         sink: KvSink,
         registry: StreamRegistry,
         counters: Counters,
         complaints: Seldom,
-        on_ended: Callable[[Receiver], None],
+        is_stopping: Callable[[], bool],
     ) -> None:
-        self._link = Link(sock, settings.connect_timeout_s)
+        self._link = link
         self._identity = identity
         self._settings = settings
         self._sink = sink
         self._registry = registry
         self._counters = counters
         self._complaints = complaints
-        self._on_ended = on_ended
-        self._stopping = False
+        self._is_stopping = is_stopping
         self._streams: dict[int, Incoming] = {}
         self._last_number = 0
         self._clock = 0.0
         self._consumed = 0
         self._unacknowledged = 0
-        self._thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Loses all streams and ends the thread. Waits for a sink call that is running."""
-        self._stopping = True
-        self._link.shutdown()
-        self._thread.join()
-
-    def turn_away(self, reason: Reason) -> None:
-        """Instead of `start`. Says why where it may be anybody."""
-        if not self._identity.key:
-            self._link.post(Kind.REFUSE, encode_reason(reason))
-        self._link.close()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def post(self, kind: Kind, body: bytes = b"", *, stream: int = 0, start: int = 0, offset: int = 0) -> None:
+    def post(self, kind: Kind, stream: int, body: Body | None = None) -> None:
         """From any thread; never waits. Quiet when the connection is gone."""
-        self._link.post(kind, body, stream=stream, start=start, offset=offset)
+        self._link.post(kind, stream, body)
 
     def lose(self, stream: Incoming, reason: Reason) -> None:
         """Ends a stream that will not get all its rows: tells the sender and the sink. From any thread."""
         if self._registry.end(stream, reason.code):
-            self.post(Kind.ABORT, encode_reason(reason), stream=stream.number)
+            self.post(Kind.ABORT, stream.number, reason)
             self._report_lost(stream, reason)
 
     # On the receiver's thread.
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Until the sender goes, or the link is shut down. Then all its streams are lost."""
         reason = Reason("shutdown", "the receiver is stopping")
         try:
             channel = welcome(self._link, self._identity, self._settings)
@@ -107,22 +79,21 @@ class Receiver:
         except HandshakeRefused as error:
             self._complaints.log("refused a connection: %s", error.reason)
         except Exception as error:
-            if not self._stopping:
+            if not self._is_stopping():
                 reason = reason_of(error)
                 self._complaints.log("a sender's connection ended: %s", reason)
         finally:
             for stream in self._streams.values():
                 self.lose(stream, reason)
-            self._link.close()
-            self._on_ended(self)
 
     def _serve(self, channel: ReceiveChannel) -> None:
         link = self._link
         tick_s = self._settings.lease_s / _TICKS_PER_LEASE
+        link.look_every(tick_s)
         expire_at = time.monotonic() + tick_s
         while True:
             waiting_since = time.monotonic()
-            readable = link.wait_readable(0 if self._unacknowledged else tick_s)
+            readable = link.wait_for_frame(0 if self._unacknowledged else tick_s)
             now = time.monotonic()
             # At most a tick: a process that was suspended must not count that time against its senders.
             self._clock += min(now - waiting_since, tick_s)
@@ -144,59 +115,57 @@ class Receiver:
 
     def _acknowledge(self) -> None:
         self._unacknowledged = 0
-        self.post(Kind.ACK, offset=self._consumed)
+        self.post(Kind.ACK, 0, Ack(self._consumed))
 
     def _receive(self, channel: ReceiveChannel) -> None:
-        frame = self._link.receive()
-        if frame.kind is Kind.ROWS:
-            self._rows(channel, frame)
+        header, body = self._link.receive()
+        if isinstance(body, Rows):
+            self._rows(channel, header, body)
             return
-        body = self._link.read_body(frame)
-        if frame.kind is Kind.OPEN:
-            self._opened(frame, decode(body, Open), channel.peer.worker_id)
+        if isinstance(body, Open):
+            self._opened(header.id, body, channel.sender_id)
             return
-        if frame.kind not in (Kind.FINISH, Kind.ABORT, Kind.RENEW):
-            raise FrameError(f"{frame.kind.name} from a sender")
-        stream = self._find(frame)
+        if header.kind not in (Kind.FINISH, Kind.ABORT, Kind.RENEW):
+            raise ProtocolError(f"{header.kind.name} from a sender")
+        stream = self._find(header)
         if stream is None:
             return
-        if frame.kind is Kind.FINISH:
-            del self._streams[frame.stream]
-            self._finished(stream, bytes(body))
-        elif frame.kind is Kind.ABORT:
-            del self._streams[frame.stream]
-            reason = decode_reason(body)
-            if self._registry.end(stream, reason.code):
-                self._report_lost(stream, reason)
+        if isinstance(body, Finish):
+            del self._streams[header.id]
+            self._finished(stream, body.payload)
+        elif isinstance(body, Reason):
+            del self._streams[header.id]
+            if self._registry.end(stream, body.code):
+                self._report_lost(stream, body)
         else:
-            self.post(Kind.RENEW, stream=stream.number)
+            self.post(Kind.RENEW, stream.number)
 
-    def _opened(self, frame: Frame, opened: Open, sender_id: str) -> None:
-        if frame.stream <= self._last_number:
-            raise FrameError(f"stream {frame.stream} opened after stream {self._last_number}")
-        self._last_number = frame.stream
-        stream = Incoming(opened, frame.stream, sender_id, self, self._registry)
+    def _opened(self, number: int, opened: Open, sender_id: str) -> None:
+        if number <= self._last_number:
+            raise ProtocolError(f"stream {number} opened after stream {self._last_number}")
+        self._last_number = number
+        stream = Incoming(opened, number, sender_id, self, self._registry)
         admission = self._registry.admit(stream)
         if isinstance(admission, Reason):
-            self.post(Kind.REFUSE, encode_reason(admission), stream=frame.stream)
+            self.post(Kind.REFUSE, number, admission)
             return
         if admission is not None:
             reason = Reason("superseded", f"epoch {opened.epoch} of the request arrived", retriable=False)
             admission.receiver.lose(admission, reason)
-        self._streams[frame.stream] = stream
+        self._streams[number] = stream
         self._renew(stream)
         try:
             self._sink.opened(stream)
         except Exception as error:
             self.lose(stream, self._sink_failed(stream, error))
 
-    def _find(self, frame: Frame) -> Incoming | None:
+    def _find(self, header: Header) -> Incoming | None:
         """The open stream of a frame, its lease renewed; None when it has ended."""
-        if not 0 < frame.stream <= self._last_number:
-            raise FrameError(f"{frame.kind.name} for stream {frame.stream}, which was never opened")
-        stream = self._streams.get(frame.stream)
+        if not 0 < header.id <= self._last_number:
+            raise ProtocolError(f"{header.kind.name} for stream {header.id}, which was never opened")
+        stream = self._streams.get(header.id)
         if stream is None or stream.state is State.ENDED:
-            self._streams.pop(frame.stream, None)
+            self._streams.pop(header.id, None)
             return None
         self._renew(stream)
         return stream
@@ -204,37 +173,37 @@ class Receiver:
     def _renew(self, stream: Incoming) -> None:
         stream.lease_until = self._clock + self._settings.lease_s
 
-    def _rows(self, channel: ReceiveChannel, frame: Frame) -> None:
+    def _rows(self, channel: ReceiveChannel, header: Header, rows: Rows) -> None:
         started = time.perf_counter()
-        payload = channel.payload.receive(self._link, frame)
-        stream = self._find(frame)
+        payload = channel.payload.receive(self._link, header, rows)
+        stream = self._find(header)
         if stream is None:
             self._counters.late_frame()
         else:
-            self._deliver(stream, frame, payload, started)
+            self._deliver(stream, rows, payload, started)
         self._consumed += 1
         if channel.payload.acknowledges:
-            self._unacknowledged += frame.length
+            self._unacknowledged += rows.length
             if self._unacknowledged >= _ACK_AFTER_BYTES:
                 self._acknowledge()
 
-    def _deliver(self, stream: Incoming, frame: Frame, payload: memoryview, started: float) -> None:
-        misfit = stream.misfit(frame)
+    def _deliver(self, stream: Incoming, rows: Rows, payload: memoryview, started: float) -> None:
+        misfit = stream.misfit(rows)
         if misfit:
             self.lose(stream, Reason("range", misfit))
             return
-        if checksum(payload) != frame.checksum:
-            where = f"rows {frame.start}..{frame.stop} of layer {frame.layer}"
+        if checksum(payload) != rows.checksum:
+            where = f"rows {rows.start}..{rows.stop} of layer {rows.layer}"
             self.lose(stream, Reason("checksum", f"{where} arrived damaged"))
             return
         try:
-            wanted = self._sink.rows(stream.request_id, stream.epoch, frame.layer, frame.start, frame.stop, payload)
+            wanted = self._sink.rows(stream.request_id, stream.epoch, rows.layer, rows.start, rows.stop, payload)
             payload.release()  # a sink that kept it must not read what the next frame overwrites
         except Exception as error:
             self.lose(stream, self._sink_failed(stream, error))
             return
         if wanted:
-            self._counters.moved(frame.length, frame.stop - frame.start, time.perf_counter() - started)
+            self._counters.moved(rows.length, rows.stop - rows.start, time.perf_counter() - started)
         else:
             self._gone(stream)
 
@@ -249,17 +218,17 @@ class Receiver:
             complete = self._sink.finished(stream.request_id, stream.epoch, payload)
         except Exception as error:
             reason = self._sink_failed(stream, error)
-            self.post(Kind.ABORT, encode_reason(reason), stream=stream.number)
+            self.post(Kind.ABORT, stream.number, reason)
             self._report_lost(stream, reason)
             return
         if complete:
-            self.post(Kind.FINISH_ACK, stream=stream.number)
+            self.post(Kind.FINISH_ACK, stream.number)
         else:
-            self.post(Kind.ABORT, encode_reason(_GONE), stream=stream.number)
+            self.post(Kind.ABORT, stream.number, _GONE)
 
     def _gone(self, stream: Incoming) -> None:
         if self._registry.end(stream, _GONE.code):
-            self.post(Kind.ABORT, encode_reason(_GONE), stream=stream.number)
+            self.post(Kind.ABORT, stream.number, _GONE)
 
     def _sink_failed(self, stream: Incoming, error: Exception) -> Reason:
         logger.error("the sink failed on stream %s", stream.request_id, exc_info=error)

@@ -6,8 +6,8 @@ import threading
 from collections import OrderedDict
 
 from tandem.handover.incoming import Incoming, State, StreamKey
-from tandem.handover.interfaces import Reason
 from tandem.handover.stats import Counters
+from tandem.wire.protocol import Reason
 
 MAX_EPOCHS = 1 << 16
 """Request ids whose highest epoch is remembered, the latest used."""

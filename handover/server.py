@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import socket
-import threading
 from pathlib import Path
 
 from tandem.common.seldom import Seldom
-from tandem.handover.frames import Kind, encode_reason
-from tandem.handover.handshake import tune_tcp
+from tandem.handover.frames import HAND_OVER, Kind
 from tandem.handover.incoming import Incoming, State
-from tandem.handover.interfaces import KvSink, Reason, TransportSettings
+from tandem.handover.interfaces import KvSink, TransportSettings
 from tandem.handover.receiver import Receiver
 from tandem.handover.registry import StreamRegistry
 from tandem.handover.stats import Counters, TransportStats
-from tandem.wire.listening import Listener
+from tandem.wire.link import Link
 from tandem.wire.peers import Endpoint, PeerIdentity, local_host_id
+from tandem.wire.protocol import Reason
+from tandem.wire.serving import Server
 
 __all__ = ["Incoming", "KvServer"]
 
@@ -36,34 +35,30 @@ class KvServer:
         sink: KvSink,
         settings: TransportSettings | None = None,
     ) -> None:
-        if listen_unix is None and listen_tcp is None:
-            raise ValueError("a KvServer needs listen_unix or listen_tcp")
         self._identity = identity
         self._sink = sink
         self._settings = settings or TransportSettings()
         self._counters = Counters()
         self._complaints = Seldom(logger, logging.INFO)
         self._registry = StreamRegistry(self._settings.max_streams, self._counters)
-        self._lock = threading.Lock()
-        self._receivers: set[Receiver] = set()
-        self._ending: list[Receiver] = []
-        """Whose threads may still be ending."""
-        self._stopping = False
-        self._listener = Listener(listen_unix, listen_tcp, "hand-over connection", self._accepted)
-
-    def start(self) -> None:
-        """Listens. Raises OSError when an address cannot be used."""
-        self._listener.start()
+        self._server = Server(
+            listen_unix,
+            listen_tcp,
+            HAND_OVER,
+            self._settings.patience,
+            key=identity.key,
+            max_connections=self._settings.max_connections,
+            serve=self._serve,
+        )
+        self.start, self.stop = self._server.start, self._server.stop
 
     @property
     def endpoint(self) -> Endpoint:
         """For clients, after `start`. `host` is the address listened on: replace a wildcard with one they can reach."""
-        listener = self._listener
+        listener = self._server.listener
         unix_path = str(listener.unix_path.absolute()) if listener.unix_path else ""
         host_id = local_host_id() if unix_path else ""
-        return Endpoint(
-            self._identity.worker_id, self._identity.epoch, host_id, unix_path, listener.host, listener.port
-        )
+        return Endpoint(self._identity.name, self._identity.epoch, host_id, unix_path, listener.host, listener.port)
 
     def close_stream(self, request_id: str, epoch: int, reason: Reason) -> bool:
         """The request ended here: the sender stops and frees its blocks. The sink hears no more of the stream, not
@@ -73,50 +68,20 @@ class KvServer:
         if stream is None or before is None:
             return False
         kind = Kind.REFUSE if before is State.OPENED else Kind.ABORT
-        stream.receiver.post(kind, encode_reason(reason), stream=stream.number)
+        stream.receiver.post(kind, stream.number, reason)
         return True
 
     def stats(self) -> TransportStats:
-        with self._lock:
-            num_connections = len(self._receivers)
-        return self._counters.snapshot(len(self._registry), num_connections)
+        return self._counters.snapshot(len(self._registry), self._server.num_connections)
 
-    def stop(self) -> None:
-        """Loses every open stream and ends all threads. Not from a callback."""
-        with self._lock:
-            if self._stopping:
-                return
-            self._stopping = True
-        self._listener.stop()
-        with self._lock:
-            receivers = [*self._receivers, *self._ending]
-        for receiver in receivers:
-            receiver.stop()
-
-    def _accepted(self, sock: socket.socket) -> None:
-        if sock.family != socket.AF_UNIX:
-            tune_tcp(sock, self._settings)
-        receiver = Receiver(
-            sock,
+    def _serve(self, link: Link) -> None:
+        Receiver(
+            link,
             self._identity,
             self._settings,
             self._sink,
             self._registry,
             self._counters,
             self._complaints,
-            self._receiver_ended,
-        )
-        with self._lock:
-            self._ending = [ending for ending in self._ending if ending.alive]
-            full = len(self._receivers) >= self._settings.max_connections
-            if not full:
-                self._receivers.add(receiver)
-        if full:
-            receiver.turn_away(Reason("overloaded", f"{self._settings.max_connections} connections are open"))
-        else:
-            receiver.start()
-
-    def _receiver_ended(self, receiver: Receiver) -> None:
-        with self._lock:
-            self._receivers.discard(receiver)
-            self._ending.append(receiver)
+            lambda: self._server.is_stopping,
+        ).run()

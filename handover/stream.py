@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tandem.handover.interfaces import Fill, Reason, StreamListener
+from tandem.handover.interfaces import Fill, StreamListener
+from tandem.wire.protocol import Reason
 
 if TYPE_CHECKING:
     from tandem.handover.connection import ClientConnection

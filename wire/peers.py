@@ -5,31 +5,46 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tandem.common.secret import derive
+from typing import Protocol
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
 class PeerIdentity:
-    worker_id: str
-    epoch: int
+    """One end of connections, as the other end gets to know it."""
+
+    name: str
+    """Of the worker or node."""
+    epoch: int = 0
     """Differs for every start of the process."""
-    compatibility: bytes
+    compatibility: bytes = b""
     """Digest of everything both ends must share: model, dtype, layout, version."""
     key: bytes = field(default=b"", repr=False)
-    """The key of `hand_over_key`: both ends prove that they have it. Empty: there is no secret."""
+    """Of `wire.protocol.Protocol.key`: both ends prove that they have it. Empty: there is no secret."""
 
 
-def hand_over_key(secret: bytes) -> bytes:
-    """Empty without a secret."""
-    return derive(secret, "hand-over") if secret else b""
+class Place(Protocol):
+    """Where somebody listens."""
+
+    @property
+    def host_id(self) -> str:
+        """Of the host that has the unix socket; empty where there is none."""
+
+    @property
+    def unix_path(self) -> str: ...
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int:
+        """0: no TCP."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a decode worker accepts KV; the fields of `KvEndpoint` in worker.proto."""
+    """Where a decode worker accepts KV, a `Place`; the fields of `KvEndpoint` in worker.proto."""
 
     worker_id: str
     worker_epoch: int
@@ -49,12 +64,9 @@ def local_host_id() -> str:
         return ""
 
 
-def is_local(endpoint: Endpoint) -> bool:
+def is_local(place: Place) -> bool:
     """Whether the unix path is worth a try: same kernel, and the socket file is visible from here. Another container
-    can show a different worker under the same path, so the handshake checks the worker's id as well."""
+    can show another process under the same path, so who answers there must be asked as well."""
     return bool(
-        endpoint.unix_path
-        and endpoint.host_id
-        and endpoint.host_id == local_host_id()
-        and Path(endpoint.unix_path).is_socket()
+        place.unix_path and place.host_id and place.host_id == local_host_id() and Path(place.unix_path).is_socket()
     )

@@ -30,7 +30,7 @@ from tandem.engine.model.model import num_parameters, weight_bytes
 from tandem.engine.schedule.block_manager import IntegrityError
 from tandem.engine.step.warmup import warm_up
 from tandem.engine.store.cache import EngineStore
-from tandem.handover import PeerIdentity, hand_over_key
+from tandem.handover import HAND_OVER, PeerIdentity
 from tandem.kvstore.process.open import OpenStore, open_home
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.worker.metrics import WorkerMetrics
@@ -111,7 +111,7 @@ class WorkerProcess:
 
     @property
     def identity(self) -> PeerIdentity:
-        key = hand_over_key(self.secret)
+        key = HAND_OVER.key(self.secret)
         return PeerIdentity(self.worker_id, self.epoch, self.engine.loaded.compatibility, key)
 
     async def serve(self, handover: Handover, kv_endpoint: worker_pb2.KvEndpoint | None) -> None:

@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.link import Link, expect
-from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_KEYS, Body, Header, Kind, ProtocolError
+from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_KEYS, Kind
 from tandem.kvstore.dataplane.puts import Call, RemotePuts
 from tandem.kvstore.interfaces import Fetch, Located, ObjectKey
 from tandem.kvstore.node.pages import PageWarmer
+from tandem.wire.header import Header, ProtocolError
+from tandem.wire.link import Link
+from tandem.wire.protocol import Body, expect
 
 logger = logging.getLogger(__name__)
 

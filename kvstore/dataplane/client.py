@@ -8,17 +8,17 @@ reach every call fails at once, as a miss.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import HandshakeRefused, data_plane_key, greet
 from tandem.kvstore.dataplane.channel import Channel
-from tandem.kvstore.dataplane.link import Link, connect_unix
-from tandem.kvstore.dataplane.protocol import Kind, ProtocolError
+from tandem.kvstore.dataplane.protocol import DATA_PLANE, PATIENCE, Kind
 from tandem.kvstore.interfaces import Fetch, Located, ObjectInfo, ObjectKey, PutTicket, Refusal
-from tandem.kvstore.node.mapping import map_shared
+from tandem.wire.handshake import HandshakeRefused, greet
+from tandem.wire.header import ProtocolError
+from tandem.wire.link import Link, connect_unix
+from tandem.wire.peers import PeerIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ class RemoteHomeNode:
     def __init__(self, unix_path: str, name: str, *, secret: bytes = b"") -> None:
         """Connects in the background. `name` is the worker's, for the node's log."""
         self._path = unix_path
-        self._name = name
-        self._key = data_plane_key(secret)
+        self._identity = PeerIdentity(name, key=DATA_PLANE.key(secret))
         self._node_id = ""
         self._channel: Channel | None = None
         self._changed = threading.Condition()
@@ -102,7 +101,7 @@ class RemoteHomeNode:
         complaint = ""
         while not self._closing.is_set():
             try:
-                link = connect_unix(self._path)
+                link = connect_unix(self._path, DATA_PLANE, PATIENCE)
             except OSError as error:
                 reason = str(error)
             else:
@@ -140,19 +139,8 @@ class RemoteHomeNode:
         return reason, channel is not None
 
     def _open(self, link: Link) -> Channel:
-        greeting = greet(link, self._name, self._key)
-        if greeting.descriptor is None:
+        greeting = greet(link, self._identity)
+        if greeting.memory is None:
             raise ProtocolError("the node has no shared memory, so it cannot be a home node")
-        self._node_id = greeting.server.node_id
-        return Channel(link, map_arena(greeting.descriptor, greeting.arena_bytes))
-
-
-def map_arena(descriptor: int, size: int) -> memoryview:
-    """The whole arena; takes ownership of `descriptor`. Unmapped when the last slice of it is gone. Raises OSError,
-    ProtocolError."""
-    try:
-        if os.fstat(descriptor).st_size < size:
-            raise ProtocolError(f"the arena has {os.fstat(descriptor).st_size} bytes, {size} were announced")
-        return map_shared(descriptor, size)
-    finally:
-        os.close(descriptor)
+        self._node_id = greeting.peer.name
+        return Channel(link, greeting.memory.map())

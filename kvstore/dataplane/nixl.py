@@ -22,12 +22,13 @@ from types import ModuleType
 import numpy as np
 
 from tandem.common.errors import ConfigError
-from tandem.kvstore.dataplane.link import STALL_S
-from tandem.kvstore.dataplane.protocol import MAX_METADATA_BYTES, AgentInfo
+from tandem.kvstore.dataplane.protocol import MAX_METADATA_BYTES, PATIENCE, AgentInfo
 from tandem.kvstore.dataplane.windows import Outcome, Place, address_of
 
 logger = logging.getLogger(__name__)
 
+STALL_S = PATIENCE.stall_s
+"""A transfer that takes longer has failed."""
 PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl")
 PIECE_BYTES = 64 << 20
 """Of one transfer, which may take `STALL_S`; an object that is larger is one by itself."""

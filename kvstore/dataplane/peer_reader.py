@@ -9,18 +9,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import HandshakeRefused, data_plane_key, greet
-from tandem.kvstore.dataplane.client import map_arena
-from tandem.kvstore.dataplane.link import STALL_S, Link, connect_tcp, connect_unix, expect
 from tandem.kvstore.dataplane.nixl import NixlAgent
-from tandem.kvstore.dataplane.protocol import MAX_OBJECT_BYTES, MAX_RANGES, Kind, ProtocolError
+from tandem.kvstore.dataplane.protocol import DATA_PLANE, MAX_OBJECT_BYTES, MAX_RANGES, PATIENCE, Kind
 from tandem.kvstore.dataplane.windows import MappedArena, Outcome, Window
 from tandem.kvstore.interfaces import EncodedObject, NodeInfo, ObjectInfo, ObjectKey, Refusal
-from tandem.wire.peers import local_host_id
+from tandem.wire.handshake import HandshakeRefused, connect, greet
+from tandem.wire.header import ProtocolError
+from tandem.wire.link import Link
+from tandem.wire.peers import PeerIdentity
+from tandem.wire.protocol import Body, expect
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ MAX_CONNECTIONS = 4
 """Per node: as many reads at a time; further ones wait for a turn."""
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
-_Answer = TypeVar("_Answer", bound=protocol.Body)
+_Answer = TypeVar("_Answer", bound=Body)
 _T = TypeVar("_T")
 Ranges = Sequence[tuple[ObjectKey, int, memoryview]]
 _FAULTS = (OSError, ProtocolError, HandshakeRefused)
@@ -44,38 +44,18 @@ class PeerConnection:
         self._last_id = 0
 
     @classmethod
-    def open(cls, node: NodeInfo, name: str, key: bytes, agent: NixlAgent | None) -> PeerConnection:
+    def open(cls, node: NodeInfo, me: PeerIdentity, agent: NixlAgent | None) -> PeerConnection:
         """Over the unix socket where node and reader share a host, else TCP, with `agent` for reads. Raises OSError,
-        ProtocolError, HandshakeRefused."""
-        failures: list[str] = []
-        if node.unix_path and node.host_id == local_host_id() and Path(node.unix_path).is_socket():
-            try:
-                return cls._greeted(connect_unix(node.unix_path), node, name, key, None)
-            except _FAULTS as error:
-                failures.append(f"{node.unix_path}: {error}")
-        if node.host and node.port:
-            try:
-                return cls._greeted(connect_tcp(node.host, node.port), node, name, key, agent)
-            except _FAULTS as error:
-                failures.append(f"{node.host}:{node.port}: {error}")
-        raise ConnectionError("; ".join(failures) or "none of its addresses can be used from this host")
+        HandshakeRefused."""
 
-    @classmethod
-    def _greeted(cls, link: Link, node: NodeInfo, name: str, key: bytes, agent: NixlAgent | None) -> PeerConnection:
-        try:
-            greeting = greet(link, name, key)
-            arena = None
-            if greeting.descriptor is not None:
-                arena = MappedArena(map_arena(greeting.descriptor, greeting.arena_bytes))
-            if greeting.server.node_id != node.node_id:
-                raise ConnectionError(f"node {greeting.server.node_id!r} answers there")
-            connection = cls(link, arena)
-            if agent is not None and agent.info is not None:
+        def open_on(link: Link) -> PeerConnection:
+            greeting = greet(link, me, expected=node.node_id)
+            connection = cls(link, MappedArena(greeting.memory.map()) if greeting.memory is not None else None)
+            if agent is not None and agent.info is not None and not link.is_unix:
                 connection._open_window(agent)
             return connection
-        except BaseException:
-            link.close()
-            raise
+
+        return connect(node, DATA_PLANE, PATIENCE, open_on)
 
     def _open_window(self, agent: NixlAgent) -> None:
         self._link.send(Kind.AGENT, self._next_id())
@@ -117,7 +97,7 @@ class PeerConnection:
         self._link.send(Kind.READ, number, protocol.Read(_wire(ranges)))
         done: list[bool] = []
         for _, _, out in ranges:
-            header, _ = self._link.receive(STALL_S)
+            header, _ = self._link.receive(PATIENCE.stall_s)
             if header.kind is not Kind.DATA or header.id != number or header.payload_length not in (0, len(out)):
                 raise ProtocolError(f"{header.kind.name} of {header.payload_length} bytes for {len(out)}")
             if header.payload_length:
@@ -128,7 +108,7 @@ class PeerConnection:
     def read_encoded(self, key: ObjectKey, codec: str) -> EncodedObject | None:
         number = self._next_id()
         self._link.send(Kind.READ_ENCODED, number, protocol.ReadEncoded(key, codec))
-        header, body = self._link.receive(STALL_S)
+        header, body = self._link.receive(PATIENCE.stall_s)
         answer = expect(body, protocol.Encoded)
         if header.id != number or header.payload_length > MAX_OBJECT_BYTES:
             raise ProtocolError(f"{header.payload_length} bytes for {header.id} where {number} was asked")
@@ -163,7 +143,7 @@ class PeerConnection:
         return self._last_id
 
     def _answer(self, wanted: type[_Answer]) -> _Answer:
-        header, body = self._link.receive(STALL_S)
+        header, body = self._link.receive(PATIENCE.stall_s)
         if header.id != self._last_id:
             raise ProtocolError(f"an answer to {header.id} where {self._last_id} was asked")
         return expect(body, wanted)
@@ -202,8 +182,7 @@ class SocketPeerReader:
         """`nodes` lists the live ones, as `Directory.nodes` does; `name` is for the other node's log; `agent` reads
         from other hosts, into its own arena."""
         self._nodes = nodes
-        self._name = name
-        self._key = data_plane_key(secret)
+        self._identity = PeerIdentity(name, key=DATA_PLANE.key(secret))
         self._agent = agent
         self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}
@@ -229,7 +208,7 @@ class SocketPeerReader:
 
     def _ask(self, node_id: str, ask: Callable[[PeerConnection], _T]) -> _T | None:
         peer = self._peer(node_id)
-        if peer is None or not peer.turns.acquire(timeout=STALL_S):
+        if peer is None or not peer.turns.acquire(timeout=PATIENCE.stall_s):
             return None
         try:
             return self._ask_in_turn(peer, ask)
@@ -258,7 +237,7 @@ class SocketPeerReader:
                 return answer
         if time.monotonic() < peer.blocked_until:
             return None
-        connection = PeerConnection.open(peer.node, self._name, self._key, self._agent)
+        connection = PeerConnection.open(peer.node, self._identity, self._agent)
         try:
             answer = ask(connection)
         except BaseException:

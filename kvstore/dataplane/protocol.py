@@ -1,35 +1,26 @@
-"""The wire format of the data plane: a 32-byte header, a small msgpack body, and for two kinds a payload of KV.
+"""What workers, peers and a store node say to each other: the kinds of frames, their bodies and limits.
 
-Header, little-endian: magic 4s, version u16, kind u16, id u64, body length u32, header checksum u32 (crc32 of the other
-28 bytes), payload length u64. An answer carries the id of its request. Everything malformed raises ProtocolError, and
-the connection that brought it is closed. A payload is not checked here: bundles carry checksums of their own, which
-the consumer verifies once, end to end.
+An answer carries the id of its request. Payloads are not checked here: bundles carry checksums of their own, which the
+consumer verifies once, end to end.
 """
 
 from __future__ import annotations
 
 import enum
-import struct
-import zlib
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal
+from tandem.wire.link import Patience
+from tandem.wire.protocol import Body, Protocol
 
-PROTOCOL_VERSION = 3
-"""1: first version. 2: memory is held for puts to come, look-ups may begin the fetch, and
-arenas can be read over NIXL. 3: the secret is proved before the first frame.
+PROTOCOL_VERSION = 4
+"""1: first version. 2: memory is held for puts to come, look-ups may begin the fetch, and arenas can be read over NIXL.
+3: the secret is proved before the first frame. 4: header and handshake are those of the hand-over."""
 
-In every version the first 8 bytes are magic, version and kind, and a server answers a Hello of a version it does not
-speak with a Refuse of its own version, so that both sides can name the two."""
-
-MAGIC = b"TDKN"
-_HEADER = struct.Struct("<4sHHQIIQ")
-HEADER_BYTES = _HEADER.size
-_CHECKSUM_AT = 20
-
+PATIENCE = Patience(connect_s=2.0, stall_s=5.0)
 MAX_BODY_BYTES = 1 << 20
 MAX_OBJECT_BYTES = 1 << 30
 MAX_KEYS = 4096
@@ -41,46 +32,12 @@ MAX_RANGES = 4096
 MAX_METADATA_BYTES = 64 << 10
 """Of a NIXL agent: some hundred bytes for each network device."""
 
-
-class ProtocolError(Exception):
-    """The peer sent something that is not this protocol."""
-
-
-class VersionMismatch(ProtocolError):
-    def __init__(self, theirs: int) -> None:
-        super().__init__(f"the peer speaks data plane version {theirs}, this side version {PROTOCOL_VERSION}")
-
-
 _Key = Annotated[ObjectKey, Meta(min_length=32, max_length=32)]
 _Name = Annotated[str, Meta(max_length=512)]
 _Count = Annotated[int, Meta(ge=0, le=MAX_KEYS)]
 _Size = Annotated[int, Meta(ge=0, le=MAX_OBJECT_BYTES)]
 _Offset = Annotated[int, Meta(ge=-1, le=1 << 52)]
 """In the arena. -1: none."""
-
-
-class Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What follows a header. Subclasses are registered in `_BODIES`."""
-
-
-class Hello(Body, frozen=True):
-    """First frame, from the client."""
-
-    name: _Name
-
-
-class Welcome(Body, frozen=True):
-    """Who the server is. Comes with the descriptor of the arena where `arena_bytes` is not 0."""
-
-    node_id: _Name
-    epoch: Annotated[int, Meta(ge=0)]
-    host_id: _Name
-    arena_bytes: Annotated[int, Meta(ge=0, le=1 << 52)]
-
-
-class Refuse(Body, frozen=True):
-    code: Annotated[str, Meta(max_length=64)]
-    message: Annotated[str, Meta(max_length=1024)]
 
 
 class BeginPut(Body, frozen=True):
@@ -103,7 +60,7 @@ class Commit(Body, frozen=True):
     key: _Key | None = None
     """What held memory was filled with."""
     info: ObjectInfo | None = None
-    hold: Annotated[list[int], Meta(max_length=MAX_HELD)] = []
+    hold: Annotated[list[int], Meta(max_length=MAX_HELD)] = msgspec.field(default_factory=list)
     """Numbers under which to hold as much memory again as `info` says; a Held answers."""
 
 
@@ -126,7 +83,7 @@ class Locate(Body, frozen=True):
 
 class LocatedRun(Body, frozen=True):
     located: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
-    offsets: Annotated[list[_Offset], Meta(max_length=MAX_KEYS)] = []
+    offsets: Annotated[list[_Offset], Meta(max_length=MAX_KEYS)] = msgspec.field(default_factory=list)
     """In the arena, if the fetch has begun: it is complete."""
 
 
@@ -219,17 +176,12 @@ class AgentInfo(Body, frozen=True):
     arena_bytes: Annotated[int, Meta(ge=0, le=1 << 52)]
 
 
-class Nothing(Body, frozen=True):
-    """The frame says it all."""
-
-
 ALL_LAYERS = 1 << 30
 
 
 class Kind(enum.IntEnum):
     HELLO = 1
-    WELCOME = 4
-    REFUSE = 5
+    REFUSE = 2
     BEGIN_PUT = 10
     TICKET = 11
     COMMIT = 12
@@ -262,101 +214,33 @@ class Kind(enum.IntEnum):
     AGENT_INFO = 39
 
 
-_BODIES: dict[Kind, type[Body]] = {
-    Kind.HELLO: Hello,
-    Kind.WELCOME: Welcome,
-    Kind.REFUSE: Refuse,
-    Kind.BEGIN_PUT: BeginPut,
-    Kind.TICKET: Ticket,
-    Kind.COMMIT: Commit,
-    Kind.HELD: Held,
-    Kind.DONE: Done,
-    Kind.LOCATE: Locate,
-    Kind.LOCATED: LocatedRun,
-    Kind.FETCH: Fetch,
-    Kind.FETCHING: Fetching,
-    Kind.PROGRESS: Progress,
-    Kind.INTACT: Intact,
-    Kind.COUNT: Count,
-    Kind.QUARANTINE: Quarantine,
-    Kind.LEASE: Lease,
-    Kind.LEASED: Leased,
-    Kind.READ: Read,
-    Kind.PUSH: Push,
-    Kind.READ_ENCODED: ReadEncoded,
-    Kind.ENCODED: Encoded,
-    Kind.AGENT_INFO: AgentInfo,
-}
-"""Other kinds have no body."""
-_KIND_OF = {body: kind for kind, body in _BODIES.items()}
-_KINDS = {int(kind): kind for kind in Kind}
-_WITH_PAYLOAD = (Kind.DATA, Kind.PUSH, Kind.ENCODED)
-_DECODERS = {kind: msgspec.msgpack.Decoder(body) for kind, body in _BODIES.items()}
-_NOTHING = Nothing()
-_encode = msgspec.msgpack.Encoder().encode
-
-
-class Header(NamedTuple):
-    kind: Kind
-    id: int
-    body_length: int = 0
-    payload_length: int = 0
-
-
-def pack(header: Header) -> bytes:
-    raw = bytearray(
-        _HEADER.pack(MAGIC, PROTOCOL_VERSION, header.kind, header.id, header.body_length, 0, header.payload_length)
-    )
-    struct.pack_into("<I", raw, _CHECKSUM_AT, _checksum(raw))
-    return bytes(raw)
-
-
-def parse(raw: bytes | bytearray) -> Header:
-    """The header in 32 bytes. Raises ProtocolError, VersionMismatch for a well-formed start of another version."""
-    if len(raw) != HEADER_BYTES:
-        raise ProtocolError(f"a header has {HEADER_BYTES} bytes, not {len(raw)}")
-    magic, version, number, frame_id, body_length, checksum, payload_length = _HEADER.unpack(raw)
-    if magic != MAGIC:
-        raise ProtocolError("not a data plane connection: wrong magic")
-    if version != PROTOCOL_VERSION:
-        raise VersionMismatch(version)
-    if checksum != _checksum(raw):
-        raise ProtocolError("header checksum does not match")
-    kind = _KINDS.get(number)
-    if kind is None:
-        raise ProtocolError(f"unknown frame kind {number}")
-    if body_length > (MAX_BODY_BYTES if kind in _BODIES else 0):
-        raise ProtocolError(f"{kind.name} with a body of {body_length} bytes")
-    if payload_length > (MAX_OBJECT_BYTES if kind in _WITH_PAYLOAD else 0):
-        raise ProtocolError(f"{kind.name} with a payload of {payload_length} bytes")
-    return Header(kind, frame_id, body_length, payload_length)
-
-
-def _checksum(raw: bytes | bytearray) -> int:
-    view = memoryview(raw)
-    return zlib.crc32(view[_CHECKSUM_AT + 4 :], zlib.crc32(view[:_CHECKSUM_AT]))
-
-
-def encode(kind: Kind, frame_id: int, body: Body | None = None, payload_length: int = 0) -> bytes:
-    """Header and body. Raises ValueError for a body that is not of that kind, or too large."""
-    if body is None:
-        if kind in _BODIES:
-            raise ValueError(f"{kind.name} needs a body")
-        return pack(Header(kind, frame_id, 0, payload_length))
-    if _KIND_OF.get(type(body)) is not kind:
-        raise ValueError(f"{type(body).__name__} is not the body of {kind.name}")
-    raw = _encode(body)
-    if len(raw) > MAX_BODY_BYTES:
-        raise ValueError(f"a {kind.name} of {len(raw)} bytes, the limit is {MAX_BODY_BYTES}")
-    return pack(Header(kind, frame_id, len(raw), payload_length)) + raw
-
-
-def decode(header: Header, raw: bytes | bytearray) -> Body:
-    """The body that belongs to `header`; `Nothing` for a kind without one."""
-    decoder = _DECODERS.get(header.kind)
-    if decoder is None:
-        return _NOTHING
-    try:
-        return decoder.decode(raw)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"malformed {header.kind.name}: {error}") from error
+DATA_PLANE = Protocol(
+    "data plane",
+    b"TDKN",
+    PROTOCOL_VERSION,
+    Kind,
+    {
+        Kind.BEGIN_PUT: BeginPut,
+        Kind.TICKET: Ticket,
+        Kind.COMMIT: Commit,
+        Kind.HELD: Held,
+        Kind.DONE: Done,
+        Kind.LOCATE: Locate,
+        Kind.LOCATED: LocatedRun,
+        Kind.FETCH: Fetch,
+        Kind.FETCHING: Fetching,
+        Kind.PROGRESS: Progress,
+        Kind.INTACT: Intact,
+        Kind.COUNT: Count,
+        Kind.QUARANTINE: Quarantine,
+        Kind.LEASE: Lease,
+        Kind.LEASED: Leased,
+        Kind.READ: Read,
+        Kind.PUSH: Push,
+        Kind.READ_ENCODED: ReadEncoded,
+        Kind.ENCODED: Encoded,
+        Kind.AGENT_INFO: AgentInfo,
+    },
+    max_body_bytes=MAX_BODY_BYTES,
+    max_payload_bytes=dict.fromkeys((Kind.DATA, Kind.PUSH, Kind.ENCODED), MAX_OBJECT_BYTES),
+)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.protocol import Body, Kind
+from tandem.kvstore.dataplane.protocol import Kind
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, PutTicket, Refusal
 from tandem.kvstore.node.settings import PUT_LEASE_S
+from tandem.wire.protocol import Body
 
 SURE_S = PUT_LEASE_S / 3
 """A put that is committed within this time cannot have lapsed."""

@@ -8,7 +8,6 @@ small.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 from bisect import bisect_left, insort
@@ -16,8 +15,8 @@ from bisect import bisect_left, insort
 from tandem.common.errors import ConfigError
 from tandem.common.memory import readable_size, usable_memory
 from tandem.kvstore.interfaces import StoreIntegrityError
-from tandem.kvstore.node.mapping import map_shared
 from tandem.kvstore.node.pages import PageWarmer
+from tandem.wire.shared_memory import can_share, share
 
 ALIGNMENT = 4096
 """Of every run: one page, which is also what direct disk reads need."""
@@ -55,17 +54,10 @@ class HostArena:
         self.used_bytes = 0
 
     def _map_memory(self) -> memoryview:
-        if not hasattr(os, "memfd_create"):
+        if not can_share():
             return memoryview(mmap.mmap(-1, self.capacity_bytes))
-        fd = os.memfd_create("tandem-kv-host", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, self.capacity_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            view = map_shared(fd, self.capacity_bytes)
-        except BaseException:
-            os.close(fd)
-            raise
-        self.fd = fd
+        memory, view = share("tandem-kv-host", self.capacity_bytes)
+        self.fd = memory.descriptor
         return view
 
     def allocate(self, size: int) -> int | None:

@@ -13,7 +13,7 @@ import errno
 import mmap
 import sys
 
-from tandem.kvstore.node.mapping import HUGE_PAGE_BYTES
+from tandem.wire.shared_memory import HUGE_PAGE_BYTES
 
 AHEAD_BYTES = 64 << 20
 AHEAD_SHARE = 8

@@ -12,10 +12,10 @@ from tandem.common.errors import ConfigError
 from tandem.common.scratch import scratch_folder
 from tandem.common.secret import check_reachable, read_secret
 from tandem.kvstore.codecs import Fidelity, get_codec
-from tandem.kvstore.dataplane.auth import ServerIdentity
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
+from tandem.kvstore.dataplane.protocol import DATA_PLANE
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.dataplane.stats import DataPlaneStats
 from tandem.kvstore.directory import open_directory
@@ -26,7 +26,7 @@ from tandem.kvstore.node.core import OnLoad
 from tandem.kvstore.node.link_codecs import AUTO
 from tandem.kvstore.replication.replication import Replicator
 from tandem.kvstore.settings import StoreSettings, split_address
-from tandem.wire.peers import local_host_id
+from tandem.wire.peers import PeerIdentity, local_host_id
 
 _KEY_BYTES = 32
 
@@ -140,7 +140,8 @@ def open_node(
             if not unix_path:
                 unix_path = str(opened.enter_context(scratch_folder()) / "node.sock")
             unix_path = str(Path(unix_path).absolute())
-            server = _serve(settings, node, ServerIdentity(node_id, epoch, local_host_id()), unix_path, secret, agent)
+            identity = PeerIdentity(node_id, epoch, key=DATA_PLANE.key(secret))
+            server = _serve(settings, node, identity, unix_path, agent)
             opened.callback(server.stop)
         host = split_address(settings.store_listen, "store_listen")[0] if settings.store_listen else ""
         node.start(unix_path=unix_path, host=host, port=server.port if server else 0, grpc_address=grpc_address)
@@ -185,13 +186,12 @@ class _Replicas:
 def _serve(
     settings: StoreSettings,
     node: KvNode,
-    identity: ServerIdentity,
+    identity: PeerIdentity,
     unix_path: str,
-    secret: bytes,
     agent: NixlAgent | None,
 ) -> DataServer:
     listen = split_address(settings.store_listen, "store_listen") if settings.store_listen else None
-    server = DataServer(node, identity, unix_path=unix_path, listen=listen, secret=secret, agent=agent)
+    server = DataServer(node, identity, unix_path=unix_path, listen=listen, agent=agent)
     try:
         server.start()
     except OSError as error:

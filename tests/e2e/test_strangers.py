@@ -19,9 +19,13 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from tandem.common.credentials import open_channel
-from tandem.handover import frames
-from tandem.kvstore.dataplane import protocol
+from tandem.handover.frames import HAND_OVER
+from tandem.handover.frames import Kind as HandOverKind
+from tandem.kvstore.dataplane.protocol import DATA_PLANE
+from tandem.kvstore.dataplane.protocol import Kind as DataPlaneKind
 from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tandem.wire.header import Header
+from tandem.wire.protocol import Hello
 from tests.e2e.cluster import Process, free_port
 from tests.e2e.serving import eventually, tandem_command
 
@@ -187,9 +191,9 @@ def call(channel: grpc.Channel, method: MethodDescriptor, path: str) -> None:
         channel.unary_unary(path)(b"", timeout=WAIT_S)
 
 
-FRAMES = [frames.pack(frames.Frame(kind)) for kind in frames.Kind]
-DATA_FRAMES = [protocol.pack(protocol.Header(kind, 1)) for kind in protocol.Kind]
-HELLOS = [protocol.encode(protocol.Kind.HELLO, 0, protocol.Hello("stranger"))]
+FRAMES = [HAND_OVER.pack(Header(kind, 1)) for kind in HandOverKind]
+DATA_FRAMES = [DATA_PLANE.pack(Header(kind, 1)) for kind in DataPlaneKind]
+HELLOS = [protocol.frame(protocol.hello, 0, Hello("stranger")) for protocol in (HAND_OVER, DATA_PLANE)]
 RUBBISH = [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(100), b"\xff" * 5000, b"TDMSEC1", b"TDMSEC2\n" + bytes(80)]
 
 

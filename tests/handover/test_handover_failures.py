@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
-import threading
 from dataclasses import replace
 
+import msgspec
 import pytest
 
-from tandem.handover import Endpoint, KvServer, PeerIdentity, Reason, TransportSettings
+from tandem.handover import Endpoint, KvServer, PeerIdentity, Reason
 from tandem.handover import connection as connection_module
-from tandem.handover.frames import HEADER, MAGIC, PROTOCOL_VERSION, checksum
+from tandem.handover.frames import Rows
+from tandem.wire import handshake
 
 
 def test_a_wrong_digest_is_refused_for_good_and_names_both(rig):
@@ -57,40 +58,6 @@ def test_without_the_same_secret_nothing_is_handed_over(make_rig, server_key, cl
     assert not rig.sink.opened_streams
 
 
-def test_another_protocol_version_is_refused_for_good(rig):
-    """A server of a later version, as this client sees it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def later_version():
-            sock, _ = listener.accept()
-            head = HEADER.pack(MAGIC, PROTOCOL_VERSION + 1, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-            sock.sendall(head + checksum(head).to_bytes(8, "little"))
-            sock.recv(1)
-            sock.close()
-
-        thread = threading.Thread(target=later_version)
-        thread.start()
-        ended = rig.listener()
-        host, port = listener.getsockname()
-        rig.pool.open(Endpoint("d", 1, host=host, port=port), "r", 1, 1, 1, 1, ended)
-        assert ended.ending() == ("refused", "incompatible")
-        reason = ended.endings[0][1]
-        assert not reason.retriable
-        assert f"version {PROTOCOL_VERSION + 1}" in reason.message
-        assert f"version {PROTOCOL_VERSION}" in reason.message
-        thread.join()
-
-
-def test_a_sender_of_another_version_is_told_so(rig):
-    with socket.create_connection((rig.both.host, rig.both.port)) as sock:
-        head = HEADER.pack(MAGIC, PROTOCOL_VERSION + 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        sock.sendall(head + bytes(8))
-        sock.settimeout(60)
-        answer = sock.recv(4096)
-    assert b"incompatible" in answer
-    assert f"version {PROTOCOL_VERSION + 1}".encode() in answer
-
-
 def test_nobody_there_is_a_loss_and_not_an_exception(rig):
     nobody = Endpoint("d", 1, rig.both.host_id, "/nonexistent/kv.sock", "127.0.0.1", 1)
     listener = rig.listener()
@@ -117,6 +84,15 @@ def test_tcp_is_used_when_the_unix_socket_leads_nowhere(rig, tmp_path):
     rows.send(stream)
     assert listener.ending() == ("done", "")
     assert rows.equal(rig.sink.data["r", 1])
+
+
+def test_a_receiver_without_leases_is_not_used(rig, monkeypatch):
+    """Its streams would be renewed without a pause."""
+    honest = handshake.answer
+    monkeypatch.setattr(handshake, "answer", lambda link, me, *, lease_s: honest(link, me, lease_s=0.0))
+    _, listener = rig.open("r", rig.rows())
+    assert listener.ending() == ("lost", "unreachable")
+    assert "without leases" in listener.endings[0][1].message
 
 
 def test_a_lower_epoch_is_fenced_off(rig):
@@ -186,16 +162,13 @@ def test_damaged_rows_lose_their_stream_and_no_other(rig, monkeypatch):
 def test_rows_outside_the_stream_lose_it_and_no_other(rig, monkeypatch, change):
     rig.sink.skip = 5
     rows = rig.rows(num_tokens=40, num_layers=3)
-    honest = connection_module.Frame
-    bad_number = []
 
-    def frame(kind, stream=0, *args, **kwargs):
-        built = honest(kind, stream, *args, **kwargs)
-        return built._replace(**change) if kind == 5 and stream in bad_number else built
+    def damaged(layer, start, stop, *more):
+        built = Rows(layer, start, stop, *more)
+        return msgspec.structs.replace(built, **change) if (layer, start, stop) == (0, 5, 15) else built
 
-    monkeypatch.setattr(connection_module, "Frame", frame)
+    monkeypatch.setattr(connection_module, "Rows", damaged)
     bad, bad_listener = rig.open("bad", rows)
-    bad_number.append(bad.number)
     good, good_listener = rig.open("good", rows)
     bad.send_layer(0, 5, 15, rows.fill(0))
     rows.send(good)
@@ -203,6 +176,22 @@ def test_rows_outside_the_stream_lose_it_and_no_other(rig, monkeypatch, change):
     assert good_listener.ending() == ("done", "")
     assert rig.sink.lost_code("bad") == "range"
     assert not any(request == "bad" for request, *_ in rig.sink.arrivals)
+
+
+@pytest.mark.parametrize("change", [{"length": 639}, {"length": 641}])
+def test_rows_whose_length_is_not_that_of_their_place_are_never_taken(rig, transport, monkeypatch, change):
+    rows = rig.rows(num_tokens=40, num_layers=3)
+
+    def damaged(*fields):
+        return msgspec.structs.replace(Rows(*fields), **change)
+
+    monkeypatch.setattr(connection_module, "Rows", damaged)
+    stream, listener = rig.open("r", rows)
+    stream.send_layer(0, 0, 10, rows.fill(0))
+    # In the byte stream nobody knows where the next frame would begin.
+    assert listener.ending()[1] == "range" if transport == "unix" else listener.ending()[0] == "lost"
+    assert rig.sink.lost_code("r") == ("range" if transport == "unix" else "protocol")
+    assert rig.sink.arrivals == []
 
 
 def test_a_stopped_server_is_noticed_by_every_stream(rig):
@@ -289,18 +278,3 @@ def test_a_server_takes_a_bounded_number_of_connections_and_streams(make_rig, ev
     stream, listener = rig.open("e", rig.rows())
     rig.rows().send(stream)
     assert listener.ending() == ("done", "")
-
-
-def test_a_socket_file_left_by_a_dead_server_is_replaced_and_a_live_one_is_not(rig, tmp_path):
-    path = tmp_path / "left.sock"
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path))
-    server = KvServer(path, None, PeerIdentity("d", 1, b""), rig.sink, TransportSettings())
-    server.start()
-    rival = KvServer(path, None, PeerIdentity("d", 2, b""), rig.sink, TransportSettings())
-    with pytest.raises(OSError, match=r"left\.sock"):
-        rival.start()
-    rival.stop()
-    assert path.is_socket()
-    server.stop()
-    assert not path.exists()

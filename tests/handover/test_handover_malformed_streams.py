@@ -5,17 +5,24 @@ from __future__ import annotations
 import socket
 import threading
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.handover import Endpoint
-from tandem.handover.frames import Frame, Hello, Kind, Open, checksum, encode, pack
+from tandem.handover.frames import HAND_OVER, Finish, Kind, Open, Rows, checksum
+from tandem.wire.header import Header
+from tandem.wire.header import checksum as body_checksum
+from tandem.wire.protocol import Body, Hello
 
 DIGEST = bytes(range(32))
 NUM_TOKENS, ROW_BYTES, NUM_LAYERS = 8, 16, 2
 LAYERS = [bytes([layer + 1]) * (NUM_TOKENS * ROW_BYTES) for layer in range(NUM_LAYERS)]
 ANSWER_S = 30.0
+
+BODIES = st.lists(st.integers(0, 3), max_size=6).map(msgspec.msgpack.encode)
+"""Some of which fit some kinds."""
 
 FUZZ = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -24,16 +31,19 @@ FUZZ = settings(
 
 def conversation(request_id: str) -> list[bytes]:
     """Hello, Open, all rows, Finish: what an honest client sends."""
-    steps: list[tuple[Frame, bytes]] = [
-        (Frame(Kind.HELLO), encode(Hello("p", 1, DIGEST, 3.0))),
-        (Frame(Kind.OPEN, 1), encode(Open(request_id, 1, NUM_TOKENS, ROW_BYTES, NUM_LAYERS))),
-        *((Frame(Kind.ROWS, 1, layer, 0, NUM_TOKENS), LAYERS[layer]) for layer in range(NUM_LAYERS)),
-        (Frame(Kind.FINISH, 1), b"first token"),
-        (Frame(Kind.RENEW, 1), b""),
+    steps: list[tuple[Kind, int, Body | None, bytes]] = [
+        (Kind.HELLO, 0, Hello("p", 1, DIGEST), b""),
+        (Kind.OPEN, 1, Open(request_id, 1, NUM_TOKENS, ROW_BYTES, NUM_LAYERS), b""),
+        *(
+            (Kind.ROWS, 1, Rows(layer, 0, NUM_TOKENS, len(rows), checksum(rows)), rows)
+            for layer, rows in enumerate(LAYERS)
+        ),
+        (Kind.FINISH, 1, Finish(b"first token"), b""),
+        (Kind.RENEW, 1, None, b""),
     ]
     return [
-        pack(frame._replace(sequence=i, length=len(body), checksum=checksum(body) if body else 0)) + body
-        for i, (frame, body) in enumerate(steps)
+        HAND_OVER.frame(kind, stream, body, len(payload), sequence) + payload
+        for sequence, (kind, stream, body, payload) in enumerate(steps)
     ]
 
 
@@ -120,7 +130,7 @@ def test_noise_at_any_point(rig, numbered, raw, after):
 def test_a_huge_announced_payload_costs_no_memory_until_it_arrives(rig):
     """The limit is checked before the buffer is made; a stream that does not send it is dropped."""
     steps = conversation("r")[:2]
-    steps.append(pack(Frame(Kind.ROWS, 1, 0, 0, 8, length=(64 << 20) + 1, sequence=2)))
+    steps.append(HAND_OVER.pack(Header(Kind.ROWS, 1, payload_length=(64 << 20) + 1, sequence=2)))
     deliver(rig, b"".join(steps))
     assert rig.sink.lost_code("r") == "protocol"
 
@@ -130,16 +140,12 @@ def test_a_huge_announced_payload_costs_no_memory_until_it_arrives(rig):
 def test_a_client_survives_any_answer(rig, numbered, data):
     """A server that sends frames that make no sense, or bytes that are no frames, after a correct Hello."""
     number = next(numbered)
-    hello = encode(Hello("d", 1, DIGEST, 3.0))
-    answers = [pack(Frame(Kind.HELLO, length=len(hello), checksum=checksum(hello))) + hello]
-    for i in range(data.draw(st.integers(0, 3))):
-        kind = data.draw(st.sampled_from(Kind))
-        small = st.integers(0, 3)
-        body = (
-            b"" if kind in (Kind.ACK, Kind.RENEW, Kind.ACCEPT, Kind.FINISH_ACK) else data.draw(st.binary(max_size=20))
-        )
-        frame = Frame(kind, data.draw(small), start=data.draw(small), offset=data.draw(small), length=len(body))
-        answers.append(pack(frame._replace(sequence=i + 1, checksum=checksum(body) if body else 0)) + body)
+    answers = [HAND_OVER.frame(Kind.HELLO, 0, Hello("d", 1, DIGEST, 3.0))]
+    for sequence in range(1, data.draw(st.integers(0, 3)) + 1):
+        kind, stream = data.draw(st.sampled_from(Kind)), data.draw(st.integers(0, 3))
+        body = data.draw(st.binary(max_size=20) | BODIES) if kind not in (Kind.RENEW, Kind.FINISH_ACK) else b""
+        header = Header(kind, stream, len(body), sequence=sequence, body_checksum=body_checksum(body))
+        answers.append(HAND_OVER.pack(header) + body)
     noise = data.draw(st.binary(max_size=100))
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tandem.kvstore.dataplane import channel, protocol, puts
-from tandem.kvstore.dataplane.auth import ServerIdentity
+from tandem.kvstore.dataplane import channel, puts
 from tandem.kvstore.dataplane.channel import Channel
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
-from tandem.kvstore.dataplane.protocol import Kind
+from tandem.kvstore.dataplane.protocol import DATA_PLANE, PATIENCE, Kind
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.interfaces import NodeInfo
-from tandem.wire.peers import local_host_id
+from tandem.wire.handshake import greet
+from tandem.wire.link import Link, connect_tcp, connect_unix
+from tandem.wire.peers import PeerIdentity, local_host_id
+from tandem.wire.protocol import Body
 
 from .scripted_node import ScriptedNode
 
@@ -36,8 +38,8 @@ class Rig:
         self.server = self.start()
 
     def start(self, secret: bytes = b"", node_id: str = "n0", epoch: int = 1) -> DataServer:
-        identity = ServerIdentity(node_id, epoch, local_host_id())
-        server = DataServer(self.node, identity, unix_path=self.path, listen=("127.0.0.1", 0), secret=secret)
+        identity = PeerIdentity(node_id, epoch, key=DATA_PLANE.key(secret))
+        server = DataServer(self.node, identity, unix_path=self.path, listen=("127.0.0.1", 0))
         server.start()
         self.server = server
         return server
@@ -48,6 +50,17 @@ class Rig:
         if connected:
             assert home.wait_connected(DEADLINE_S)
         return home
+
+    def connect(self, transport: str) -> Link:
+        """A link on which nothing has been said."""
+        if transport == "unix":
+            return connect_unix(self.path, DATA_PLANE, PATIENCE)
+        return connect_tcp("127.0.0.1", self.server.port, DATA_PLANE, PATIENCE)
+
+    def greeted(self, transport: str) -> Link:
+        link = self.connect(transport)
+        greet(link, PeerIdentity("me")).drop_memory()
+        return link
 
     def info(self, transport: str, epoch: int = 1) -> NodeInfo:
         if transport == "unix":
@@ -97,7 +110,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[Kind]:
     counts: Counter[Kind] = Counter()
     ask = Channel.ask
 
-    def count(self: Channel, kind: Kind, body: protocol.Body, frame_id: int = 0) -> puts.Call:
+    def count(self: Channel, kind: Kind, body: Body, frame_id: int = 0) -> puts.Call:
         counts[kind] += 1
         return ask(self, kind, body, frame_id)
 

@@ -11,13 +11,12 @@ import pytest
 
 from tandem.kvstore.dataplane import channel as connection
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import greet
 from tandem.kvstore.dataplane.client import RemoteHomeNode
-from tandem.kvstore.dataplane.link import LinkClosed, connect_unix
 from tandem.kvstore.dataplane.protocol import Kind
 from tandem.kvstore.interfaces import TierName
 from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
+from tandem.wire.link import LinkClosed
 from tests.kvstore import chunks
 
 from .conftest import DEADLINE_S, Rig
@@ -103,8 +102,7 @@ def test_it_is_lost_with_the_connection(rig: Rig, home: RemoteHomeNode, eventual
 
 
 def test_two_fetches_have_two_numbers(rig: Rig, home: RemoteHomeNode) -> None:
-    link = connect_unix(rig.path)
-    greet(link, "me", b"")
+    link = rig.greeted("unix")
     link.send(Kind.LOCATE, 1, protocol.Locate(KEYS, 7))
     _, body = link.receive(DEADLINE_S)
     assert isinstance(body, protocol.LocatedRun)

@@ -16,14 +16,16 @@ import pytest
 
 from tandem.common.errors import ConfigError
 from tandem.kvstore.dataplane import nixl as nixl_module
-from tandem.kvstore.dataplane.auth import ServerIdentity, greet
-from tandem.kvstore.dataplane.link import Link, connect_tcp, expect
 from tandem.kvstore.dataplane.nixl import PACKAGES, NixlAgent, NixlWindow
 from tandem.kvstore.dataplane.peer_reader import SocketPeerReader
-from tandem.kvstore.dataplane.protocol import AgentInfo, Kind, Lease, Leased, Range
+from tandem.kvstore.dataplane.protocol import DATA_PLANE, PATIENCE, AgentInfo, Kind, Lease, Leased, Range
 from tandem.kvstore.dataplane.server import DataServer
 from tandem.kvstore.dataplane.windows import Outcome
 from tandem.kvstore.interfaces import NodeInfo, ObjectKey
+from tandem.wire.handshake import greet
+from tandem.wire.link import Link, connect_tcp
+from tandem.wire.peers import PeerIdentity
+from tandem.wire.protocol import expect
 
 from .conftest import DEADLINE_S
 from .fake_nixl import FakeNixl, arena_of
@@ -306,7 +308,7 @@ class Peers:
         self.reader = SocketPeerReader(lambda: {"n0": self.info}, "peer", agent=self.agent)
 
     def start(self) -> DataServer:
-        identity = ServerIdentity("n0", self.epoch, "there")
+        identity = PeerIdentity("n0", self.epoch)
         server = DataServer(self.node, identity, listen=("127.0.0.1", 0), agent=self.server_agent)
         server.start()
         self.info = NodeInfo(node_id="n0", epoch=self.epoch, host_id="there", host="127.0.0.1", port=server.port)
@@ -541,8 +543,8 @@ def test_over_tcp_nothing_is_leased_without_an_agent(fake: FakeNixl, fake_peers:
     leased = []
     for with_agent in (True, False):
         fake_peers.restart(with_agent=with_agent)
-        link = connect_tcp(fake_peers.info.host, fake_peers.info.port)
-        greet(link, "peer", b"")
+        link = connect_tcp(fake_peers.info.host, fake_peers.info.port, DATA_PLANE, PATIENCE)
+        greet(link, PeerIdentity("peer"))
         link.send(Kind.LEASE, 1, Lease([Range(key(0), 10, 20)]))
         leased.append(expect(link.receive(DEADLINE_S)[1], Leased).offsets[0] >= 0)
         link.close()

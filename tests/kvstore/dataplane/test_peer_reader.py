@@ -12,6 +12,7 @@ import pytest
 
 from tandem.kvstore.dataplane.peer_reader import FIRST_PAUSE_S, LONGEST_PAUSE_S, PeerConnection, SocketPeerReader
 from tandem.kvstore.interfaces import NodeInfo, ObjectInfo, ObjectKey
+from tandem.wire.link import Patience
 
 from .conftest import DEADLINE_S, Rig
 from .scripted_node import key
@@ -120,7 +121,7 @@ def test_another_node_at_the_address_is_not_read(rig: Rig, transport: str) -> No
 
 
 def test_a_silent_node_costs_a_bounded_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.kvstore.dataplane.auth.CONNECT_S", 0.2)
+    monkeypatch.setattr("tandem.kvstore.dataplane.peer_reader.PATIENCE", Patience(connect_s=0.2))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         node = NodeInfo(node_id="n0", epoch=1, host_id="x", host="127.0.0.1", port=silent.getsockname()[1])
         reader = SocketPeerReader(lambda: {"n0": node}, "peer")

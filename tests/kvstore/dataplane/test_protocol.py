@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import HandshakeRefused, data_plane_key, greet
-from tandem.kvstore.dataplane.link import Link, LinkClosed, connect_tcp, connect_unix
-from tandem.kvstore.dataplane.protocol import HEADER_BYTES, Header, Kind, ProtocolError, VersionMismatch, pack, parse
+from tandem.kvstore.dataplane.protocol import DATA_PLANE, Kind
 from tandem.kvstore.interfaces import ObjectInfo, Refusal
+from tandem.wire.handshake import HandshakeRefused, greet
+from tandem.wire.header import Header, ProtocolError, checksum
+from tandem.wire.link import Link, LinkClosed, Patience
+from tandem.wire.peers import PeerIdentity
+from tandem.wire.protocol import Body, Hello
 
 from .conftest import DEADLINE_S, SECRET, Rig
 from .scripted_node import key
@@ -22,34 +24,13 @@ from .scripted_node import key
 Eventually = Callable[[Callable[[], object]], None]
 
 
-def test_a_header_comes_back_and_has_32_bytes() -> None:
-    header = Header(Kind.DATA, 2**63, 0, 1 << 30)
-    assert len(pack(header)) == HEADER_BYTES == 32
-    assert parse(pack(header)) == header
-
-
-@given(st.integers(0, HEADER_BYTES * 8 - 1))
-def test_no_flipped_bit_goes_unnoticed(bit: int) -> None:
-    raw = bytearray(pack(Header(Kind.READ, 7, 100)))
-    raw[bit // 8] ^= 1 << bit % 8
-    with pytest.raises(ProtocolError):
-        parse(raw)
-
-
-def test_another_version_is_named() -> None:
-    raw = bytearray(pack(Header(Kind.HELLO, 0, 1)))
-    struct.pack_into("<H", raw, 4, 9)
-    with pytest.raises(VersionMismatch, match="version 9"):
-        parse(raw)
-
-
 @given(st.sampled_from(list(Kind)), st.binary(max_size=200))
 def test_any_body_is_a_body_or_an_error(kind: Kind, raw: bytes) -> None:
     try:
-        body = protocol.decode(Header(kind, 1, len(raw)), raw)
+        body = DATA_PLANE.decode(Header(kind, 1, len(raw), body_checksum=checksum(raw)), raw)
     except ProtocolError:
         return
-    assert isinstance(body, protocol.Body)
+    assert isinstance(body, Body)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +43,8 @@ def test_any_body_is_a_body_or_an_error(kind: Kind, raw: bytes) -> None:
     ],
 )
 def test_lengths_beyond_the_bounds_are_refused(header: Header) -> None:
-    with pytest.raises(ProtocolError):
-        parse(pack(header))
+    with pytest.raises(ProtocolError, match="limit"):
+        DATA_PLANE.parse(DATA_PLANE.pack(header))
 
 
 @pytest.mark.parametrize("connect", ["unix", "tcp"])
@@ -80,9 +61,9 @@ def test_a_wrong_secret_is_refused_and_the_client_says_why(
 ) -> None:
     rig.server.stop()
     rig.start(secret=server_secret)
-    link = connect_unix(rig.path) if connect == "unix" else connect_tcp("127.0.0.1", rig.server.port)
-    with pytest.raises(HandshakeRefused, match=complaint):
-        greet(link, "me", data_plane_key(client_secret))
+    link = rig.connect(connect)
+    with pytest.raises(ConnectionError, match=complaint):
+        greet(link, PeerIdentity("me", key=DATA_PLANE.key(client_secret)))
     link.close()
 
 
@@ -101,17 +82,11 @@ def test_nothing_is_served_before_the_proof(rig: Rig) -> None:
     rig.server.stop()
     rig.start(secret=SECRET)
     rig.node.store(key(0), b"x")
-    link = connect_tcp("127.0.0.1", rig.server.port)
+    link = rig.connect("tcp")
     link.send(Kind.READ, 1, protocol.Read([protocol.Range(key(0), 0, 1)]))
     with pytest.raises(ConnectionError):
         link.receive(DEADLINE_S)
     link.close()
-
-
-def greeted(rig: Rig, kind: str) -> Link:
-    link = connect_unix(rig.path) if kind == "unix" else connect_tcp("127.0.0.1", rig.server.port)
-    greet(link, "me", b"")
-    return link
 
 
 INFO = ObjectInfo(size=10, num_tokens=1)
@@ -121,17 +96,17 @@ INFO = ObjectInfo(size=10, num_tokens=1)
     "send",
     [
         lambda link: link.sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n....................."),
-        lambda link: link.send(Kind.HELLO, 1, protocol.Hello("x")),
+        lambda link: link.send(Kind.HELLO, 1, Hello("x")),
         lambda link: link.send(Kind.PUSH, 1, protocol.Push(key(1), INFO), b"123"),
         lambda link: link.send(Kind.BEGIN_PUT, 1, protocol.BeginPut(key(1), INFO)),
-        lambda link: link.sock.sendall(pack(Header(Kind.READ, 1, 3)) + b"\xc1\xc1\xc1"),
+        lambda link: link.sock.sendall(DATA_PLANE.pack(Header(Kind.READ, 1, 3, sequence=1)) + b"\xc1\xc1\xc1"),
     ],
 )
 def test_nonsense_ends_the_connection_and_nothing_else(
     rig: Rig, send: Callable[[Link], None], eventually: Eventually
 ) -> None:
     home = rig.home()
-    link = greeted(rig, "tcp")
+    link = rig.greeted("tcp")
     send(link)
     with pytest.raises(LinkClosed):
         link.receive(DEADLINE_S)
@@ -141,8 +116,8 @@ def test_nonsense_ends_the_connection_and_nothing_else(
 
 
 def test_a_push_that_breaks_off_leaves_nothing(rig: Rig, eventually: Eventually) -> None:
-    link = greeted(rig, "tcp")
-    link.sock.sendall(protocol.encode(Kind.PUSH, 1, protocol.Push(key(1), INFO), 10) + b"12345")
+    link = rig.greeted("tcp")
+    link.sock.sendall(DATA_PLANE.frame(Kind.PUSH, 1, protocol.Push(key(1), INFO), 10, sequence=1) + b"12345")
     eventually(lambda: rig.node.tickets)
     link.close()
     eventually(lambda: rig.node.tickets[0].ending == "aborted")
@@ -151,7 +126,7 @@ def test_a_push_that_breaks_off_leaves_nothing(rig: Rig, eventually: Eventually)
 
 def test_leases_end_with_the_connection(rig: Rig, eventually: Eventually) -> None:
     rig.node.store(key(0), b"x" * 10)
-    link = greeted(rig, "unix")
+    link = rig.greeted("unix")
     link.send(Kind.LEASE, 1, protocol.Lease([protocol.Range(key(0), 0, 10)]))
     _, body = link.receive(DEADLINE_S)
     assert isinstance(body, protocol.Leased)
@@ -164,9 +139,11 @@ def test_leases_end_with_the_connection(rig: Rig, eventually: Eventually) -> Non
 def test_a_reader_that_takes_nothing_is_dropped(
     rig: Rig, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.kvstore.dataplane.link.STALL_S", 0.3)
+    monkeypatch.setattr("tandem.kvstore.dataplane.server.PATIENCE", Patience(stall_s=0.3))
+    rig.server.stop()
+    rig.start()
     rig.node.store(key(0), bytes(32 << 20))
-    link = greeted(rig, "tcp")
+    link = rig.greeted("tcp")
     link.send(Kind.READ, 1, protocol.Read([protocol.Range(key(0), 0, 32 << 20)] * 4))
     eventually(lambda: rig.server.stats().connections == 0)
     assert rig.node.views == 0
@@ -175,10 +152,12 @@ def test_a_reader_that_takes_nothing_is_dropped(
 
 def test_a_server_without_room_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem.kvstore.dataplane.server.MAX_CONNECTIONS", 1)
-    first = greeted(rig, "unix")
-    link = connect_unix(rig.path)
+    rig.server.stop()
+    rig.start()
+    first = rig.greeted("unix")
+    link = rig.connect("unix")
     with pytest.raises(HandshakeRefused, match="overloaded"):
-        greet(link, "me", b"")
+        greet(link, PeerIdentity("me"))
     link.close()
     first.close()
 

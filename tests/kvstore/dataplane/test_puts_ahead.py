@@ -12,12 +12,11 @@ from dataclasses import replace
 import pytest
 
 from tandem.kvstore.dataplane import protocol, puts
-from tandem.kvstore.dataplane.auth import greet
 from tandem.kvstore.dataplane.client import RemoteHomeNode
-from tandem.kvstore.dataplane.link import LinkClosed, connect_unix
+from tandem.kvstore.dataplane.connection import MIN_HELD_OBJECTS
 from tandem.kvstore.dataplane.protocol import Kind
-from tandem.kvstore.dataplane.session import MIN_HELD_OBJECTS
 from tandem.kvstore.interfaces import ObjectInfo, PutTicket, Refusal
+from tandem.wire.link import LinkClosed
 
 from .conftest import DEADLINE_S, Rig
 from .scripted_node import key
@@ -258,8 +257,7 @@ def test_threads_of_one_worker_put_at_once(rig: Rig) -> None:
 def test_a_commit_that_breaks_the_rules_ends_the_connection_or_holds_nothing(
     rig: Rig, commit: protocol.Commit, eventually: Eventually
 ) -> None:
-    link = connect_unix(rig.path)
-    greet(link, "me", b"")
+    link = rig.greeted("unix")
     link.send(Kind.BEGIN_PUT, 1, protocol.BeginPut(key(1), INFO))
     assert isinstance(link.receive(DEADLINE_S)[1], protocol.Ticket)
     link.send(Kind.COMMIT, 9, commit)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tandem.kvstore.node.arena import HostArena
-from tandem.kvstore.node.mapping import HUGE_PAGE_BYTES, map_shared
 from tandem.kvstore.node.pages import AHEAD_BYTES, AHEAD_SHARE, COLLAPSE, PageWarmer
+from tandem.wire.shared_memory import HUGE_PAGE_BYTES, map_shared
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux only")
 

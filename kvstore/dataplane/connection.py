@@ -1,4 +1,4 @@
-"""The serving end of one connection: a worker's home node, a peer that reads, or both.
+"""The serving end of a connection: a worker's home node, a peer that reads, or both.
 
 One thread reads and answers. Look-ups that ask the directory may take milliseconds, so they have a thread of their own
 from the first one on; a fetch that is not complete at once gets one that tells the client about its layers. When the
@@ -8,10 +8,10 @@ connection ends, so does everything that was opened through it.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -20,14 +20,19 @@ from tandem.common.seldom import Seldom
 from tandem.kvstore.bundle import transcode
 from tandem.kvstore.codecs import CODECS
 from tandem.kvstore.dataplane import protocol
-from tandem.kvstore.dataplane.auth import HandshakeRefused, ServerIdentity, admit, refuse, welcome
 from tandem.kvstore.dataplane.interfaces import ServedFetch, ServedNode, ServedTicket
-from tandem.kvstore.dataplane.link import Link, expect
 from tandem.kvstore.dataplane.nixl import NixlAgent
-from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_OBJECT_BYTES, Body, Header, Kind, ProtocolError
+from tandem.kvstore.dataplane.peer_process import PeerProcess
+from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_OBJECT_BYTES, Kind
 from tandem.kvstore.dataplane.stats import Counters
 from tandem.kvstore.dataplane.windows import address_of
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, TierName
+from tandem.wire.handshake import HandshakeRefused, admit, answer
+from tandem.wire.header import Header, ProtocolError
+from tandem.wire.link import Link
+from tandem.wire.peers import PeerIdentity
+from tandem.wire.protocol import Body, expect
+from tandem.wire.shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -45,30 +50,27 @@ FETCH_S = 60.0
 _WATCH_S = 1.0
 
 
-class Session:
-    """`start`, and `stop` or wait until the client goes."""
+class Connection:
+    """`run` it once, on a thread of its own."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        link: Link,
         node: ServedNode,
-        identity: ServerIdentity,
-        key: bytes,
+        identity: PeerIdentity,
         counters: Counters,
         complaints: Seldom,
         scratch: threading.Semaphore,
         agent: NixlAgent | None,
-        on_ended: Callable[[Session], None],
     ) -> None:
-        self._link = Link(sock)
+        self._link = link
         self._node = node
         self._identity = identity
-        self._key = key
         self._counters = counters
         self._complaints = complaints
         self._scratch = scratch
         self._agent = agent
-        self._on_ended = on_ended
+        self._process = PeerProcess(link.sock)
         self._name = ""
         self._tickets: dict[int, ServedTicket] = {}
         self._fetches: dict[int, ServedFetch] = {}
@@ -77,8 +79,7 @@ class Session:
         self._num_lookups = threading.Semaphore(MAX_LOOKUPS)
         self._looking: threading.Thread | None = None
         self._watchers: set[threading.Thread] = set()
-        self._thread = threading.Thread(target=self._run, name="kv-session", daemon=True)
-        self._handlers: dict[Kind, Callable[[Header, Body], None]] = {
+        self._handlers: dict[enum.IntEnum, Callable[[Header, Body], None]] = {
             Kind.LEASE: self._lease,
             Kind.RELEASE: self._release,
             Kind.READ: self._read,
@@ -98,32 +99,13 @@ class Session:
                 Kind.QUARANTINE: self._quarantine,
             }
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def turn_away(self, code: str, message: str) -> None:
-        """Instead of `start`: the server has no room. Says so where it may be anybody."""
-        if not self._key:
-            with contextlib.suppress(OSError):
-                refuse(self._link, code, message)
-        self._link.close()
-
-    def stop(self) -> None:
-        """From another thread."""
-        self._link.shutdown()
-        self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Until the client goes, or the link is shut down."""
         try:
-            self._name = admit(self._link, self._key)
+            self._name = admit(self._link, self._identity).peer.name
             arena = self._node.arena
-            shared = self._link.is_unix and arena.fd >= 0
-            descriptor = arena.fd if shared else None
-            welcome(self._link, self._identity, arena.capacity_bytes if shared else 0, descriptor)
+            memory = SharedMemory(arena.fd, arena.capacity_bytes) if arena.fd >= 0 else None
+            answer(self._link, self._identity, memory=memory)
             while True:
                 header, body = self._link.receive()
                 handle = self._handlers.get(header.kind)
@@ -154,13 +136,12 @@ class Session:
             self._looking.join()
         for lease in self._leases.values():
             lease.close()
-        if self._tickets and self._link.peer_is_dead():
+        if self._tickets and self._process.has_ended():
             for ticket in self._tickets.values():
                 ticket.abort()
         # A client that lives may still be copying into its buffers: those tickets lapse, and their memory rests for
         # the grace time that the node keeps for late writers.
-        self._link.close()
-        self._on_ended(self)
+        self._process.close()
 
     # Puts
 

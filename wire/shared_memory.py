@@ -1,6 +1,7 @@
-"""Maps shared memory where huge pages can back it.
+"""Memory that two processes share: one makes it and seals its size, and the other maps what it gets by descriptor.
 
-With pages of 4 KiB a copy of megabytes spends up to a third of its time on translating addresses, and every process
+A sealed file cannot shrink, so who maps it cannot be killed by SIGBUS. It is mapped where huge pages can back it: with
+pages of 4 KiB a copy of megabytes spends up to a third of its time on translating addresses, and every process
 that maps the memory takes a fault for each of them. The system uses pages of 2 MiB only where address and offset in the
 file are alike below 2 MiB, which `mmap.mmap` leaves to chance.
 """
@@ -8,18 +9,64 @@ file are alike below 2 MiB, which `mmap.mmap` leaves to chance.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import sys
 import weakref
+from typing import NamedTuple
 
 import numpy as np
+
+from tandem.wire.header import ProtocolError
 
 HUGE_PAGE_BYTES = 2 << 20
 _FIXED = 0x10
 """MAP_FIXED, which Python's `mmap` has no use for."""
 _NO_ACCESS = 0
 _FAILED = ctypes.c_void_p(-1).value
+
+
+class SharedMemory(NamedTuple):
+    """A sealed file in memory. Whoever has it owns the descriptor."""
+
+    descriptor: int
+    size: int
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def map(self) -> memoryview:
+        """All of it, writable; closes the descriptor. Raises ProtocolError when it is not of the size that the other
+        side announced, or could shrink."""
+        descriptor, size = self
+        try:
+            if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise ProtocolError("the shared memory is not sealed against shrinking")
+            if (found := os.fstat(descriptor).st_size) != size:
+                raise ProtocolError(f"the shared memory has {found} bytes, {size} were announced")
+            return map_shared(descriptor, size)
+        except OSError as error:
+            raise ProtocolError(f"the shared memory cannot be mapped: {error}") from error
+        finally:
+            self.close()
+
+
+def can_share() -> bool:
+    """Whether the system has sealed files in memory."""
+    return hasattr(os, "memfd_create")
+
+
+def share(name: str, size: int) -> tuple[SharedMemory, memoryview]:
+    """New memory of `size` bytes, and a writable view of it; `name` is for the system's lists. Raises OSError."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return SharedMemory(descriptor, size), map_shared(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def map_shared(descriptor: int, size: int) -> memoryview:

@@ -1,0 +1,76 @@
+"""The header before every frame, the same for all protocols on sockets.
+
+44 bytes, little-endian: magic 4s, version u16, kind u16, id u64, sequence u64, payload length u64, body length u32,
+body checksum u32, header checksum u32 (xxh32 of the 40 bytes before it). The body follows, then the payload. `sequence`
+counts the frames of one direction, so a lost, repeated or swapped one is noticed. In every version of every protocol
+the first 8 bytes are magic, version and kind: two ends of different versions can tell each other so.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+import xxhash
+
+_START = struct.Struct("<4sH")
+_HEADER = struct.Struct("<4sHHQQQII")
+_TAIL = struct.Struct("<I")
+START_BYTES = 8
+HEADER_BYTES = _HEADER.size + _TAIL.size
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is not the protocol of this connection."""
+
+
+class VersionMismatch(ProtocolError):
+    """The peer speaks the same protocol in another version."""
+
+    def __init__(self, name: str, theirs: int, mine: int) -> None:
+        super().__init__(f"the peer speaks {name} version {theirs}, this side version {mine}")
+
+
+class Header(NamedTuple):
+    """What a frame is, and how much follows."""
+
+    kind: enum.IntEnum
+    id: int
+    """Of a request and its answer, or of a stream."""
+    body_length: int = 0
+    payload_length: int = 0
+    sequence: int = 0
+    body_checksum: int = 0
+
+
+def checksum(raw: bytes | bytearray | memoryview) -> int:
+    """32 bits, of a header or a body."""
+    return xxhash.xxh32_intdigest(raw)
+
+
+def pack(magic: bytes, version: int, header: Header) -> bytes:
+    """The 44 bytes of `header`."""
+    kind, frame_id, body_length, payload_length, sequence, body_checksum = header
+    head = _HEADER.pack(magic, version, kind, frame_id, sequence, payload_length, body_length, body_checksum)
+    return head + _TAIL.pack(checksum(head))
+
+
+def unpack(raw: bytes | bytearray | memoryview) -> tuple[int, int, int, int, int, int]:
+    """Kind, id, sequence, payload length, body length and body checksum of 44 bytes whose start is checked. Raises
+    ProtocolError for a wrong checksum."""
+    view = memoryview(raw)
+    _, _, *numbers = _HEADER.unpack(view[: _HEADER.size])
+    if _TAIL.unpack(view[_HEADER.size :])[0] != checksum(view[: _HEADER.size]):
+        raise ProtocolError("header checksum does not match")
+    kind, frame_id, sequence, payload_length, body_length, body_checksum = numbers
+    return kind, frame_id, sequence, payload_length, body_length, body_checksum
+
+
+def check_start(raw: bytes | bytearray | memoryview, magic: bytes, version: int, name: str) -> None:
+    """Looks at the first 8 bytes of a frame. Raises ProtocolError for another protocol, VersionMismatch."""
+    found, theirs = _START.unpack_from(raw)
+    if found != magic:
+        raise ProtocolError(f"not a {name} connection: wrong magic")
+    if theirs != version:
+        raise VersionMismatch(name, theirs, version)
