@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from tandem.handover import Endpoint, KvServer, PeerIdentity, Reason
+from tandem.handover import Endpoint, KvServer, PeerIdentity, Reason, TransportSettings
 from tandem.handover import connection as connection_module
 from tandem.handover.frames import Rows
 from tandem.wire import handshake
