@@ -12,7 +12,7 @@ import yaml
 from tandem.common.errors import ConfigError
 from tandem.common.settings.fields import Setting
 from tandem.common.settings.values import BOOLEANS, Raw, close_to, is_repeatable, is_switch
-from tandem.common.yaml_fields import Fields
+from tandem.common.yaml_file import YamlFile
 
 COMMON_FLAGS = ("--help", "--config", "--print-config")
 CONFIG_VARIABLE = "TANDEM_CONFIG"
@@ -119,7 +119,7 @@ def read_variables(known: Known) -> dict[str, Given]:
 
 def read_file(path: str, known: Known) -> dict[str, Given]:
     given = {}
-    for key, node in Fields.load(Path(path).expanduser(), "--config").items():
+    for key, node in YamlFile(Path(path).expanduser(), "--config").items:
         name = key.replace("-", "_")
         where = f"{path}, line {node.start_mark.line + 1}: {key}"
         raw = _raw(node, where)

@@ -7,10 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from tandem.common.errors import ConfigError
 from tandem.common.fairness import MAX_WEIGHT
-from tandem.common.yaml_fields import Fields
+from tandem.common.yaml_file import YamlFile
 from tandem.router.tenants import jwt_issuer
 from tandem.router.tenants.caller import ANYBODY, HIGHEST_PRIORITY, LOWEST_PRIORITY, Caller, Rates
 from tandem.router.tenants.jwt_issuer import Issuer
@@ -18,9 +22,12 @@ from tandem.router.tenants.jwt_issuer import Issuer
 MAX_TENANTS = 10_000
 MAX_RATE = 10**12
 
-_NAME = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _KEY_LINE = re.compile(r"([A-Za-z0-9._\-]{1,64}):([0-9a-fA-F]{64})(?::([A-Za-z0-9._\-]{1,64}))?")
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,64}\Z")]
+Text = Annotated[str, Meta(min_length=1)]
+Limit = Annotated[int, Meta(ge=1, le=MAX_RATE)]
+Priority = Annotated[int, Meta(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)]
 _HOW_TO_HASH = "the SHA-256 of a key in hex, made with `printf %s KEY | sha256sum`"
 
 
@@ -90,99 +97,111 @@ def read_api_keys(path: Path, files: Files) -> Roster:
     return Roster(by_digest, {}, {})
 
 
+class _Tenant(msgspec.Struct, forbid_unknown_fields=True):
+    name: Name
+    keys: list[str] | None = None
+    claims: list[Text] = []
+    sharing_group: Name | Literal[""] = ""
+    weight: Annotated[float, Meta(ge=1 / MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
+    priority_min: Priority | None = None
+    priority_max: Priority | None = None
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    max_concurrent: Limit | None = None
+    kv_quota: Annotated[float, Meta(ge=0.001, le=1.0)] | None = None
+    models: Annotated[list[Text], Meta(min_length=1)] | None = None
+    admin: bool = False
+
+
+class _Issuer(msgspec.Struct, forbid_unknown_fields=True):
+    issuer: Text
+    audience: Text
+    algorithm: Text
+    tenant_claim: Text = "sub"
+    secret_file: str = ""
+    public_key_file: str = ""
+    jwks_file: str = ""
+
+
+class _TenantsFile(msgspec.Struct, forbid_unknown_fields=True):
+    tenants: Annotated[list[_Tenant], Meta(min_length=1, max_length=MAX_TENANTS)]
+    issuers: list[_Issuer] = []
+
+
 def read_tenants(path: Path, files: Files) -> Roster:
-    """Fields are described in `docs/tenants.md`. Raises ConfigError naming line, field and remedy."""
+    """Tenants of a file whose fields `docs/tenants.md` describes. Raises ConfigError naming line, field and remedy."""
     files[path] = stamp(path)
-    top = Fields.load(path, "--tenants-file")
+    file = YamlFile(path, "--tenants-file")
+    read = file.read(_TenantsFile)
     issuers: dict[str, Issuer] = {}
-    for fields in top.mappings("issuers"):
-        issuer = _issuer(fields, path.parent, files)
-        if issuer.name in issuers:
-            raise fields.error("issuer", f"{issuer.name} is there twice")
-        issuers[issuer.name] = issuer
+    for index, entry in enumerate(read.issuers):
+        if entry.issuer in issuers:
+            raise file.error(f"issuers[{index}].issuer", f"{entry.issuer} is there twice")
+        issuers[entry.issuer] = _issuer(entry, f"issuers[{index}]", file, path.parent, files)
     by_digest: dict[bytes, Caller] = {}
     by_claim: dict[str, Caller] = {}
     names: set[str] = set()
-    for fields in top.mappings("tenants"):
-        caller = _caller(fields)
-        if caller.tenant in names:
-            raise fields.error("name", f"{caller.tenant} is there twice; a tenant may have several keys")
-        names.add(caller.tenant)
-        _add_keys(fields, caller, by_digest)
-        _add_claims(fields, caller, by_claim, bool(issuers))
-        fields.end()
-    top.end()
-    if not names:
-        raise top.error("tenants", "must list at least one tenant, or nobody could use the router")
-    if len(names) > MAX_TENANTS:
-        raise top.error("tenants", f"may list at most {MAX_TENANTS} tenants, got {len(names)}")
+    for index, tenant in enumerate(read.tenants):
+        place = f"tenants[{index}]"
+        if tenant.name in names:
+            raise file.error(f"{place}.name", f"{tenant.name} is there twice; a tenant may have several keys")
+        names.add(tenant.name)
+        caller = _caller(tenant, place, file)
+        _add_keys(tenant.keys or [], caller, by_digest, f"{place}.keys", file)
+        if tenant.claims and not issuers:
+            raise file.error(f"{place}.claims", "need an entry in `issuers`, whose tokens make them")
+        if not tenant.claims and tenant.keys is None:
+            raise file.error(f"{place}.keys", "or claims are required, or nobody could be this tenant")
+        _add_claims(tenant.claims, caller, by_claim, f"{place}.claims", file)
     return Roster(by_digest, by_claim, issuers)
 
 
-def _caller(fields: Fields) -> Caller:
-    name = _name(fields, "name")
-    priority_min = fields.integer("priority_min", low=LOWEST_PRIORITY, high=HIGHEST_PRIORITY)
-    priority_max = fields.integer("priority_max", low=LOWEST_PRIORITY, high=HIGHEST_PRIORITY)
-    first, last = priority_min or 0, HIGHEST_PRIORITY if priority_max is None else priority_max
+def _caller(tenant: _Tenant, place: str, file: YamlFile) -> Caller:
+    first = tenant.priority_min or 0
+    last = HIGHEST_PRIORITY if tenant.priority_max is None else tenant.priority_max
     if first > last:
-        raise fields.error("priority_max", f"must be at least priority_min, which is {first}, got {last}")
-    models = fields.texts("models")
-    if models is not None and not models:
-        raise fields.error("models", "must not be empty; leave it out to allow all")
+        raise file.error(f"{place}.priority_max", f"must be at least priority_min, which is {first}, got {last}")
     return Caller(
-        name,
-        sharing_group=_name(fields, "sharing_group", ""),
-        weight=fields.number("weight", 1.0, low=1 / MAX_WEIGHT, high=MAX_WEIGHT),
+        tenant.name,
+        sharing_group=tenant.sharing_group,
+        weight=tenant.weight,
         priority_min=first,
         priority_max=last,
-        rates=Rates(
-            requests_per_minute=fields.integer("requests_per_minute", low=1, high=MAX_RATE),
-            tokens_per_minute=fields.integer("tokens_per_minute", low=1, high=MAX_RATE),
-            max_concurrent=fields.integer("max_concurrent", low=1, high=MAX_RATE),
-        ),
-        kv_quota=fields.number("kv_quota", 1.0, low=0.001, high=1.0) if fields.has("kv_quota") else None,
-        models=None if models is None else frozenset(models),
-        admin=fields.boolean("admin", False),
+        rates=Rates(tenant.requests_per_minute, tenant.tokens_per_minute, tenant.max_concurrent),
+        kv_quota=tenant.kv_quota,
+        models=None if tenant.models is None else frozenset(tenant.models),
+        admin=tenant.admin,
     )
 
 
-def _add_keys(fields: Fields, caller: Caller, by_digest: dict[bytes, Caller]) -> None:
-    for index, key in enumerate(fields.texts("keys") or ()):
+def _add_keys(keys: list[str], caller: Caller, by_digest: dict[bytes, Caller], place: str, file: YamlFile) -> None:
+    for index, key in enumerate(keys):
         digest = key.removeprefix("sha256:")
-        if not _DIGEST.fullmatch(digest):
-            raise fields.error(f"keys[{index}]", f"must be {_HOW_TO_HASH}")  # without the value: it may be the key
+        if not _DIGEST.fullmatch(digest):  # said without the value: it may be the key
+            raise file.error(f"{place}[{index}]", f"must be {_HOW_TO_HASH}")
         raw = bytes.fromhex(digest)
         if raw in by_digest:
-            raise fields.error(f"keys[{index}]", f"belongs to tenant {by_digest[raw].tenant} already")
+            raise file.error(f"{place}[{index}]", f"belongs to tenant {by_digest[raw].tenant} already")
         by_digest[raw] = caller
 
 
-def _add_claims(fields: Fields, caller: Caller, by_claim: dict[str, Caller], issuers: bool) -> None:
-    claims = fields.texts("claims") or []
-    if claims and not issuers:
-        raise fields.error("claims", "need an entry in `issuers`, whose tokens make them")
-    if not claims and not fields.has("keys"):
-        raise fields.error("keys", "or claims are required, or nobody could be this tenant")
+def _add_claims(claims: list[str], caller: Caller, by_claim: dict[str, Caller], place: str, file: YamlFile) -> None:
     for index, claim in enumerate(claims):
         if claim in by_claim:
-            raise fields.error(f"claims[{index}]", f"belongs to tenant {by_claim[claim].tenant} already")
+            raise file.error(f"{place}[{index}]", f"belongs to tenant {by_claim[claim].tenant} already")
         by_claim[claim] = caller
 
 
-def _issuer(fields: Fields, folder: Path, files: Files) -> Issuer:
-    name = fields.text("issuer")
-    audience = fields.text("audience")
-    algorithm = fields.text("algorithm")
-    claim = fields.text("tenant_claim", "sub")
+def _issuer(entry: _Issuer, place: str, file: YamlFile, folder: Path, files: Files) -> Issuer:
+    algorithm = entry.algorithm
     if algorithm not in jwt_issuer.ALGORITHMS:
-        raise fields.error("algorithm", f"must be one of {', '.join(sorted(jwt_issuer.ALGORITHMS))}")
-    symmetric = algorithm in jwt_issuer.SYMMETRIC
-    allowed = ("secret_file",) if symmetric else ("public_key_file", "jwks_file")
-    paths = {kind: fields.text(kind, "") for kind in ("secret_file", "public_key_file", "jwks_file")}
+        raise file.error(f"{place}.algorithm", f"must be one of {', '.join(sorted(jwt_issuer.ALGORITHMS))}")
+    allowed = ("secret_file",) if algorithm in jwt_issuer.SYMMETRIC else ("public_key_file", "jwks_file")
+    paths = {"secret_file": entry.secret_file, "public_key_file": entry.public_key_file, "jwks_file": entry.jwks_file}
     given = [kind for kind, value in paths.items() if value]
     if len(given) != 1 or given[0] not in allowed:
-        raise fields.error(given[0] if given else "issuer", f"{algorithm} needs {' or '.join(allowed)}, and only that")
-    fields.end()
+        wrong = f"{place}.{given[0]}" if given else place
+        raise file.error(wrong, f"{algorithm} needs {' or '.join(allowed)}, and only that")
     path = folder / paths[given[0]]
     files[path] = stamp(path)
     try:
@@ -193,12 +212,5 @@ def _issuer(fields: Fields, folder: Path, files: Files) -> Issuer:
             jwks=path if given[0] == "jwks_file" else None,
         )
     except (OSError, ValueError) as error:
-        raise fields.error(given[0], f"{path} cannot be used: {error}") from error
-    return Issuer(name, audience, algorithm, claim, keys)
-
-
-def _name(fields: Fields, field: str, default: str | None = None) -> str:
-    value = fields.text(field, default)
-    if value != default and not _NAME.fullmatch(value):
-        raise fields.error(field, "must have 1 to 64 letters, digits, dots, dashes or underscores")
-    return value
+        raise file.error(f"{place}.{given[0]}", f"{path} cannot be used: {error}") from error
+    return Issuer(entry.issuer, entry.audience, algorithm, entry.tenant_claim, keys)
