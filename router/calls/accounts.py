@@ -16,7 +16,15 @@ from tandem.router.calls.choice import ChoiceSpec
 from tandem.router.calls.generate import Usage
 from tandem.router.tenants.caller import Caller
 from tandem.router.tenants.usage import UsageCollector, UsageLog
-from tandem.router.turns.limits import Buckets, Limits, LocalBuckets, RateLimited, Reservation
+from tandem.router.turns.limits import (
+    BYTES_PER_REQUEST,
+    Buckets,
+    Limits,
+    LocalBuckets,
+    Place,
+    RateLimited,
+    Reservation,
+)
 
 REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded"})
 
@@ -30,20 +38,20 @@ class Accounts:
             registry.register(UsageCollector(self.usage))
 
     @asynccontextmanager
-    async def entering(self, caller: Caller, size: Callable[[], int], *, generates: bool) -> AsyncIterator[None]:
+    async def entering(self, caller: Caller, size: Callable[[], int], *, generates: bool) -> AsyncIterator[Place]:
         """One request at a front door, from its arrival on. `size`: bytes that it had in the end; `generates`: it goes
         to the workers, unless it is refused. Raises RateLimited."""
         if caller.rates.unlimited:
-            yield
+            yield self.limits.enter(caller, tokens=generates)
             return
         await self.limits.hear_before_entering(caller)
         place = self.limits.enter(caller, tokens=generates)
         read_in_vain = not generates
         try:
-            yield
+            yield place
         except RateLimited:
             place.give_back()
-            read_in_vain = False
+            read_in_vain = size() >= BYTES_PER_REQUEST
             raise
         except TandemError as error:
             read_in_vain = read_in_vain or error.kind.http_status < 500

@@ -25,6 +25,8 @@ MAX_NUMBER_DIGITS = 512
 _QUOTE, _BACKSLASH, _COMMA, _COLON = b'"\\,:'
 _IN_NUMBERS = np.frombuffer(b"0123456789.eE+-", np.uint8)
 _STRIDE = 64
+_BEGINNING_BYTES = 2 << 20
+"""Most of what is far too much is seen in so much of it."""
 
 Bytes = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -44,11 +46,9 @@ class JsonSize:
 
 def check_size(raw: bytes) -> None:
     """Raises TandemError `request_too_large`."""
-    size = _most(raw)
-    if _over(size) is not None:
-        size = json_size(raw)
-    if (problem := _over(size)) is not None:
-        raise TandemError("request_too_large", f"the body holds {problem}; send less in one request")
+    for part in (raw[:_BEGINNING_BYTES], raw) if len(raw) > _BEGINNING_BYTES else (raw,):
+        if _over(_most(part)) is not None and (problem := _over(json_size(part))) is not None:
+            raise TandemError("request_too_large", f"the body holds {problem}; send less in one request")
 
 
 def json_size(raw: bytes) -> JsonSize:
@@ -88,7 +88,7 @@ def _over(size: JsonSize) -> str | None:
         (size.number_digits, MAX_NUMBER_DIGITS, "digits in one number"),
     ):
         if found > most:
-            return f"{found} {what}, and may hold {most}"
+            return f"more than {most} {what}"
     return None
 
 

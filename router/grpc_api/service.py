@@ -23,6 +23,7 @@ from tandem.router.grpc_api.generate import complete, generate
 from tandem.router.grpc_api.messages import read_message
 from tandem.router.service import Service
 from tandem.router.tenants.tenants import Tenants
+from tandem.router.web.request_fields import SMALL_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ class InferenceService:
         exchange.memory.hold(len(raw), exchange.caller.tenant)
         if not method.costs:
             return await self._run(method, exchange, raw)
-        async with self._accounts.entering(exchange.caller, lambda: len(raw), generates=method.generates):
+        async with self._accounts.entering(exchange.caller, lambda: len(raw), generates=method.generates) as place:
+            if len(raw) > SMALL_BODY_BYTES:
+                place.has_read(len(raw))
             if method.generates:
                 self._service.check_load()
             return await self._run(method, exchange, raw)

@@ -133,7 +133,9 @@ class HttpApp:
     async def _take_in(self, exchange: Exchange, handler: Handler) -> None:
         """A request that costs something: it counts among those of its tenant, also where it is refused."""
         generates = exchange.path in ENDPOINTS
-        async with self._accounts.entering(exchange.caller, lambda: exchange.body_bytes, generates=generates):
+        async with self._accounts.entering(
+            exchange.caller, lambda: exchange.body_bytes, generates=generates
+        ) as exchange.place:
             if generates:
                 self._service.check_load()
             await handler(exchange, self._service)

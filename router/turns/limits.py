@@ -148,7 +148,7 @@ class Limits:
         is refused at once where there are none. Raises RateLimited, and then nothing is taken."""
         rates = caller.rates
         if rates.unlimited:
-            return Place(self, caller, None)
+            return Place(self, caller, None, computes=tokens)
         state = self._state(caller.tenant)
         self._check_concurrency(caller, state.running)
         if tokens and rates.tokens_per_minute is not None:
@@ -159,7 +159,7 @@ class Limits:
         if rates.requests_per_minute is not None:
             self._take(caller, "requests", 1, rates.requests_per_minute)
         self._count(caller, state, 1)
-        return Place(self, caller, state)
+        return Place(self, caller, state, computes=tokens)
 
     def reserve(self, caller: Caller, prompt_tokens: int, max_output_tokens: int) -> Reservation:
         """Tokens for what goes to the workers; `close` it. Raises RateLimited, and then nothing is taken."""
@@ -270,22 +270,46 @@ class Limits:
 class Place:
     """One request in flight, from its arrival to the end of its answer. `close` it whatever happens."""
 
-    __slots__ = ("_caller", "_limits", "_state")
+    __slots__ = ("_caller", "_charged", "_computes", "_limits", "_state")
 
-    def __init__(self, limits: Limits, caller: Caller, state: _State | None) -> None:
+    def __init__(self, limits: Limits, caller: Caller, state: _State | None, *, computes: bool) -> None:
+        """`computes`: it goes to a worker, unless it is refused; else it costs by its size in any case."""
         self._limits = limits
         self._caller = caller
         self._state = state
+        self._computes = computes
+        self._charged = 0
+        """Bytes."""
+
+    def has_read(self, size: int) -> None:
+        """A large body is there. Raises RateLimited where others that came meanwhile have taken what was left."""
+        self._check()
+        if not self._computes:
+            self.charge(size)
+
+    def begin(self) -> None:
+        """What is in it will be looked at now. For any thread. Raises RateLimited, see `has_read`."""
+        if self._computes:
+            self._check()
 
     def charge(self, size: int) -> None:
-        """So many bytes were read, and not for a worker."""
+        """So many bytes were read, and not for a worker. Once for each of them, however often it is called."""
         rates = self._caller.rates
         if self._state is None:
             return
+        size, self._charged = size - self._charged, size
         if rates.requests_per_minute is not None and size >= BYTES_PER_REQUEST:
             self._limits._add(self._caller, "requests", -(size // BYTES_PER_REQUEST), rates.requests_per_minute)
         if rates.tokens_per_minute is not None:
             self._limits._add(self._caller, "tokens", -(size // BYTES_PER_TOKEN), rates.tokens_per_minute)
+
+    def _check(self) -> None:
+        rates = self._caller.rates
+        for limit, per_minute in (("requests", rates.requests_per_minute), ("tokens", rates.tokens_per_minute)):
+            if self._state is not None and per_minute is not None:
+                missing = -self._limits._level(self._caller, limit, per_minute)
+                if missing > _ROUNDING * per_minute:
+                    raise _exceeded(self._caller, limit, per_minute, 1, missing * MINUTE_S / per_minute)
 
     def give_back(self) -> None:
         """It was refused for want of tokens: then it takes no request either."""

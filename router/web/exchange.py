@@ -14,6 +14,7 @@ from tandem.common.errors import TandemError
 from tandem.common.fair_work import FairWork
 from tandem.router.calls.accounts import Accounts
 from tandem.router.tenants.caller import ANYBODY
+from tandem.router.turns.limits import Place
 from tandem.router.web.body_memory import BodyMemory
 from tandem.router.web.cors import Cors
 from tandem.router.web.errors import (
@@ -24,7 +25,7 @@ from tandem.router.web.errors import (
     error_headers,
 )
 from tandem.router.web.off_loop import off_loop
-from tandem.router.web.request_fields import BodyReader, log_ignored
+from tandem.router.web.request_fields import SMALL_BODY_BYTES, BodyReader, log_ignored
 from tandem.router.web.request_ids import named_in_body, request_id_of, traceparent_of
 
 if TYPE_CHECKING:  # uvicorn keeps them private
@@ -61,6 +62,8 @@ class Exchange:
         """Set once the API key is checked."""
         self.accounts: Accounts | None = None
         """Whose limits the answer tells the caller; None: of none."""
+        self.place: Place | None = None
+        """Its own under these limits; None: it costs nothing."""
         self.ignored: list[str] = []
         """Fields of the request that have no effect; the answer names them in a header."""
         self.cors: Cors | None = None
@@ -144,9 +147,17 @@ class Exchange:
     async def decode(self, reader: BodyReader[T]) -> T:
         """Raises TandemError `invalid_request` naming the field, `request_too_large`, `overloaded`."""
         raw = await self.body()
-        body, ignored = await self.off_loop(reader.read, raw)
+        if self.place is not None and len(raw) > SMALL_BODY_BYTES:
+            self.place.has_read(len(raw))
+        found: tuple[T, list[str]] = await self.off_loop(self._read, reader, raw)
+        body, ignored = found
         self.ignore(ignored)
         return body
+
+    def _read(self, reader: BodyReader[T], raw: bytes) -> tuple[T, list[str]]:
+        if self.place is not None and len(raw) > SMALL_BODY_BYTES:
+            self.place.begin()
+        return reader.read(raw)
 
     async def off_loop(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a function that takes long where the body is large: then in a thread, in the tenant's turn.

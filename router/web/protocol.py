@@ -35,6 +35,9 @@ RECEIVE_S = 30.0
 MIN_BODY_BYTES = 1024
 """Of a body, every `RECEIVE_S`."""
 
+DROPPED_BYTES_PER_S = 16 << 20
+"""Read and dropped, of all requests together that were answered before they ended. They have their answer already."""
+
 FIRST_PROBE_S = 0.1
 """Between the first two questions whether a client that ended its side is still there; twice as long each time."""
 LONGEST_PROBE_S = 5.0
@@ -94,6 +97,22 @@ class _Refusals:
 _refusals = _Refusals()
 
 
+class _Dropped:
+    """How fast this process reads what it drops."""
+
+    def __init__(self) -> None:
+        self._paid_at = 0.0
+
+    def pause_s(self, size: int) -> float:
+        """Time until the connection that has just brought `size` bytes may bring more."""
+        now = time.monotonic()
+        self._paid_at = max(self._paid_at, now) + size / DROPPED_BYTES_PER_S
+        return self._paid_at - now
+
+
+_dropped = _Dropped()
+
+
 class BoundedHttp(HttpToolsProtocol):
     _framing = 0
     """Bytes of the current request that were no body; 0 between two requests."""
@@ -108,6 +127,8 @@ class BoundedHttp(HttpToolsProtocol):
     _ended = 0.0
     """When the client ended its side; 0: it has not."""
     _probe: asyncio.TimerHandle | None = None
+    _pause: asyncio.TimerHandle | None = None
+    """What comes is dropped, and comes slowly."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -118,6 +139,8 @@ class BoundedHttp(HttpToolsProtocol):
             self._timer.cancel()
         if self._probe is not None:
             self._probe.cancel()
+        if self._pause is not None:
+            self._pause.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -146,6 +169,14 @@ class BoundedHttp(HttpToolsProtocol):
         elif self._framing or self.cycle.more_body:
             self._received = 0
             self._timer = self.loop.call_later(RECEIVE_S, self._look)
+        answered = self.cycle is not None and self.cycle.response_complete and not self._in_head
+        if answered and not self.transport.is_closing():
+            self.flow.pause_reading()
+            self._pause = self.loop.call_later(_dropped.pause_s(len(data)), self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _parse(self, data: bytes) -> None:
         """Raises HttpParserError. A request that offers to go on in another protocol (Java's client does, with its

@@ -116,6 +116,16 @@ async def test_a_large_refusal_costs_what_it_took_to_read(desk: Desk) -> None:
     assert int(after.headers["x-ratelimit-remaining-tokens"]) < 100_000 - size // BYTES_PER_TOKEN // 2
 
 
+async def test_many_large_texts_at_once_cost_no_more_than_their_tenant_has(desk: Desk) -> None:
+    await desk.open(ann={"requests_per_minute": 20}, bob={})
+    text = "a b " * 100_000
+    answers = await asyncio.gather(*(desk.post("ann", "/tokenize", prompt=text) for _ in range(8)))
+    refused = [answer.status_code for answer in answers if answer.status_code != 200]
+    most = 1 + 20 * BYTES_PER_REQUEST // len(text)
+    assert (set(refused), 8 - most <= len(refused) < 8) == ({429}, True)
+    assert (await desk.post("bob", "/tokenize", prompt=text)).status_code == 200
+
+
 COUNTED: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "a"}),
     ("/detokenize", {"tokens": [5, 6]}),

@@ -96,7 +96,7 @@ def test_what_would_hold_the_interpreter_is_refused_before_it_is_decoded(
     reader = BodyReader(body)
     monkeypatch.setattr(reader, "_decoder", None)
     monkeypatch.setattr(msgspec.json, "decode", never)
-    with pytest.raises(TandemError, match="may hold") as caught:
+    with pytest.raises(TandemError, match="more than") as caught:
         reader.read(LARGE[name])
     assert caught.value.code == "request_too_large"
 
@@ -112,6 +112,24 @@ def test_what_would_hold_the_interpreter_is_refused_before_it_is_decoded(
 )
 def test_large_honest_bodies_pass(honest: dict[str, Any]) -> None:
     check_size(json.dumps(honest).encode())
+
+
+def test_of_what_is_far_too_much_the_beginning_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def counting(raw: bytes) -> JsonSize:
+        counted.append(len(raw))
+        return json_size(raw)
+
+    monkeypatch.setattr(module, "json_size", counting)
+    with pytest.raises(TandemError, match="more than"):
+        check_size(b'{"prompt": [' + b"1," * 4_000_000 + b"1]}")
+    assert sum(counted) <= 2 << 20
+
+
+def test_what_is_too_much_at_its_end_is_refused_as_well() -> None:
+    with pytest.raises(TandemError, match="more than"):
+        check_size(b'{"user": "' + b"a" * (4 << 20) + b'", "prompt": [' + b"1," * 1_000_000 + b"1]}")
 
 
 def test_numbers_are_as_long_as_anybody_needs() -> None:

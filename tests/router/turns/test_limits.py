@@ -200,6 +200,26 @@ def test_what_was_read_in_vain_is_charged_by_its_size() -> None:
     assert limits.running(ann) == 0
 
 
+def test_a_large_body_that_came_while_others_took_all_is_not_looked_at() -> None:
+    limits, _ = pair()
+    ann = tenant(requests_per_minute=200)
+    asked, counted, later = limits.enter(ann), limits.enter(ann, tokens=False), limits.enter(ann, tokens=False)
+    asked.has_read(8 << 20)
+    counted.has_read(8 << 20)
+    asked.begin()
+    counted.begin()
+    more = [limits.enter(ann, tokens=False)]
+    more[0].has_read(8 << 20)
+    with pytest.raises(RateLimited):
+        later.has_read(8 << 20)
+    with pytest.raises(RateLimited):
+        asked.begin()
+    counted.begin()
+    left = headers(limits, ann)["x-ratelimit-remaining-requests"]
+    counted.charge(8 << 20)
+    assert headers(limits, ann)["x-ratelimit-remaining-requests"] == left, "it has been charged"
+
+
 def test_a_refusal_takes_nothing() -> None:
     limits, _ = pair()
     ann = tenant(requests_per_minute=10, tokens_per_minute=1000, max_concurrent=5)

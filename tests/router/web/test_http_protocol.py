@@ -90,6 +90,28 @@ async def test_who_is_answered_before_his_body_ends_gets_the_whole_answer(router
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].endswith("bytes")
 
 
+async def test_what_comes_after_an_answer_is_read_slowly(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = [0]
+    receive = http_protocol.BoundedHttp.data_received
+
+    def counting(connection: http_protocol.BoundedHttp, data: bytes) -> None:
+        received[0] += len(data)
+        receive(connection, data)
+
+    monkeypatch.setattr(http_protocol.BoundedHttp, "data_received", counting)
+    monkeypatch.setattr(http_protocol, "DROPPED_BYTES_PER_S", 1.0)
+    monkeypatch.setattr(http_protocol, "_dropped", http_protocol._Dropped())
+    size = 64 << 20
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+    writer.write(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size)
+    assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 404 ")
+    writer.write(b"a" * size)
+    await until(lambda: received[0] > 1000)
+    assert (await exchanged(router, HEALTH, until=b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    assert received[0] < 1 << 20, "one piece"
+    writer.transport.abort()
+
+
 async def test_who_waits_for_the_end_after_an_early_answer_is_not_kept(router: Router) -> None:
     head = POST + b"Connection: close\r\nContent-Length: 30000000\r\n\r\na"
     answer = await exchanged(router, head, patience_s=5.0)
