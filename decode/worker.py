@@ -51,6 +51,7 @@ async def serve(config: DecodeConfig) -> None:
         endpoint = server.endpoint
         await process.serve(
             importer,
+            server.stats,
             worker_pb2.KvEndpoint(
                 worker_id=endpoint.worker_id,
                 worker_epoch=endpoint.worker_epoch,

@@ -40,7 +40,7 @@ from tandem.handover.client import KvClientPool, KvStream
 from tandem.handover.frames import HAND_OVER
 from tandem.handover.interfaces import Fill, KvSink, StreamListener, TransportSettings
 from tandem.handover.server import Incoming, KvServer
-from tandem.handover.stats import TransportStats
+from tandem.handover.stats import HandoverMetrics, TransportStats
 from tandem.wire.peers import Endpoint, PeerIdentity, local_host_id
 from tandem.wire.protocol import Reason
 
@@ -48,6 +48,7 @@ __all__ = [
     "HAND_OVER",
     "Endpoint",
     "Fill",
+    "HandoverMetrics",
     "Incoming",
     "KvClientPool",
     "KvServer",

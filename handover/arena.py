@@ -64,8 +64,6 @@ class Ring:
 class ArenaSender:
     """The writing end. `memory` goes to the receiver with the Hello."""
 
-    name = "arena"
-
     def __init__(self, size: int) -> None:
         self.memory: SharedMemory | None
         self.memory, self._view = share("tandem-kv-arena", size)
@@ -104,7 +102,6 @@ class ArenaReceiver:
     """The reading end. Takes ownership of `memory`. Raises ProtocolError when it is not what the sender announced, or
     could shrink."""
 
-    name = "arena"
     acknowledges = True
 
     def __init__(self, memory: SharedMemory) -> None:

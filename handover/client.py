@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
+from tandem.common.counters import Counters
 from tandem.handover.connection import ClientConnection
 from tandem.handover.interfaces import StreamListener, TransportSettings
-from tandem.handover.stats import Counters, TransportStats
+from tandem.handover.stats import TransportStats
 from tandem.handover.stream import KvStream
 from tandem.wire.peers import Endpoint, PeerIdentity
 
@@ -19,7 +21,7 @@ class KvClientPool:
     def __init__(self, identity: PeerIdentity, settings: TransportSettings | None = None) -> None:
         self._identity = identity
         self._settings = settings or TransportSettings()
-        self._counters = Counters()
+        self._counters = Counters(TransportStats())
         self._lock = threading.Lock()
         self._connections: dict[Endpoint, ClientConnection] = {}
         self._failed: list[ClientConnection] = []
@@ -63,7 +65,11 @@ class KvClientPool:
     def stats(self) -> TransportStats:
         with self._lock:
             connections = list(self._connections.values())
-        return self._counters.snapshot(sum(connection.num_streams for connection in connections), len(connections))
+        return replace(
+            self._counters.snapshot(),
+            open_streams=sum(connection.num_streams for connection in connections),
+            open_connections=len(connections),
+        )
 
     def close(self) -> None:
         """Ends every stream with `on_lost` and all threads. Not from a callback."""

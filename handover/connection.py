@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from tandem.common.counters import Counters
 from tandem.handover.frames import Accept, Ack, Finish, Kind, Open, Rows, checksum
 from tandem.handover.handshake import SendChannel, connect
 from tandem.handover.interfaces import StreamListener, TransportSettings, reason_of
-from tandem.handover.stats import Counters
+from tandem.handover.stats import TransportStats
 from tandem.handover.stream import Ending, KvStream, PendingRows
 from tandem.wire.handshake import HandshakeRefused
 from tandem.wire.header import Header, ProtocolError
@@ -37,7 +38,7 @@ class ClientConnection:
         endpoint: Endpoint,
         identity: PeerIdentity,
         settings: TransportSettings,
-        counters: Counters,
+        counters: Counters[TransportStats],
         on_failed: Callable[[ClientConnection], None],
     ) -> None:
         self.endpoint = endpoint
@@ -144,7 +145,7 @@ class ClientConnection:
             if ending is None or stream.busy or stream.told:
                 return
             stream.told = True
-        self._counters.ended(ending.outcome)
+        self._counters.count("outcomes", ending.outcome)
         self._guarded(stream, lambda: ending.tell(stream.listener))
 
     def _guarded(self, stream: KvStream, callback: Callable[[], None]) -> None:
@@ -152,7 +153,7 @@ class ClientConnection:
             callback()
         except Exception:
             logger.exception("the listener of stream %s failed", stream.request_id)
-            self._counters.callback_error()
+            self._counters.add(callback_errors=1)
 
     def _fail(self, ending: Ending) -> None:
         """Ends every stream. Only the first call counts."""
@@ -286,7 +287,7 @@ class ClientConnection:
                 piece.fill(piece.start, piece.stop, region)
             except Exception as error:
                 logger.exception("reading rows of stream %s failed", stream.request_id)
-                self._counters.callback_error()
+                self._counters.add(callback_errors=1)
                 with self._wake:
                     channel.payload.cancel()
                 self.abort(stream, Reason("source", repr(error)))
@@ -295,7 +296,9 @@ class ClientConnection:
             channel.payload.send(channel.link, stream.number, rows, region)
         finally:
             self._leave(stream)
-        self._counters.moved(len(region), piece.stop - piece.start, time.perf_counter() - started)
+        self._counters.add(
+            bytes=len(region), rows=piece.stop - piece.start, frames=1, transfer_s=time.perf_counter() - started
+        )
 
     def _send_finish(self, channel: SendChannel, stream: KvStream, payload: bytes) -> None:
         try:

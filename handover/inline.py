@@ -10,7 +10,6 @@ from tandem.wire.link import Link
 class InlineSender:
     """Fills one buffer and sends it; the kernel's socket buffer is the window."""
 
-    name = "inline"
     offset = 0
 
     def __init__(self, frame_bytes: int) -> None:
@@ -37,7 +36,6 @@ class InlineSender:
 class InlineReceiver:
     """Reads into one buffer, which grows to the largest frame seen (at most MAX_PAYLOAD_BYTES)."""
 
-    name = "inline"
     acknowledges = False
 
     def __init__(self) -> None:

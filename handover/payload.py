@@ -16,7 +16,6 @@ from tandem.wire.link import Link
 class PayloadSender(Protocol):
     """Owned by the sender of one connection. Calls are serialised by the connection's lock, except `send`."""
 
-    name: str
     offset: int
     """Of what the last `reserve` returned, for the Rows frame."""
 
@@ -39,7 +38,6 @@ class PayloadSender(Protocol):
 class PayloadReceiver(Protocol):
     """Owned by the reading thread of one connection."""
 
-    name: str
     acknowledges: bool
     """Whether the sender waits for Ack frames."""
 

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 
+from tandem.common.counters import Counters
 from tandem.common.seldom import Seldom
 from tandem.handover.frames import Ack, Finish, Kind, Open, Rows, checksum
 from tandem.handover.handshake import ReceiveChannel, welcome
 from tandem.handover.incoming import Incoming, State
 from tandem.handover.interfaces import KvSink, TransportSettings, reason_of
 from tandem.handover.registry import StreamRegistry
-from tandem.handover.stats import Counters
+from tandem.handover.stats import TransportStats
 from tandem.wire.handshake import HandshakeRefused
 from tandem.wire.header import Header, ProtocolError
 from tandem.wire.link import Link
@@ -37,7 +38,7 @@ class Receiver:
         settings: TransportSettings,
         sink: KvSink,
         registry: StreamRegistry,
-        counters: Counters,
+        counters: Counters[TransportStats],
         complaints: Seldom,
         is_stopping: Callable[[], bool],
     ) -> None:
@@ -178,7 +179,7 @@ class Receiver:
         payload = channel.payload.receive(self._link, header, rows)
         stream = self._find(header)
         if stream is None:
-            self._counters.late_frame()
+            self._counters.add(late_frames=1)
         else:
             self._deliver(stream, rows, payload, started)
         self._consumed += 1
@@ -203,7 +204,9 @@ class Receiver:
             self.lose(stream, self._sink_failed(stream, error))
             return
         if wanted:
-            self._counters.moved(rows.length, rows.stop - rows.start, time.perf_counter() - started)
+            self._counters.add(
+                bytes=rows.length, rows=rows.stop - rows.start, frames=1, transfer_s=time.perf_counter() - started
+            )
         else:
             self._gone(stream)
 
@@ -232,7 +235,7 @@ class Receiver:
 
     def _sink_failed(self, stream: Incoming, error: Exception) -> Reason:
         logger.error("the sink failed on stream %s", stream.request_id, exc_info=error)
-        self._counters.callback_error()
+        self._counters.add(callback_errors=1)
         return Reason("sink", repr(error))
 
     def _report_lost(self, stream: Incoming, reason: Reason) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
+from tandem.common.counters import Counters
 from tandem.handover.incoming import Incoming, State, StreamKey
-from tandem.handover.stats import Counters
+from tandem.handover.stats import TransportStats
 from tandem.wire.protocol import Reason
 
 MAX_EPOCHS = 1 << 16
@@ -16,7 +17,7 @@ MAX_EPOCHS = 1 << 16
 class StreamRegistry:
     """Thread-safe. Calls nobody while it holds its lock."""
 
-    def __init__(self, max_streams: int, counters: Counters) -> None:
+    def __init__(self, max_streams: int, counters: Counters[TransportStats]) -> None:
         self._max_streams = max_streams
         self._counters = counters
         self._lock = threading.Lock()
@@ -49,7 +50,7 @@ class StreamRegistry:
                     self._epochs.popitem(last=False)
                 self._streams[stream.key] = stream
                 return None if seen is None else self._streams.get(StreamKey(stream.request_id, seen))
-        self._counters.ended(refusal.code)
+        self._counters.count("outcomes", refusal.code)
         return refusal
 
     def accept(self, stream: Incoming, skip_tokens: int) -> bool:
@@ -68,5 +69,5 @@ class StreamRegistry:
                 return None
             stream.state = State.ENDED
             del self._streams[stream.key]
-        self._counters.ended(outcome)
+        self._counters.count("outcomes", outcome)
         return before

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
+from tandem.common.counters import Counters
 from tandem.common.seldom import Seldom
 from tandem.handover.frames import HAND_OVER, Kind
 from tandem.handover.incoming import Incoming, State
 from tandem.handover.interfaces import KvSink, TransportSettings
 from tandem.handover.receiver import Receiver
 from tandem.handover.registry import StreamRegistry
-from tandem.handover.stats import Counters, TransportStats
+from tandem.handover.stats import TransportStats
 from tandem.wire.link import Link
 from tandem.wire.peers import Endpoint, PeerIdentity, local_host_id
 from tandem.wire.protocol import Reason
@@ -38,7 +40,7 @@ class KvServer:
         self._identity = identity
         self._sink = sink
         self._settings = settings or TransportSettings()
-        self._counters = Counters()
+        self._counters = Counters(TransportStats())
         self._complaints = Seldom(logger, logging.INFO)
         self._registry = StreamRegistry(self._settings.max_streams, self._counters)
         self._server = Server(
@@ -72,7 +74,11 @@ class KvServer:
         return True
 
     def stats(self) -> TransportStats:
-        return self._counters.snapshot(len(self._registry), self._server.num_connections)
+        return replace(
+            self._counters.snapshot(),
+            open_streams=len(self._registry),
+            open_connections=self._server.num_connections,
+        )
 
     def _serve(self, link: Link) -> None:
         Receiver(

@@ -1,81 +1,63 @@
-"""Counters of one client pool or server."""
+"""What one client pool or server counts, and the metrics made of it."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+_PREFIX = "tandem_handover_"
 
 
 @dataclass(frozen=True, slots=True)
 class TransportStats:
     """A snapshot. bytes / transfer_s is the rate while moving; counters only grow, open_* are gauges."""
 
-    bytes: int
+    bytes: int = 0
     """Payload of Rows frames sent, or received and checked."""
-    rows: int
+    rows: int = 0
     """Token rows, counted once per layer."""
-    frames: int
+    frames: int = 0
     """Rows frames."""
-    transfer_s: float
+    transfer_s: float = 0.0
     """Sender: fill, checksum and send. Receiver: read, checksum and sink."""
-    outcomes: Mapping[str, int]
+    outcomes: Mapping[str, int] = field(default_factory=dict)
     """Ended streams: "done" or a Reason code."""
-    checksum_failures: int
-    late_frames: int
+    late_frames: int = 0
     """Rows for a stream that had ended; dropped."""
-    callback_errors: int
+    callback_errors: int = 0
     """Exceptions raised by a sink or a listener; logged."""
-    open_streams: int
-    open_connections: int
+    open_streams: int = 0
+    open_connections: int = 0
 
 
-class Counters:
-    """Thread-safe; the owner takes a snapshot."""
+class HandoverMetrics(Collector):
+    """The figures of a prefill worker's pool (what it sent), or of a decode worker's server (what it received)."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._bytes = 0
-        self._rows = 0
-        self._frames = 0
-        self._transfer_s = 0.0
-        self._outcomes: Counter[str] = Counter()
-        self._checksum_failures = 0
-        self._late_frames = 0
-        self._callback_errors = 0
+    def __init__(self, stats: Callable[[], TransportStats]) -> None:
+        self._stats = stats
 
-    def moved(self, num_bytes: int, num_rows: int, seconds: float) -> None:
-        with self._lock:
-            self._bytes += num_bytes
-            self._rows += num_rows
-            self._frames += 1
-            self._transfer_s += seconds
-
-    def ended(self, outcome: str) -> None:
-        with self._lock:
-            self._outcomes[outcome] += 1
-            self._checksum_failures += outcome == "checksum"
-
-    def late_frame(self) -> None:
-        with self._lock:
-            self._late_frames += 1
-
-    def callback_error(self) -> None:
-        with self._lock:
-            self._callback_errors += 1
-
-    def snapshot(self, open_streams: int, open_connections: int) -> TransportStats:
-        with self._lock:
-            return TransportStats(
-                bytes=self._bytes,
-                rows=self._rows,
-                frames=self._frames,
-                transfer_s=self._transfer_s,
-                outcomes=dict(self._outcomes),
-                checksum_failures=self._checksum_failures,
-                late_frames=self._late_frames,
-                callback_errors=self._callback_errors,
-                open_streams=open_streams,
-                open_connections=open_connections,
-            )
+    def collect(self) -> Iterator[Metric]:
+        """One family for each field; `streams` is by outcome."""
+        stats = self._stats()
+        for name, text, total in (
+            ("bytes", "Bytes of KV handed over", stats.bytes),
+            ("rows", "Rows of KV handed over: one for each token and layer", stats.rows),
+            ("frames", "Pieces in which they came", stats.frames),
+            ("transfer_seconds", "Time in which they were copied, checked and sent or received", stats.transfer_s),
+            ("late_frames", "Pieces that came after their stream had ended", stats.late_frames),
+            ("callback_errors", "Faults of the worker in the middle of a hand-over", stats.callback_errors),
+        ):
+            yield CounterMetricFamily(_PREFIX + name, text, value=total)
+        streams = CounterMetricFamily(_PREFIX + "streams", "Hand-overs by how they ended", labels=["outcome"])
+        for outcome, count in stats.outcomes.items():
+            streams.add_metric([outcome], count)
+        yield streams
+        for name, text, value in (
+            ("open_streams", "Hand-overs under way", stats.open_streams),
+            ("open_connections", "Connections to other workers", stats.open_connections),
+        ):
+            yield GaugeMetricFamily(_PREFIX + name, text, value=value)

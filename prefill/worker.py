@@ -15,6 +15,6 @@ async def serve(config: PrefillConfig) -> None:
     transport = KvClientPool(process.identity)
     try:
         exporter = Exporter(process.engine, transport, process.worker_id)
-        await process.serve(exporter, kv_endpoint=None)
+        await process.serve(exporter, transport.stats, kv_endpoint=None)
     finally:
         transport.close()

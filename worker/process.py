@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc.aio
@@ -30,7 +31,7 @@ from tandem.engine.model.model import num_parameters, weight_bytes
 from tandem.engine.schedule.block_manager import IntegrityError
 from tandem.engine.step.warmup import warm_up
 from tandem.engine.store.cache import EngineStore
-from tandem.handover import HAND_OVER, PeerIdentity
+from tandem.handover import HAND_OVER, HandoverMetrics, PeerIdentity, TransportStats
 from tandem.kvstore.process.open import OpenStore, open_home
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.worker.metrics import WorkerMetrics
@@ -114,11 +115,18 @@ class WorkerProcess:
         key = HAND_OVER.key(self.secret)
         return PeerIdentity(self.worker_id, self.epoch, self.engine.loaded.compatibility, key)
 
-    async def serve(self, handover: Handover, kv_endpoint: worker_pb2.KvEndpoint | None) -> None:
-        """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once."""
+    async def serve(
+        self,
+        handover: Handover,
+        transferred: Callable[[], TransportStats],
+        kv_endpoint: worker_pb2.KvEndpoint | None,
+    ) -> None:
+        """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once. `transferred`
+        gives what has been handed over, for metrics."""
         service = WorkerServer(self.engine, handover, self._info(kv_endpoint), self._store_node)
         stats = self._store.stats if self._store else None
         service.metrics = WorkerMetrics(service.status, service.registry, stats)
+        service.registry.register(HandoverMetrics(transferred))
         if self.config.metrics_port:
             host = "127.0.0.1" if is_local(self.config.listen) else "0.0.0.0"
             serve_metrics(host, self.config.metrics_port, service.registry)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from tandem.common.counters import Counters
 from tandem.common.seldom import Seldom
 from tandem.kvstore.bundle import transcode
 from tandem.kvstore.codecs import CODECS
@@ -24,7 +25,7 @@ from tandem.kvstore.dataplane.interfaces import ServedFetch, ServedNode, ServedT
 from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.peer_process import PeerProcess
 from tandem.kvstore.dataplane.protocol import ALL_LAYERS, MAX_OBJECT_BYTES, Kind
-from tandem.kvstore.dataplane.stats import Counters
+from tandem.kvstore.dataplane.stats import DataPlaneStats
 from tandem.kvstore.dataplane.windows import address_of
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, TierName
 from tandem.wire.handshake import HandshakeRefused, admit, answer
@@ -58,7 +59,7 @@ class Connection:
         link: Link,
         node: ServedNode,
         identity: PeerIdentity,
-        counters: Counters,
+        counters: Counters[DataPlaneStats],
         complaints: Seldom,
         scratch: threading.Semaphore,
         agent: NixlAgent | None,
@@ -113,10 +114,10 @@ class Connection:
                     raise ProtocolError(f"{header.kind.name} is not for this side of this connection")
                 handle(header, body)
         except HandshakeRefused as error:
-            self._counters.add("refused_connections")
+            self._counters.add(refused_connections=1)
             self._complaints.log("a client of the data plane was turned away: %s", error)
         except ProtocolError as error:
-            self._counters.add("malformed_frames")
+            self._counters.add(malformed_frames=1)
             self._complaints.log("the connection of %r broke the protocol: %s", self._name, error)
         except OSError as error:
             logger.debug("the connection of %r ended: %s", self._name, error)
@@ -311,7 +312,7 @@ class Connection:
                 view = held.enter_context(self._node.view(wanted.key))
                 if view is not None and 0 < wanted.length <= len(view) - wanted.offset:
                     offsets[i] = address_of(view) - start + wanted.offset
-        self._counters.add("leased_ranges", len(ranges) - offsets.count(-1))
+        self._counters.add(leased_ranges=len(ranges) - offsets.count(-1))
         self._link.send(Kind.LEASED, header.id, protocol.Leased(offsets))
 
     def _tell_agent(self, header: Header, body: Body) -> None:
@@ -350,13 +351,11 @@ class Connection:
                 if view is not None and len(view) <= SCRATCH_BYTES:
                     content = transcode(view, wanted.codec)
         answer = protocol.Encoded(time.perf_counter() - started)
-        self._counters.add("sent_encoded" if content else "missed_encoded")
-        self._counters.add("sent_bytes", len(content or b""))
+        self._counters.add(sent_encoded=bool(content), missed_encoded=not content, sent_bytes=len(content or b""))
         self._link.send(Kind.ENCODED, header.id, answer, memoryview(content or b""))
 
     def _send_data(self, frame_id: int, content: memoryview | None) -> None:
-        self._counters.add("sent_ranges" if content else "missed_ranges")
-        self._counters.add("sent_bytes", len(content or b""))
+        self._counters.add(sent_ranges=bool(content), missed_ranges=not content, sent_bytes=len(content or b""))
         self._link.send(Kind.DATA, frame_id, payload=content or b"")
 
     def _push(self, header: Header, body: Body) -> None:
@@ -373,5 +372,5 @@ class Connection:
         except BaseException:
             ticket.abort()
             raise
-        self._counters.add("received_bytes", header.payload_length)
+        self._counters.add(received_bytes=header.payload_length)
         self._link.send(Kind.DONE, header.id, protocol.Done(ticket.commit()))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+from tandem.common.counters import Counters
 from tandem.common.seldom import Seldom
 from tandem.kvstore.dataplane.connection import Connection
 from tandem.kvstore.dataplane.interfaces import ServedNode
 from tandem.kvstore.dataplane.nixl import NixlAgent
 from tandem.kvstore.dataplane.protocol import DATA_PLANE, PATIENCE
-from tandem.kvstore.dataplane.stats import Counters, DataPlaneStats
+from tandem.kvstore.dataplane.stats import DataPlaneStats
 from tandem.wire.link import Link
 from tandem.wire.peers import PeerIdentity
 from tandem.wire.serving import Server
@@ -40,7 +42,7 @@ class DataServer:
         self._node = node
         self._identity = identity
         self._complaints = Seldom(logger, logging.WARNING)
-        self._counters = Counters()
+        self._counters = Counters(DataPlaneStats())
         self._scratch = threading.Semaphore(_SCRATCH_BUFFERS)
         self._agent = agent
         self._server = Server(
@@ -51,7 +53,7 @@ class DataServer:
             key=identity.key,
             max_connections=MAX_CONNECTIONS,
             serve=self._serve,
-            turned_away=lambda: self._counters.add("refused_connections"),
+            turned_away=lambda: self._counters.add(refused_connections=1),
         )
         self.start, self.stop = self._server.start, self._server.stop
 
@@ -61,7 +63,7 @@ class DataServer:
         return self._server.listener.port
 
     def stats(self) -> DataPlaneStats:
-        return self._counters.snapshot(self._server.num_connections)
+        return replace(self._counters.snapshot(), connections=self._server.num_connections)
 
     def _serve(self, link: Link) -> None:
         Connection(link, self._node, self._identity, self._counters, self._complaints, self._scratch, self._agent).run()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +25,3 @@ class DataPlaneStats:
     sent_bytes: int = 0
     received_bytes: int = 0
     """Replicas."""
-
-
-class Counters:
-    """Safe from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._values = dict.fromkeys((field.name for field in fields(DataPlaneStats)), 0)
-
-    def add(self, name: str, count: int = 1) -> None:
-        with self._lock:
-            self._values[name] += count
-
-    def snapshot(self, connections: int) -> DataPlaneStats:
-        with self._lock:
-            return replace(DataPlaneStats(**self._values), connections=connections)

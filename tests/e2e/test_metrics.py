@@ -29,6 +29,9 @@ def test_one_address_tells_of_all_processes(serves: Callable[..., Serve], tiny: 
     assert problems(text) == []
     assert up(text) == dict.fromkeys(PROCESSES, 1.0)
     assert serve.metric("tandem_worker_generated_tokens_total", process="decode-0") == before + 5
+    sent, received = (serve.metric("tandem_handover_bytes_total", process=name) for name in ("prefill-0", "decode-0"))
+    assert sent == received > 0
+    assert serve.metric("tandem_handover_streams_total", process="prefill-0", outcome="done") >= 1
     memory = {name: serve.metric("process_resident_memory_bytes", process=name) for name in PROCESSES}
     assert all(size > 10_000_000 for size in memory.values()), memory
     assert serve.metric("tandem_kvstore_tier_capacity_bytes", process="kvstore") > 0

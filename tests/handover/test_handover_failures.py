@@ -145,7 +145,7 @@ def test_damaged_rows_lose_their_stream_and_no_other(rig, monkeypatch):
     assert bad_listener.ending() == ("lost", "checksum")
     assert good_listener.ending() == ("done", "")
     assert rig.sink.lost_code("bad") == "checksum"
-    assert rig.server.stats().checksum_failures == 1
+    assert rig.server.stats().outcomes["checksum"] == 1
     assert not any(request == "bad" and layer == 0 for request, layer, _, _ in rig.sink.arrivals)
 
 
