@@ -19,6 +19,7 @@ Commands:
   serve     the whole platform on this machine: router, prefill and decode workers
   chat      talk to a running server
   status    what a running server does
+  drain     empty a worker, so that it can be stopped
   prefill   one prefill worker
   decode    one decode worker (also computes prompts when there is no prefill worker)
   router    the HTTP and gRPC front door
@@ -48,6 +49,7 @@ COMMANDS = {
     "kv": "tandem.runtime.kv",
     "chat": "tandem.runtime.chat",
     "status": "tandem.runtime.status",
+    "drain": "tandem.runtime.drain",
     "completion": "tandem.runtime.completion",
 }
 

@@ -23,6 +23,8 @@ class Running:
     """gRPC address of its store node; empty: it runs none."""
     secret_file: str
     """File with its secret."""
+    folder: str
+    """Its run directory, where its workers listen."""
     pid: int
     started: float
     """Tells a process from a later one with its number."""
@@ -36,7 +38,7 @@ def reachable(host: str) -> str:
 def announce(run_directory: Path, url: str, model: str, node: str, secret_file: str) -> None:
     """For `find_running`, until the directory goes."""
     process = psutil.Process()
-    running = Running(url, model, node, secret_file, process.pid, process.create_time())
+    running = Running(url, model, node, secret_file, str(run_directory), process.pid, process.create_time())
     path = run_directory / _FILE
     path.touch(mode=0o600)
     path.write_text(json.dumps(asdict(running)))
@@ -64,6 +66,19 @@ def only_running(flag: str) -> Running | None:
         listed = "; ".join(f"{each.url} with {each.model}: {flag} {_chosen(each, flag)}" for each in found)
         raise ConfigError(f"several servers run here, name one: {listed}")
     return found[0] if found else None
+
+
+def worker_that_runs_here(name: str) -> tuple[str, str]:
+    """Address and secret file of the worker `name` of a `tandem serve`. Raises ConfigError unless there is one."""
+    sockets = {each: Path(each.folder) / f"{name}.sock" for each in find_running()}
+    found = [(f"unix:{path}", each.secret_file) for each, path in sockets.items() if path.exists()]
+    if len(found) > 1:
+        raise ConfigError(f"several servers here have a worker {name}, give its address: {[each for each, _ in found]}")
+    if not found:
+        others = sorted({path.stem for each in sockets for path in Path(each.folder).glob("*-*.sock")})
+        there = f"there are {', '.join(others)}" if others else "no `tandem serve` runs here"
+        raise ConfigError(f"no worker {name!r} runs here ({there}); or give an address, HOST:PORT or unix:/path")
+    return found[0]
 
 
 def _chosen(running: Running, flag: str) -> str:

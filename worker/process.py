@@ -35,7 +35,8 @@ from tandem.handover import HAND_OVER, HandoverMetrics, PeerIdentity, TransportS
 from tandem.kvstore.process.open import OpenStore, open_home
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.worker.metrics import WorkerMetrics
-from tandem.worker.server import Handover, OutputBridge, WorkerServer
+from tandem.worker.server import Handover, WorkerServer
+from tandem.worker.session import OutputBridge
 from tandem.worker.settings import WorkerConfig
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,8 +23,10 @@ from tandem.common.errors import TandemError
 from tandem.common.telemetry import context_from_traceparent, process_registry, tracer
 from tandem.engine.request import EngineRequest, FinishReason, RequestKey, RequestOutput
 from tandem.engine.schedule.cache_events import CacheFollower, CacheLog
+from tandem.engine.status import EngineStatus
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.session import RouterSession, entries_of
 from tandem.worker.wire import error_output, key_from_proto, output_to_proto, request_from_proto
 
 log = logging.getLogger(__name__)
@@ -38,33 +39,6 @@ CACHE_TICK_S = 0.05
 """Changes of the prefix cache wait this long for company."""
 ABORT_S = 2.0
 """Time for aborted requests to end and for their last outputs to reach the router."""
-MAX_UNSENT_ENTRIES = 1_000_000
-"""Tokens and log-probabilities a session may leave unread before it is ended."""
-
-
-class EngineStatus(Protocol):
-    """Read-only view of engine.EngineStatus."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def free_blocks(self) -> int: ...
-    @property
-    def total_blocks(self) -> int: ...
-    @property
-    def pending_prefill_tokens(self) -> int: ...
-    @property
-    def prefill_tokens_per_s(self) -> float: ...
-    @property
-    def decode_step_s(self) -> float: ...
-    @property
-    def decoding(self) -> int: ...
-    @property
-    def running_tokens(self) -> int: ...
-    @property
-    def by_band(self) -> Mapping[int, int]: ...
 
 
 class WorkerEngine(Protocol):
@@ -90,91 +64,9 @@ class Handover(Protocol):
         """The router says that the other worker of this request is gone."""
 
 
-class OutputBridge:
-    """Carries outputs from the engine thread to the event loop with one wake-up per step."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._pending: list[RequestOutput] = []
-        self.deliver: Callable[[list[RequestOutput]], None] = _discard
-
-    def put(self, outputs: list[RequestOutput]) -> None:
-        with self._lock:
-            wake = not self._pending
-            self._pending.extend(outputs)
-        if wake and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._flush)
-
-    def _flush(self) -> None:
-        with self._lock:
-            outputs, self._pending = self._pending, []
-        self.deliver(outputs)
-
-
-def _discard(outputs: list[RequestOutput]) -> None:
-    log.warning("%d outputs before the server was ready are dropped", len(outputs))
-
-
-class _Session:
-    """One router's connection: what it submitted, and what it has not been sent yet."""
-
-    def __init__(self, cache: CacheFollower, overflow: Callable[[_Session], None]) -> None:
-        """`overflow(self)` is called when the router has left too much unread."""
-        self.router_id = "unknown"
-        self.keys: set[RequestKey] = set()
-        self.overflowed = False
-        self._overflow = overflow
-        self._outputs: list[worker_pb2.RequestOutput] = []
-        self._entries = 0
-        self._status: worker_pb2.WorkerStatus | None = None
-        self._cache = cache
-        self._cache_due = True
-        self._filled = asyncio.Event()
-        self._closed = False
-
-    def add(self, message: worker_pb2.RequestOutput, entries: int) -> None:
-        if self._entries > MAX_UNSENT_ENTRIES and not self.overflowed:
-            # What is being written blocks until the router reads or leaves; nothing can be said to it before that.
-            self.overflowed = True
-            self._outputs.clear()
-            self.close()
-            self._overflow(self)
-        if not self.overflowed:
-            self._outputs.append(message)
-            self._entries += entries
-            self._filled.set()
-
-    def set_status(self, status: worker_pb2.WorkerStatus) -> None:
-        self._status = status
-        self._filled.set()
-
-    def follow_cache(self) -> None:
-        if self._cache.behind:
-            self._cache_due = True
-            self._filled.set()
-
-    def close(self) -> None:
-        """The router has said all it will say."""
-        self._closed = True
-        self._filled.set()
-
-    async def next_response(self) -> worker_pb2.SessionResponse | None:
-        """Everything since the last call, in one message; None when the session is over."""
-        while not (self._outputs or self._status is not None or self._cache_due or self._closed):
-            self._filled.clear()
-            await self._filled.wait()
-        if self._closed and not self._outputs:
-            return None
-        cache = self._cache.take() if self._cache_due else None
-        response = worker_pb2.SessionResponse(outputs=self._outputs, status=self._status, cache=cache)
-        self._outputs, self._entries, self._status, self._cache_due = [], 0, None, False
-        return response
-
-
 @dataclass(slots=True)
 class _Live:
-    session: _Session
+    session: RouterSession
     span: trace.Span
     failure: tuple[str, str] | None = None
     """Error code and message that replace the cancellation which the server itself asked for."""
@@ -196,7 +88,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         self.registry = process_registry()
         self.metrics: WorkerMetrics | None = None
         self._loop = asyncio.get_running_loop()
-        self._sessions: set[_Session] = set()
+        self._sessions: set[RouterSession] = set()
         self._live: dict[RequestKey, _Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -219,7 +111,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionResponse],
     ) -> None:
-        session = _Session(CacheFollower(self._engine.cache_log), self._end)
+        session = RouterSession(CacheFollower(self._engine.cache_log), self._end)
         session.set_status(self.status())
         self._sessions.add(session)
         reader = asyncio.create_task(self._read(session, request_iterator))
@@ -310,11 +202,11 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
                 self.metrics.output(output)
             if output.finish_reason is not None:
                 self._forget(live, output)
-            live.session.add(output_to_proto(output), _entries(output))
+            live.session.add(output_to_proto(output), entries_of(output))
 
     # Inside
 
-    async def _read(self, session: _Session, messages: AsyncIterator[worker_pb2.SessionRequest]) -> None:
+    async def _read(self, session: RouterSession, messages: AsyncIterator[worker_pb2.SessionRequest]) -> None:
         try:
             async for message in messages:
                 if session.overflowed:
@@ -338,7 +230,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         finally:
             session.close()
 
-    def _submit(self, session: _Session, submit: worker_pb2.Submit) -> None:
+    def _submit(self, session: RouterSession, submit: worker_pb2.Submit) -> None:
         key = key_from_proto(submit.key)
         try:
             if not key.request_id:
@@ -367,12 +259,12 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             self._forget(self._live[key], error_output(key, error.code, error.message))
             self._refuse(session, key, error)
 
-    def _refuse(self, session: _Session, key: RequestKey, error: TandemError) -> None:
+    def _refuse(self, session: RouterSession, key: RequestKey, error: TandemError) -> None:
         if self.metrics is not None:
             self.metrics.refused(error.code)
         session.add(output_to_proto(error_output(key, error.code, error.message)), 1)
 
-    def _cancel(self, session: _Session, key: RequestKey) -> None:
+    def _cancel(self, session: RouterSession, key: RequestKey) -> None:
         if key in session.keys:
             self._engine.cancel(key)
 
@@ -394,7 +286,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             live.span.set_status(trace.StatusCode.ERROR, f"{last.error_code}: {last.error_message}")
         live.span.end()
 
-    def _end(self, session: _Session) -> None:
+    def _end(self, session: RouterSession) -> None:
         if session not in self._sessions:
             return
         self._sessions.discard(session)
@@ -424,13 +316,3 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
             await asyncio.sleep(CACHE_TICK_S)
             for session in self._sessions:
                 session.follow_cache()
-
-
-def _entries(output: RequestOutput) -> int:
-    """Roughly how much memory an unsent output takes, in tokens."""
-    count = 1 + len(output.token_ids) + len(output.embedding) // 16
-    for entries in (output.logprobs, output.prompt_logprobs):
-        if entries:
-            first = entries[-1]
-            count += len(entries) * (1 + (len(first.top_ids) if first is not None else 0))
-    return count

@@ -18,8 +18,9 @@ from tandem.engine.request import EngineRequest, FinishReason, PromptReport, Req
 from tandem.engine.schedule.cache_events import CacheLog
 from tandem.engine.status import EngineStatus
 from tandem.proto import worker_pb2, worker_pb2_grpc
-from tandem.worker import server as worker_server
-from tandem.worker.server import OutputBridge, WorkerServer
+from tandem.worker import session as worker_session
+from tandem.worker.server import WorkerServer
+from tandem.worker.session import OutputBridge
 
 
 class FakeEngine:
@@ -269,7 +270,7 @@ async def test_draining_refuses_waits_and_then_aborts(worker: Worker) -> None:
 
 
 async def test_a_router_that_does_not_read_loses_its_session(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_server, "MAX_UNSENT_ENTRIES", 50_000)
+    monkeypatch.setattr(worker_session, "MAX_UNSENT_ENTRIES", 50_000)
     session = await worker.session()
     key = await session.submit("a")
     await until(lambda: worker.engine.requests)
