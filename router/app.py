@@ -18,6 +18,7 @@ from tandem.router.batch.lane import BatchLane
 from tandem.router.calls.accounts import Accounts
 from tandem.router.calls.request_log import RequestLog
 from tandem.router.fleet.session import SILENCE_S
+from tandem.router.fleet.sources import open_sources
 from tandem.router.fleet.workers import Fleet
 from tandem.router.grpc_api.service import GrpcServer
 from tandem.router.http.app import HttpApp
@@ -47,8 +48,12 @@ class Router:
     """`start`, then `stop`; or `serve_until(stopped)`. Raises ConfigError for settings that cannot work."""
 
     def __init__(self, config: RouterConfig, replica: Replica = ALONE, *, silence_s: float = SILENCE_S) -> None:
-        if not config.decode_workers:
-            raise ConfigError("--decode-workers: at least one decode worker is needed, such as unix:/run/decode-0.sock")
+        sources = open_sources(config.decode_workers, config.prefill_workers, config.workers_file)
+        if not config.decode_workers and config.workers_file is None:
+            raise ConfigError(
+                "--decode-workers: at least one decode worker is needed, such as unix:/run/decode-0.sock, or a file of "
+                "workers (--workers-file)"
+            )
         self.config = config
         self.replica = replica
         self.metrics = RouterMetrics()
@@ -69,7 +74,7 @@ class Router:
             self._shared.buckets.replicas = replica.count  # those that are certain, until Redis tells of more
             if (tenants := self.tenants) is not None:
                 self._shared.tenants = lambda: tenants.fingerprint
-        self.fleet = Fleet(config.decode_workers, config.prefill_workers, secrets.token_hex(4), silence_s, secret)
+        self.fleet = Fleet(sources, secrets.token_hex(4), silence_s, secret)
         self.metrics.watch(self.fleet)
         self.siblings = Siblings(replica.folder, replica.index, replica.count)
         self.service = Service(

@@ -22,6 +22,10 @@ EXAMPLES = (
         "tandem router --model DIR --decode-workers 10.0.0.5:9200 --secret-file secret --api-keys-file keys",
     ),
     (
+        "workers that come and go: all addresses of a name, and what a file lists (docs/router.md)",
+        "tandem router --model DIR --decode-workers dns:decode.example:9200 --workers-file workers.yaml",
+    ),
+    (
         "four processes that share the port, and limits and fairness that they share with routers elsewhere",
         "tandem router --model DIR --decode-workers 10.0.0.5:9200 --routers 4 --redis redis://10.0.0.2:6379",
     ),

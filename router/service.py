@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,7 +26,7 @@ from tandem.router.calls.explain import Explain
 from tandem.router.calls.generate import Call
 from tandem.router.calls.request_log import RequestLog, request_pairs
 from tandem.router.fleet.session import WorkerSession
-from tandem.router.fleet.workers import Fleet
+from tandem.router.fleet.workers import Fleet, no_worker
 from tandem.router.metrics.router_metrics import RouterMetrics
 from tandem.router.placing.contexts import ContextClient
 from tandem.router.placing.dispatch import Dispatcher
@@ -86,6 +87,8 @@ class Service:
         self._router_id = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._in_flight = 0
+        self._no_decode_since = math.inf
+        """Requests wait since then (time.monotonic()), and there is no decode worker."""
         metrics.in_flight.set_function(lambda: self._in_flight)
         siblings.on("metrics", lambda _: metrics.text().decode())
         siblings.on("usage", lambda question: accounts.usage.report(question["tenant"]))
@@ -278,6 +281,17 @@ class Service:
         while True:
             await asyncio.sleep(PUMP_S)
             self.pump()
+            self._refuse_without_workers()
+
+    def _refuse_without_workers(self) -> None:
+        """Ends the wait of those that have waited long enough for a first decode worker."""
+        if not self.admission.waiting_requests or self.fleet.decode:
+            self._no_decode_since = math.inf
+            return
+        now, patience_s = time.monotonic(), self.config.worker_wait_s
+        self._no_decode_since = min(self._no_decode_since, now)
+        if now - self._no_decode_since >= patience_s:
+            self.admission.refuse_those(now - patience_s, no_worker())
 
 
 def _account(explain: Explain, question: dict[str, Any]) -> dict[str, Any] | None:

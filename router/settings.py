@@ -76,7 +76,7 @@ class FrontDoorSettings:
     request_timeout_s: float = 600.0
     """From arrival to the last token."""
     worker_wait_s: float = 60.0
-    """How long a request that lost its decode worker waits for another one."""
+    """How long a request waits for a decode worker while there is none, or after it has lost its own."""
 
     process: ClassVar[Group]
     """Process: how it ends, and what it tells."""
@@ -127,9 +127,13 @@ class RouterConfig(FrontDoorSettings):
     served_model_name: str | None = None
     """The name clients use. None: the last part of `model`."""
     decode_workers: list[str] = field(default_factory=list)
-    """gRPC targets of decode workers, such as `unix:/run/decode-0.sock` or `10.0.0.4:9100`. At least one."""
+    """Decode workers: `unix:/run/decode-0.sock`, `10.0.0.4:9200`, or `dns:NAME:PORT` for all addresses of a name, which
+    is looked up again and again. At least one, here or in `workers_file`."""
     prefill_workers: list[str] = field(default_factory=list)
-    """gRPC targets of prefill workers. Empty: decode workers compute prompts themselves."""
+    """Prefill workers, in the same way. Empty: decode workers compute prompts themselves."""
+    workers_file: Path | None = None
+    """YAML file with more workers, `decode: [10.0.0.4:9200]` and `prefill: []`, which is read again when it changes.
+    None: there is none."""
 
     store: ClassVar[Group]
     """Store: the KV store whose contents placement goes by."""

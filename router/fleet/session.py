@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 SILENCE_S = 8.0
 """A worker sends its status at least once a second; after this long without any message it counts as frozen."""
+QUIET_S = 2.0
+"""After this long without any message it gets nothing new: it may be cut off."""
 
 
 class Handler(Protocol):
@@ -67,17 +70,24 @@ class WorkerSession:
         *,
         silence_s: float = SILENCE_S,
         health: WorkerHealth | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`health` outlives the session, where the same worker had one before."""
+        """`health` outlives the session, where the same worker had one before. `changed` is called when it may have
+        become `usable`."""
         self.info = info
         self.name: str = info.worker_id
         self.identity: tuple[str, int] = (info.worker_id, info.worker_epoch)
         self.health = health or WorkerHealth()
         self.status = worker_pb2.WorkerStatus()
+        """The latest; an empty one until the first has come."""
         self.alive = True
         self.stale_outputs = 0
         """Outputs of requests that had already ended here."""
         self._call = call
+        self._changed = changed
+        self._told = False
+        """Its first status has come."""
+        self._leaving = False
         self._silence_s = silence_s
         self._handlers: dict[Key, tuple[Handler, Watcher | None]] = {}
         self._watchers: dict[Key, Watcher] = {}
@@ -94,12 +104,31 @@ class WorkerSession:
 
     @property
     def usable(self) -> bool:
-        return self.alive and not self.status.draining
+        """Whether it takes new requests, as far as it has said."""
+        return self.alive and self._told and not self._leaving and not self.status.draining
 
     @property
     def requests(self) -> int:
-        """Submitted here and not over."""
+        """Requests that were submitted here and are not over."""
         return len(self._handlers)
+
+    def quiet(self, now: float) -> bool:
+        """Whether nothing was heard for `QUIET_S`; `now`: time.monotonic()."""
+        return now - self._heard_at >= QUIET_S
+
+    def leave(self) -> None:
+        """Takes nothing new from now on, and ends once everything that was submitted is over."""
+        self._leaving = True
+        self._end_if_left()
+
+    def stay(self) -> None:
+        """Takes back `leave`, unless the session has ended."""
+        self._leaving = False
+        self._changed()
+
+    def _end_if_left(self) -> None:
+        if self._leaving and not self._handlers:
+            self._call.cancel()
 
     def attach(self, feed: Feed) -> None:
         """Tells `feed` what is known, and from then on everything as it comes. Once per session."""
@@ -129,6 +158,8 @@ class WorkerSession:
             return False
         if entry[1] is not None:
             entry[1].on_end()
+        if self._leaving:
+            asyncio.get_running_loop().call_soon(self._end_if_left)  # what is to be sent for it is sent before
         return True
 
     def handover_lost(self, key: worker_pb2.RequestKey, reason: str) -> None:
@@ -184,10 +215,12 @@ class WorkerSession:
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {(error.details() or '')[:200]}"
         except asyncio.CancelledError:
-            if not self._call.cancelled() or _being_cancelled():
+            if not self._call.cancelled() or being_cancelled():
                 raise
             if self._frozen:
                 return f"no message for {self._silence_s:g} s"
+            if self._leaving:
+                return "it has left the list of workers"
             return "the connection broke while writing"
         return "the worker closed the session"
 
@@ -218,9 +251,12 @@ class WorkerSession:
         if response.HasField("cache"):
             self._take_cache(response.cache)
         if response.HasField("status"):
-            self.status = response.status
+            known, drained = self._told, self.status.draining
+            self.status, self._told = response.status, True
             if self._feed is not None:
                 self._feed.on_status(response.status)
+            if not known or drained:
+                self._changed()
 
     def _take_cache(self, events: worker_pb2.CacheEvents) -> None:
         if self._feed is not None:
@@ -237,6 +273,6 @@ def hashes(joined: bytes) -> list[bytes]:
     return [joined[start : start + 32] for start in range(0, len(joined), 32)]
 
 
-def _being_cancelled() -> bool:
+def being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -70,15 +70,22 @@ async def readyz(exchange: Exchange, service: Service) -> None:
         workers.append(
             {
                 "role": client.role_name,
+                "target": client.target.address,
                 "worker": session.name if session else None,
                 "connected": session is not None,
-                "draining": bool(session and session.status.draining),
+                "draining": client.leaving or bool(session and session.status.draining),
+                "problem": client.problem or None,
                 "row_invariant": bool(session and session.info.row_invariant),
             }
         )
     ready = service.ready
     await exchange.reply_json(
-        {"status": "ready" if ready else "not ready", "draining": service.draining, "workers": workers},
+        {
+            "status": "ready" if ready else "not ready",
+            "draining": service.draining,
+            "workers": workers,
+            "problems": [f"{source.name}: {source.problem}" for source in service.fleet.sources if source.problem],
+        },
         status=200 if ready else 503,
     )
 

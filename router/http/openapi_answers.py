@@ -243,8 +243,19 @@ ANSWERS: dict[str, Schema] = {
             "status": {"enum": ["ready", "not ready"]},
             "draining": FLAG,
             "workers": many(
-                one({"role": TEXT, "worker": or_null(TEXT), "connected": FLAG, "draining": FLAG, "row_invariant": FLAG})
+                one(
+                    {
+                        "role": TEXT,
+                        "target": TEXT,
+                        "worker": or_null(TEXT),
+                        "connected": FLAG,
+                        "draining": FLAG,
+                        "problem": or_null(TEXT),
+                        "row_invariant": FLAG,
+                    }
+                )
             ),
+            "problems": many(TEXT),
         },
     ),
     "OpenApi": one({"openapi": TEXT, **dict.fromkeys(("info", "tags", "paths", "components"), ANYTHING)}),

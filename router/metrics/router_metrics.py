@@ -109,7 +109,7 @@ class _AdmissionCollector(Collector):
 
 
 class _FleetCollector(Collector):
-    """Gauges of every configured worker, read when asked."""
+    """Gauges of every worker of the fleet, and of where they are listed; read when asked."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -136,7 +136,7 @@ class _FleetCollector(Collector):
         }
         for client in self._fleet.clients:
             session = client.session
-            labels = [client.target, client.role_name, session.name if session else ""]
+            labels = [client.target.address, client.role_name, session.name if session else ""]
             up.add_metric(labels, float(session is not None))
             healthy.add_metric(labels, float(client.health.available(now)))
             if session is not None:
@@ -145,3 +145,11 @@ class _FleetCollector(Collector):
         yield up
         yield healthy
         yield from others.values()
+        stale = GaugeMetricFamily(
+            "tandem_router_worker_source_stale",
+            "1 while a list of workers cannot be read, and what it last said is in force",
+            labels=["source"],
+        )
+        for source in self._fleet.sources:
+            stale.add_metric([source.name], float(bool(source.problem)))
+        yield stale

@@ -142,10 +142,8 @@ class Dispatcher:
 
     def room(self, waiting_tokens: int, priority: int) -> bool:
         """Whether a worker can begin with a prompt of `waiting_tokens` soon, rather than keep it in its queue; those of
-        later bands it displaces. True where nobody is connected: `start` says so."""
+        later bands it displaces. False while there is no decode worker."""
         decodes, prefills = self.workers(priority)
-        if not decodes:
-            return True
         if not any(
             self.pool.state(session).load.has_room(waiting_tokens, SLACK_REQUESTS, priority) for session in decodes
         ):

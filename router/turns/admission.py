@@ -73,7 +73,7 @@ class Admission:
         self.queued = 0
         """Granted requests that had to wait."""
         self.refused: Counter[str] = Counter()
-        """By reason: full, displaced, slo, deadline."""
+        """By reason: full, displaced, slo, deadline, unavailable."""
         self._counters = counters
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -123,6 +123,19 @@ class Admission:
     def cancel(self, waiting: Waiting) -> bool:
         """Takes it out of the queue, without a call. False: it does not wait there."""
         return self._drop(waiting)
+
+    def refuse_those(self, arrived_before: float, error: TandemError) -> None:
+        """Refuses, with `error`, all that have waited since before `arrived_before` on the clock."""
+        waiting = [
+            each
+            for band, tenants in self._held.items()
+            for tenant in tenants
+            for each in self._queue.line(tenant, band)
+        ]
+        for late in [each for each in waiting if each.arrived <= arrived_before]:
+            if self._drop(late):
+                self.refused["unavailable"] += 1
+                late.refused(error)
 
     def pump(self) -> bool:
         """Grants in fair order while there is room. True: it stopped early, call again soon."""

@@ -94,7 +94,7 @@ async def test_request_fails_retriably_when_no_worker_comes_back(house: House) -
 
 async def test_new_requests_work_after_a_restart(house: House) -> None:
     worker = await house.decode()
-    router = await house.router(worker)
+    router = await house.router(worker, worker_wait_s=0.1)
     client = await house.client(router)
     assert (await client.post("/v1/completions", json=BODY)).status_code == 200
     await worker.kill()
@@ -107,6 +107,18 @@ async def test_new_requests_work_after_a_restart(house: House) -> None:
     await until(lambda: router.fleet.decode)
     assert (await client.post("/v1/completions", json=BODY)).status_code == 200
     assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_a_new_request_waits_while_there_is_no_decode_worker(house: House) -> None:
+    worker = await house.decode()
+    router = await house.router(worker, worker_wait_s=60.0)
+    client = await house.client(router)
+    await worker.kill()
+    await until(lambda: not router.fleet.decode)
+    request = asyncio.create_task(client.post("/v1/completions", json=BODY))
+    await until(lambda: router.service.admission.waiting_requests == 1)
+    await worker.restart()
+    assert (await request).status_code == 200
 
 
 async def test_frozen_worker_is_noticed(house: House) -> None:

@@ -145,7 +145,7 @@ async def test_room_ends_where_batches_are_full_and_where_prompts_queue() -> Non
     other.start(range(4000))
     assert other.dispatcher.wait_s(0) > 0.25
     assert not other.dispatcher.room(100, 0)
-    assert Bench(Workers([])).dispatcher.room(100, 0), "start says that nobody is there"
+    assert not Bench(Workers([])).dispatcher.room(100, 0), "nobody is there: it waits"
 
 
 async def test_who_sends_few_has_a_claim_on_the_slots_of_who_has_them_all() -> None:

@@ -11,11 +11,13 @@ import httpx
 import pytest
 
 from tandem.common.errors import ConfigError
+from tandem.proto import worker_pb2
 from tandem.router.http import info as http_info
 from tandem.router.service import Service
 from tandem.router.tenants.tenants import Tenants
 from tandem.router.web.exchange import Exchange
 from tests.router.conftest import House
+from tests.router.fake_worker import FakeWorker
 
 CHAT = "/v1/chat/completions"
 
@@ -116,8 +118,10 @@ async def test_unknown_model(bare_client: httpx.AsyncClient) -> None:
     check_shape(await bare_client.get("/v1/models/other/model"), 404, "model_not_found")
 
 
-async def test_no_worker_is_503(bare_client: httpx.AsyncClient) -> None:
-    response = await bare_client.post("/v1/completions", json={"prompt": "a"})
+async def test_no_worker_is_503(house: House) -> None:
+    absent = FakeWorker(worker_pb2.ROLE_DECODE, house.folder / "absent.sock")
+    client = await house.client(await house.router(absent, wait=False, worker_wait_s=0.1))
+    response = await client.post("/v1/completions", json={"prompt": "a"})
     check_shape(response, 503, "unavailable")
     assert int(response.headers["retry-after"]) >= 1
 
