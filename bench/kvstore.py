@@ -101,7 +101,7 @@ def key_of(number: int) -> ObjectKey:
 def node_process(commands: Connection, folder: str) -> None:
     """A store node, and a plain socket that sends as many bytes as it is asked for."""
     store = open_node(
-        StoreSettings(kv_host_bytes=NODE_BYTES, store_listen="127.0.0.1:0", kv_eviction="lru", kv_nixl=HAS_NIXL),
+        StoreSettings(kv_host_bytes=NODE_BYTES, kv_peer_listen="127.0.0.1:0", kv_eviction="lru", kv_nixl=HAS_NIXL),
         "n0",
         1,
         unix_path=f"{folder}/node.sock",

@@ -125,8 +125,17 @@ def opened(name: str, *tiers: Tier, link_codec: str = RAW, **parts: object) -> I
 def store_process(folder: Path, name: str) -> Iterator[tuple[str, str]]:
     """A `tandem kvstore` that embeds the directory: its data socket and its gRPC address."""
     socket, control = folder / f"{name}.kv", f"unix:{folder / name}.sock"
-    command = [sys.executable, "-m", "tandem.runtime.cli", "kvstore", "--node-id", name, "--kv-node", str(socket)]
-    flags = ["--listen", control, "--kv-host-bytes", str(HOST_BYTES), "--store-listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tandem.runtime.cli",
+        "kvstore",
+        "--node-id",
+        name,
+        "--kv-store-socket",
+        str(socket),
+    ]
+    flags = ["--listen", control, "--kv-host-bytes", str(HOST_BYTES), "--kv-peer-listen", "127.0.0.1:0"]
     process = subprocess.Popen([*command, *flags, "--log-level", "warning"], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None

@@ -16,7 +16,7 @@ that estimates of one tenant can still be corrected downwards. Then at any time 
 and over any time in which both have waiting requests, their service per weight differs by at most twice that. It holds
 whatever the tenants did before: one that comes back after a rest starts at the band's floor (the least counter of those
 who waited when somebody was last chosen), so that idle time earns nothing, and the use of an idle system costs nothing.
-The tests prove it. Replicas that share counters also see who waits at others, and leave them the room while they are
+The tests prove it. Routers that share counters also see who waits at others, and leave them the room while they are
 more than a quantum ahead (`ServiceCounters.ahead`); there, add what can be charged within the staleness.
 """
 
@@ -55,8 +55,8 @@ T = TypeVar("T")
 class Account:
     """The service that one tenant got in one band, per weight.
 
-    What happened since the last exchange with other replicas is the map x -> max(x + added, at_least): charges add,
-    lifts set a least value. Such maps compose, so replicas can apply each other's in any order and miss nothing.
+    What happened since the last exchange with other routers is the map x -> max(x + added, at_least): charges add,
+    lifts set a least value. Such maps compose, so routers can apply each other's in any order and miss nothing.
     """
 
     __slots__ = ("added", "at_least", "counter", "key", "waiting", "wrong")
@@ -97,7 +97,7 @@ class Account:
         self.added += added
 
     def merge(self, total: float, least: float = -math.inf, most: float = math.inf) -> bool:
-        """`total`: what all replicas made of it; everything that was taken here is in it. False: it is not between
+        """`total`: what all routers made of it; everything that was taken here is in it. False: it is not between
         `least` and `most` and so cannot be true; it is not taken, and the next exchange says what it should be."""
         if least <= total <= most:
             self.counter = max(total + self.added, self.at_least)
@@ -109,7 +109,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What one replica did since its last exchange."""
+    """What one router did since its last exchange."""
 
     accounts: dict[AccountKey, tuple[float, float]]
     """(added, at_least) of every account that changed or has waiting requests."""
@@ -126,16 +126,16 @@ class ServiceCounters:
 
     def __init__(self, max_accounts: int = MAX_ACCOUNTS) -> None:
         self.alone = True
-        """False while other replicas take part: then the floors come from `merge`."""
+        """False while other routers take part: then the floors come from `merge`."""
         self.charged = 0.0
         """Service per weight charged here so far, corrections added, too. No counter is beyond the sum of it over all
-        replicas, as all begin at 0 and are only lifted to what others have."""
+        routers, as all begin at 0 and are only lifted to what others have."""
         self._max_accounts = max_accounts
         self._accounts: dict[AccountKey, Account] = {}
         self._floors: dict[int, float] = {}
         self._least: dict[int, float] = {}
         self._elsewhere: dict[int, float] = {}
-        """By band: the least counter of those who wait at other replicas."""
+        """By band: the least counter of those who wait at other routers."""
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -176,7 +176,7 @@ class ServiceCounters:
         return dict(self._floors)
 
     def ahead(self, tenant: str, band: int) -> float:
-        """How far it is ahead of those who wait at other replicas. Negative: it is its turn; infinite: somebody waits
+        """How far it is ahead of those who wait at other routers. Negative: it is its turn; infinite: somebody waits
         there in a lower (earlier) band."""
         if not self._elsewhere:
             return -math.inf
@@ -187,7 +187,7 @@ class ServiceCounters:
     def values(self) -> dict[AccountKey, float]:
         return {key: account.counter for key, account in self._accounts.items()}
 
-    # Sharing between replicas
+    # Sharing between routers
 
     def take_changes(self) -> Changes:
         """What has not been taken yet. It counts here all the same; `merge` must follow with totals that hold it."""
@@ -221,7 +221,7 @@ class ServiceCounters:
         most: float = math.inf,
         moved: float = math.inf,
     ) -> int:
-        """Totals of all replicas, in which everything taken so far is contained; the floors among them; and by band
+        """Totals of all routers, in which everything taken so far is contained; the floors among them; and by band
         the least counter of those who wait at others. `most`: what all have charged ever; `moved`: what others have
         charged since the last exchange. Returns how many numbers were left out as they cannot be true."""
         refused = 0

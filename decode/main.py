@@ -11,7 +11,7 @@ EXAMPLES = (
     ("a worker on this machine", "tandem decode --model DIR --listen unix:/tmp/decode-0.sock"),
     (
         "reachable from other machines, KV included",
-        "tandem decode --model DIR --listen 10.0.0.5:9200 --kv-listen 10.0.0.5:9201 --secret-file secret",
+        "tandem decode --model DIR --listen 10.0.0.5:9200 --handover-listen 10.0.0.5:9201 --secret-file secret",
     ),
     ("settings from a file", "tandem decode --config decode.yaml --log-level debug"),
 )

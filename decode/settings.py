@@ -18,16 +18,16 @@ class DecodeConfig(WorkerConfig):
     basics: ClassVar[Group]
     listen: str = "127.0.0.1:9200"
     """Address of the gRPC service: HOST:PORT, or unix:/path for routers on the same host."""
-    kv_listen: str = ""
+    handover_listen: str = ""
     """HOST:PORT where prefill workers of other hosts deliver KV; they are told this very address. Empty:
     this host only."""
 
     def __post_init__(self) -> None:
         WorkerConfig.__post_init__(self)
-        if self.kv_listen:
-            host, _ = split_address(self.kv_listen, "kv_listen")
+        if self.handover_listen:
+            host, _ = split_address(self.handover_listen, "handover_listen")
             if host in ("0.0.0.0", "::"):
                 raise ConfigError(
-                    f"kv_listen {self.kv_listen}: prefill workers are told this address, so it must be one they can "
-                    "reach, not a wildcard"
+                    f"handover_listen {self.handover_listen}: prefill workers are told this address, so it must be one "
+                    "they can reach, not a wildcard"
                 )

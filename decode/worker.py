@@ -24,7 +24,7 @@ HANDOVER_TIMEOUT_S = 3.0
 async def serve(config: DecodeConfig) -> None:
     """Runs until SIGTERM. Raises ConfigError for what cannot be loaded or bound."""
     process = WorkerProcess(config, "decode")
-    check_reachable(process.secret, "kv_listen", config.kv_listen)
+    check_reachable(process.secret, "handover_listen", config.handover_listen)
     await process.load()
     with contextlib.ExitStack() as stack:
         if config.listen.startswith("unix:"):  # beside it, so that who removes one after a kill removes both
@@ -38,13 +38,13 @@ async def serve(config: DecodeConfig) -> None:
             timeout_s=HANDOVER_TIMEOUT_S,
             near_allowed=config.kv_near,
         )
-        tcp = split_address(config.kv_listen, "kv_listen") if config.kv_listen else None
+        tcp = split_address(config.handover_listen, "handover_listen") if config.handover_listen else None
         server = KvServer(Path(path), tcp, process.identity, importer)
         importer.server = server
         try:
             server.start()
         except OSError as error:
-            raise ConfigError(f"socket {path!r}, kv_listen {config.kv_listen!r}: {error}") from error
+            raise ConfigError(f"socket {path!r}, handover_listen {config.handover_listen!r}: {error}") from error
         stack.callback(server.stop)
         expiry = asyncio.create_task(_expire(importer))
         stack.callback(expiry.cancel)

@@ -18,9 +18,9 @@ class StoreSettings:
 
     store: ClassVar[Group]
     """Store: where KV is kept beyond the engine's pool, and what may be shared with whom."""
-    kv_node: str = ""
-    """Unix path of the store node of this host (`tandem kvstore --kv-node PATH`), whose memory is then used. Empty:
-    a node inside this process if `kv_host_bytes` is not 0, else no store."""
+    kv_store_socket: str = ""
+    """Unix path where the store node of this host (`tandem kvstore --kv-store-socket PATH`) listens for workers, which
+    use its memory. Empty: a node inside this process if `kv_host_bytes` is not 0, else no store."""
     kv_host_bytes: int = 0
     """Host memory for KV. Taken as it fills, then kept."""
     kv_disk: str = ""
@@ -36,7 +36,7 @@ class StoreSettings:
     """Who tells the nodes what the others hold: redis://HOST:PORT/DB, or the gRPC address of one store node (HOST:PORT
     or unix:/path; that node itself is given the same). Empty: a worker knows only its own, a store node has a directory
     for others."""
-    store_listen: str = ""
+    kv_peer_listen: str = ""
     """HOST:PORT where store nodes of other hosts read from this one; they are told this very address. Empty: this host
     only."""
     secret_file: str = ""
@@ -65,7 +65,7 @@ class StoreSettings:
     kv_nixl: bool = False
     """Read from nodes of other hosts, and let them read, over NIXL (RDMA where there is a network card for it) where
     both sides have this set. All of `kv_host_bytes` is pinned at the start."""
-    kv_replicas: int = 1
+    kv_copies: int = 1
     """Copies, on different nodes, of what is read often. Needs `kv_directory` if more than 1."""
 
     def __post_init__(self) -> None:
@@ -75,23 +75,23 @@ class StoreSettings:
         for setting, bound in _BOUNDED_BY.items():
             if getattr(self, setting) and getattr(self, bound) == 0:
                 raise ConfigError(f"{bound} 0: {setting} is set, so say how many bytes it may take")
-        if not self.kv_host_bytes and not self.kv_node:
-            for setting in ("kv_disk", "kv_remote", "kv_directory", "store_listen", "kv_nixl"):
+        if not self.kv_host_bytes and not self.kv_store_socket:
+            for setting in ("kv_disk", "kv_remote", "kv_directory", "kv_peer_listen", "kv_nixl"):
                 if getattr(self, setting):
                     raise ConfigError(f"{setting} is set and kv_host_bytes is 0: everything passes through host memory")
         if self.kv_chunk_tokens <= 0:
             raise ConfigError(f"kv_chunk_tokens {self.kv_chunk_tokens}: must be positive, a multiple of the block size")
         Shares.read(self.kv_quotas)
-        if self.kv_replicas < 1:
-            raise ConfigError(f"kv_replicas {self.kv_replicas}: must be at least 1")
-        if self.kv_replicas > 1 and not self.kv_directory:
-            raise ConfigError(f"kv_replicas {self.kv_replicas}: needs kv_directory, which knows the other nodes")
-        if self.store_listen:
-            host, _ = split_address(self.store_listen, "store_listen")
+        if self.kv_copies < 1:
+            raise ConfigError(f"kv_copies {self.kv_copies}: must be at least 1")
+        if self.kv_copies > 1 and not self.kv_directory:
+            raise ConfigError(f"kv_copies {self.kv_copies}: needs kv_directory, which knows the other nodes")
+        if self.kv_peer_listen:
+            host, _ = split_address(self.kv_peer_listen, "kv_peer_listen")
             if host in ("0.0.0.0", "::"):
                 raise ConfigError(
-                    f"store_listen {self.store_listen}: other nodes are told this address, so it must be one they can "
-                    "reach, not a wildcard"
+                    f"kv_peer_listen {self.kv_peer_listen}: other nodes are told this address, so it must be one they "
+                    "can reach, not a wildcard"
                 )
 
 

@@ -23,7 +23,7 @@ from tandem.router.fleet.workers import Fleet
 from tandem.router.grpc_api.service import GrpcServer
 from tandem.router.http.app import HttpApp
 from tandem.router.metrics.router_metrics import RouterMetrics
-from tandem.router.replicas import ALONE, Replica, bind, cannot_listen, process_name
+from tandem.router.place import ALONE, RouterPlace, bind, cannot_listen, process_name
 from tandem.router.service import Service
 from tandem.router.settings import RouterConfig
 from tandem.router.tenants.caller import ANYBODY, Caller
@@ -47,7 +47,7 @@ BACKLOG = 2048
 class Router:
     """`start`, then `stop`; or `serve_until(stopped)`. Raises ConfigError for settings that cannot work."""
 
-    def __init__(self, config: RouterConfig, replica: Replica = ALONE, *, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, config: RouterConfig, place: RouterPlace = ALONE, *, silence_s: float = SILENCE_S) -> None:
         sources = open_sources(config.decode_workers, config.prefill_workers, config.workers_file)
         if not config.decode_workers and config.workers_file is None:
             raise ConfigError(
@@ -55,7 +55,7 @@ class Router:
                 "workers (--workers-file)"
             )
         self.config = config
-        self.replica = replica
+        self.place = place
         self.metrics = RouterMetrics()
         self.model = ServedModel.load(config)
         self.tenants = Tenants.open(
@@ -71,12 +71,12 @@ class Router:
         self.accounts = Accounts(self.metrics.registry, self._shared.buckets if self._shared is not None else None)
         if self._shared is not None:
             self.metrics.registry.register(SharedCollector(self._shared))
-            self._shared.buckets.replicas = replica.count  # those that are certain, until Redis tells of more
+            self._shared.buckets.routers = place.count  # those that are certain, until Redis tells of more
             if (tenants := self.tenants) is not None:
                 self._shared.tenants = lambda: tenants.fingerprint
         self.fleet = Fleet(sources, secrets.token_hex(4), silence_s, secret)
         self.metrics.watch(self.fleet)
-        self.siblings = Siblings(replica.folder, replica.index, replica.count)
+        self.siblings = Siblings(place.folder, place.index, place.count)
         self.service = Service(
             config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings, secret
         )
@@ -88,7 +88,7 @@ class Router:
                 room=lambda tokens: self.service.admission.idle,
             )
         if config.log_requests and config.log_level in ("debug", "info"):
-            self.service.log = RequestLog(process_name(replica))
+            self.service.log = RequestLog(process_name(place))
         self.app = HttpApp(self.service, self.tenants, self.accounts)
         self.port = config.port
         self.grpc: GrpcServer | None = None
@@ -135,7 +135,7 @@ class Router:
                 self.accounts,
                 self.config.host,
                 self.config.grpc_port,
-                shared=self.replica.count > 1,
+                shared=self.place.count > 1,
             )
             await self.grpc.start()
         self._tasks.append(asyncio.create_task(self._announce(), name="announce"))
@@ -180,8 +180,8 @@ class Router:
 
     def _listen(self) -> list[socket.socket]:
         """The port, and where the supervisor asks whether this process is well. Raises ConfigError."""
-        host, port, path = self.config.host, self.config.port, self.replica.health_path
-        sockets = [bind(host, port) if self.replica.listening < 0 else socket.socket(fileno=self.replica.listening)]
+        host, port, path = self.config.host, self.config.port, self.place.health_path
+        sockets = [bind(host, port) if self.place.listening < 0 else socket.socket(fileno=self.place.listening)]
         try:
             sockets[0].listen(BACKLOG)
         except OSError as error:
@@ -193,10 +193,10 @@ class Router:
         return sockets
 
     def _warn_of_own_limits(self) -> None:
-        if self.tenants is None or self.config.redis or self.replica.count == 1 or self.replica.index > 0:
+        if self.tenants is None or self.config.redis or self.place.count == 1 or self.place.index > 0:
             return
         if any(not caller.rates.unlimited for caller in self.tenants.roster.callers):
-            count = self.replica.count
+            count = self.place.count
             log.warning("tenants' limits hold for each of %d router processes; --redis makes them share", count)
 
     def _caller_of(self, tenant: str) -> Caller | None:
@@ -221,7 +221,7 @@ class Router:
 
     def _details(self) -> str:
         grpc_text = f", grpc on port {self.grpc.port}" if self.grpc is not None else ""
-        return grpc_text + (f", {self.replica.count} replicas" if self.replica.count > 1 else "")
+        return grpc_text + (f", {self.place.count} routers" if self.place.count > 1 else "")
 
 
 class _Server(uvicorn.Server):

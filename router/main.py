@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.settings import parse_settings
-from tandem.router.replicas import place_of_this_process, process_name
+from tandem.router.place import place_of_this_process, process_name
 from tandem.router.settings import RouterConfig
 
 EXAMPLES = (
@@ -66,11 +66,11 @@ async def _serve(config: RouterConfig) -> None:
     from tandem.router.app import Router
     from tandem.router.web.protocol import allow_many_connections
 
-    replica = place_of_this_process()
+    place = place_of_this_process()
     allow_many_connections()
-    telemetry.set_up_logging(process_name(replica), config.log_level)
+    telemetry.set_up_logging(process_name(place), config.log_level)
     telemetry.set_up_tracing("router", f"router-{os.getpid()}")
-    router = Router(config, replica)
+    router = Router(config, place)
     spare_collector()
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -68,7 +68,7 @@ class Service:
         self.model = model
         self.fleet = fleet
         self.metrics = metrics
-        self.contexts = ContextClient(config.kv_store, secret) if config.kv_store else None
+        self.contexts = ContextClient(config.kv_store_address, secret) if config.kv_store_address else None
         """None: this router keeps no named contexts."""
         self.accounts = accounts
         self.work = FairWork("requests", WORK_PLACES, max_waiting=MAX_WAITING_WORK, share=WORK_PLACES - 1)
@@ -78,7 +78,7 @@ class Service:
         self.explain = Explain()
         self.batches: BatchLane | None = None
         """None: this router keeps no files."""
-        directory = config.kv_directory or config.kv_store
+        directory = config.kv_directory or config.kv_store_address
         self.store = StoreView.open(directory, secret) if directory else None
         """None: where the KV store holds what is not known here."""
         self.log: RequestLog | None = None
@@ -248,7 +248,7 @@ class Service:
         return account
 
     async def usage(self, caller: Caller) -> list[TenantUsage]:
-        """What the caller's tenant has used, of all replicas on this machine; for a tenant with `admin`, what each
+        """What the caller's tenant has used, of all routers on this machine; for a tenant with `admin`, what each
         has."""
         tenant = None if caller.admin else caller.tenant
         reports = [self.accounts.usage.report(tenant)]

@@ -137,12 +137,12 @@ class RouterConfig(FrontDoorSettings):
 
     store: ClassVar[Group]
     """Store: the KV store whose contents placement goes by."""
-    kv_store: str = ""
+    kv_store_address: str = ""
     """gRPC address of the store node that keeps named contexts, such as `unix:/run/kvstore.sock` or `10.0.0.4:9300`.
     Empty: no named contexts."""
     kv_directory: str = ""
     """The KV store's directory, followed to know what is cached where: `redis://...` or the gRPC address of a store
-    node. Empty: `kv_store`, where that is set."""
+    node. Empty: `kv_store_address`, where that is set."""
     secret_file: str = ""
     """File with the deployment's secret, which workers and store nodes have, too. Empty: the variable TANDEM_SECRET
     holds it; without either they must ask for none."""

@@ -14,7 +14,7 @@ from tandem.common.checkpoint import resolve_model
 from tandem.common.errors import ConfigError
 from tandem.common.memory import readable_size, usable_memory
 from tandem.engine.settings import CPU_POOL_BYTES
-from tandem.runtime.plan import served_name
+from tandem.runtime.processes import served_name
 from tandem.runtime.settings import ServeConfig
 
 CHECK_CPU_S = 120
@@ -89,7 +89,7 @@ def _check_memory(config: ServeConfig) -> None:
         return
     workers = config.prefill + config.decode
     pools = workers * (config.kv_cache_bytes or CPU_POOL_BYTES)
-    store = 0 if config.kv_node else config.kv_host_bytes
+    store = 0 if config.kv_store_socket else config.kv_host_bytes
     usable = usable_memory()
     if pools + store > usable:
         raise ConfigError(

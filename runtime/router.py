@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     if config.routers == 1 or is_child():
         router.run(config)
         return 0
-    from tandem.router.replicas import bind
-    from tandem.runtime.plan import plan_routers
+    from tandem.router.place import bind
+    from tandem.runtime.processes import routers_of
     from tandem.runtime.running import reachable
     from tandem.runtime.supervisor import Deployment, supervise
 
@@ -29,11 +29,11 @@ def main(argv: Sequence[str]) -> int:
         url = f"http://{reachable(config.host)}:{port}"
         return supervise(
             Deployment(
-                lambda _: plan_routers(settings, config.routers),
+                lambda _: routers_of(settings, config.routers),
                 RouterConfig,
                 listening,
                 drain_grace_s=config.drain_grace_s,
                 secret=b"",  # it starts no workers
-                ready_text=lambda _: f"tandem router ready: {url}, {config.routers} replicas",
+                ready_text=lambda _: f"tandem router ready: {url}, {config.routers} routers",
             )
         )

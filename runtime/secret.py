@@ -11,7 +11,7 @@ from tandem.runtime.settings import ServeConfig
 
 FILE = "secret"
 """In the run directory, for the children and for `tandem kv`; and in the folder of `kv_disk`."""
-_SHARED = ("kv_node", "kv_directory", "store_listen", "kv_remote")
+_SHARED = ("kv_store_socket", "kv_directory", "kv_peer_listen", "kv_remote")
 """Settings by which the server meets others, who must know its secret."""
 
 

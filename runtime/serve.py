@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tandem.common.secret import write_secret
 from tandem.common.settings import parse_settings
-from tandem.router.replicas import bind
-from tandem.runtime.plan import ChildPlan, plan_children, ready_text, served_name
+from tandem.router.place import bind
 from tandem.runtime.preflight import checked
+from tandem.runtime.processes import ProcessSpec, processes_of, ready_text, served_name
 from tandem.runtime.running import announce, reachable
 from tandem.runtime.secret import FILE, secret_of
 from tandem.runtime.settings import ServeConfig
@@ -56,17 +56,17 @@ def main(argv: Sequence[str]) -> int:
         port = listening.getsockname()[1]
         url = f"http://{reachable(config.host)}:{port}"
 
-        def plan(run_folder: Path) -> list[ChildPlan]:
+        def processes(run_folder: Path) -> list[ProcessSpec]:
             secret_file = run_folder / FILE
             write_secret(secret_file, secret)
-            plans = plan_children(replace(config, secret_file=str(secret_file)), run_folder, port)
-            node = next((str(plan.settings["listen"]) for plan in plans if plan.command == "kvstore"), "")
+            specs = processes_of(replace(config, secret_file=str(secret_file)), run_folder, port)
+            node = next((str(spec.settings["listen"]) for spec in specs if spec.command == "kvstore"), "")
             announce(run_folder, url, served_name(config), node, str(secret_file))
-            return plans
+            return specs
 
         return supervise(
             Deployment(
-                plan,
+                processes,
                 ServeConfig,
                 listening,
                 drain_grace_s=config.drain_grace_s,

@@ -31,7 +31,7 @@ class ServeConfig(FrontDoorSettings, StoreSettings, EngineConfig):
     """Decode workers."""
 
     store: ClassVar[Group]
-    kv_node: str = ""
+    kv_store_socket: str = ""
     """Unix path of a store node that runs on this host already. Empty: `tandem serve` runs one."""
     kv_host_bytes: int = 512 << 20
     """Host memory of the store node; taken as it fills. 0: no store node."""

@@ -25,11 +25,11 @@ from tandem.common.caretaker import RUN_FOLDER_VARIABLE
 from tandem.common.ending import ending_signals
 from tandem.common.scratch import scratch_folder
 from tandem.common.settings import CONFIG_VARIABLE, plain, settings_of
-from tandem.router.replicas import PLACE_VARIABLE, health_path
+from tandem.router.place import PLACE_VARIABLE, health_path
 from tandem.runtime.child import PROBE_S, Child, ChildFailed, tell
 from tandem.runtime.parent import SUPERVISOR_VARIABLE
-from tandem.runtime.plan import ChildPlan
 from tandem.runtime.probe import Probe, grpc_probe, http_get, http_probe
+from tandem.runtime.processes import ProcessSpec
 
 READY_POLL_S = 0.05
 READY_TIMEOUT_S = 2.0
@@ -46,7 +46,7 @@ RESPAWN_S = 1.0
 class Deployment:
     """What a supervisor runs."""
 
-    plan: Callable[[Path], list[ChildPlan]]
+    processes: Callable[[Path], list[ProcessSpec]]
     """The children, given the run folder; in the order in which they are started, and ended from the end."""
     settings: type
     """Class of the settings that the user gave. Their variables are not for the children."""
@@ -91,8 +91,8 @@ class Supervisor:
             os.close(keep_open)
 
     async def _supervise(self, run_folder: Path, stdin: int) -> int:
-        plans = self._deployment.plan(run_folder)
-        self._children = {self._child(plan, plans, run_folder, stdin): plan.command for plan in plans}
+        specs = self._deployment.processes(run_folder)
+        self._children = {self._child(spec, specs, run_folder, stdin): spec.command for spec in specs}
         runs = {child: asyncio.create_task(child.run(), name=child.name) for child in self._children}
         announcer = asyncio.create_task(self._announce(run_folder))
         stop_asked = asyncio.create_task(self._stop_asked.wait())
@@ -121,23 +121,23 @@ class Supervisor:
             await asyncio.gather(*runs.values(), announcer, stop_asked, return_exceptions=True)
         return status
 
-    def _child(self, plan: ChildPlan, plans: Sequence[ChildPlan], run_folder: Path, stdin: int) -> Child:
-        path = run_folder / f"{plan.name}.yaml"
-        path.write_text(yaml.safe_dump({name: plain(value) for name, value in plan.settings.items()}, sort_keys=False))
-        argv = [sys.executable, "-m", "tandem.runtime.cli", plan.command, "--config", str(path)]
-        environment = _environment(self._deployment, plan, run_folder)
+    def _child(self, spec: ProcessSpec, specs: Sequence[ProcessSpec], run_folder: Path, stdin: int) -> Child:
+        path = run_folder / f"{spec.name}.yaml"
+        path.write_text(yaml.safe_dump({name: plain(value) for name, value in spec.settings.items()}, sort_keys=False))
+        argv = [sys.executable, "-m", "tandem.runtime.cli", spec.command, "--config", str(path)]
+        environment = _environment(self._deployment, spec, run_folder)
         inherited: list[int] = []
         probe: Probe
-        if plan.command == "router":
+        if spec.command == "router":
             listening = self._deployment.listening.fileno()
-            count = sum(each.command == "router" for each in plans)
-            environment[PLACE_VARIABLE] = f"{plan.replica} {count} {listening}"
+            count = sum(each.command == "router" for each in specs)
+            environment[PLACE_VARIABLE] = f"{spec.place} {count} {listening}"
             inherited = [listening]
-            probe = http_probe(health_path(run_folder, plan.name))
+            probe = http_probe(health_path(run_folder, spec.name))
         else:
-            probe = grpc_probe(str(plan.settings["listen"]), self._deployment.secret, PROBE_S)
+            probe = grpc_probe(str(spec.settings["listen"]), self._deployment.secret, PROBE_S)
         child = Child(
-            plan.name,
+            spec.name,
             argv,
             environment,
             stdin,
@@ -227,11 +227,11 @@ def _say(text: str) -> None:
     tell(f"[tandem] {text}")
 
 
-def _environment(deployment: Deployment, plan: ChildPlan, run_folder: Path) -> dict[str, str]:
+def _environment(deployment: Deployment, spec: ProcessSpec, run_folder: Path) -> dict[str, str]:
     """Environment of a child. What this process has read itself is left out, as variables go before the child's file;
     two malloc arenas keep memory from being scattered."""
     read = {setting.variable for setting in settings_of(deployment.settings).values()}
-    read |= {f"TANDEM_{name.upper()}" for name in plan.settings} | {CONFIG_VARIABLE}
+    read |= {f"TANDEM_{name.upper()}" for name in spec.settings} | {CONFIG_VARIABLE}
     environment = {name: value for name, value in os.environ.items() if name not in read}
     return environment | {
         **deployment.variables,

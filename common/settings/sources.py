@@ -14,6 +14,14 @@ from tandem.common.settings.fields import Setting
 from tandem.common.settings.values import BOOLEANS, Raw, close_to, is_repeatable, is_switch
 from tandem.common.yaml_file import YamlFile
 
+RENAMED = {
+    "kv_node": "kv_store_socket",
+    "kv_store": "kv_store_address",
+    "store_listen": "kv_peer_listen",
+    "kv_listen": "handover_listen",
+    "kv_replicas": "kv_copies",
+}
+"""Settings that had another name. It is refused wherever the new one is known."""
 COMMON_FLAGS = ("--help", "--config", "--print-config")
 CONFIG_VARIABLE = "TANDEM_CONFIG"
 _NULL = "tag:yaml.org,2002:null"
@@ -68,6 +76,13 @@ class Known:
         values = self.foreign[name].values if name in self.foreign else {}
         return values.get(raw, raw) if isinstance(raw, str) else raw
 
+    def check_current(self, name: str, where: str) -> None:
+        """Raises ConfigError for the old name of a setting."""
+        setting = self.settings.get(RENAMED.get(name, ""))
+        if setting is not None:
+            alike = setting.flag if where.startswith("-") else setting.variable
+            raise ConfigError(f"{where} is called {alike if where.startswith(('-', 'TANDEM_')) else setting.name} now")
+
     def nearest(self, name: str) -> str:
         """`; did you mean X?`, in the way `name` is written."""
         flags = [*COMMON_FLAGS, *("--" + each.replace("_", "-") for each in (*self.settings, *self.foreign))]
@@ -108,13 +123,21 @@ def read_command_line(argv: Sequence[str], known: Known) -> CommandLine:
 
 
 def read_variables(known: Known) -> dict[str, Given]:
+    for old in RENAMED:
+        if (variable := f"TANDEM_{old.upper()}") in os.environ:
+            known.check_current(old, variable)
     given = {}
     for setting in known.settings.values():
         raw = os.environ.get(setting.variable)
-        # Kubernetes sets TANDEM_PORT=tcp://... where there is a Service that is called tandem.
-        if raw is not None and not (setting.name == "port" and raw.startswith("tcp://")):
+        if raw is not None and not _is_service_link(setting, raw):
             given[setting.name] = Given(raw, setting.variable)
     return given
+
+
+def _is_service_link(setting: Setting, raw: str) -> bool:
+    """Whether Kubernetes has set it: TANDEM_PORT=tcp://... for a Service called tandem, TANDEM_GRPC_PORT for
+    tandem-grpc."""
+    return f"_{setting.name}".endswith("_port") and raw.startswith(("tcp://", "udp://", "sctp://"))
 
 
 def read_file(path: str, known: Known) -> dict[str, Given]:
@@ -130,6 +153,7 @@ def read_file(path: str, known: Known) -> dict[str, Given]:
             if ours is not None:
                 given[ours[0]] = Given(ours[1], where)
         else:
+            known.check_current(name, where)
             raise ConfigError(f"{where} is not a setting{known.nearest(name)}")
     return given
 
@@ -165,6 +189,7 @@ def _take_flag(given: dict[str, Given], known: Known, flag: str, value: str | No
     elif positive in known.foreign and known.foreign[positive].switch:
         _take_foreign(given, known, positive, "false", flag)
     else:
+        known.check_current(name, flag)
         raise ConfigError(f"there is no flag {flag}{known.nearest(flag)}")
 
 

@@ -10,13 +10,13 @@ from tandem.kvstore.process.process import KvStoreConfig, serve
 EXAMPLES = (
     (
         "4 GiB of memory and 100 GiB of disk, shared by the workers of this machine",
-        "tandem kvstore --kv-node /run/tandem-kv.sock --kv-host-bytes 4GiB --kv-disk /var/lib/tandem "
+        "tandem kvstore --kv-store-socket /run/tandem-kv.sock --kv-host-bytes 4GiB --kv-disk /var/lib/tandem "
         "--kv-disk-bytes 100GiB",
     ),
-    ("a worker that uses it", "tandem prefill --model DIR --kv-node /run/tandem-kv.sock"),
+    ("a worker that uses it", "tandem prefill --model DIR --kv-store-socket /run/tandem-kv.sock"),
     (
         "one of several nodes, with a directory in Redis",
-        "tandem kvstore --kv-directory redis://10.0.0.2:6379/0 --store-listen 10.0.0.5:9301 --secret-file secret",
+        "tandem kvstore --kv-directory redis://10.0.0.2:6379/0 --kv-peer-listen 10.0.0.5:9301 --secret-file secret",
     ),
 )
 

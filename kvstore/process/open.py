@@ -75,8 +75,10 @@ class OpenStore:
 def open_home(settings: StoreSettings, node_id: str, epoch: int, *, on_load: OnLoad | None = None) -> OpenStore | None:
     """The store that a worker's settings ask for; None if they ask for none. `node_id` is the worker's id; `on_load` is
     told (link, bytes, objects, seconds) of everything that an embedded node reads. Raises ConfigError."""
-    if settings.kv_node:
-        return OpenStore(RemoteHomeNode(settings.kv_node, node_id, secret=read_secret(settings.secret_file)), None)
+    if settings.kv_store_socket:
+        return OpenStore(
+            RemoteHomeNode(settings.kv_store_socket, node_id, secret=read_secret(settings.secret_file)), None
+        )
     if not settings.kv_host_bytes:
         return None
     embedded = open_node(settings, node_id, epoch, on_load=on_load)
@@ -98,7 +100,7 @@ def open_node(
         if directory is not None:
             opened.callback(directory.close)
         secret = read_secret(settings.secret_file)
-        check_reachable(secret, "store_listen", settings.store_listen)
+        check_reachable(secret, "kv_peer_listen", settings.kv_peer_listen)
         if directory is None and settings.kv_directory:
             directory = open_directory(settings.kv_directory, secret)
             opened.callback(directory.close)
@@ -143,11 +145,11 @@ def open_node(
             identity = PeerIdentity(node_id, epoch, key=DATA_PLANE.key(secret))
             server = _serve(settings, node, identity, unix_path, agent)
             opened.callback(server.stop)
-        host = split_address(settings.store_listen, "store_listen")[0] if settings.store_listen else ""
+        host = split_address(settings.kv_peer_listen, "kv_peer_listen")[0] if settings.kv_peer_listen else ""
         node.start(unix_path=unix_path, host=host, port=server.port if server else 0, grpc_address=grpc_address)
         replicator = None
-        if directory is not None and peers is not None and settings.kv_replicas > 1:
-            replicator = Replicator(_Replicas(node), directory, peers, settings.kv_replicas, node_id=node_id)
+        if directory is not None and peers is not None and settings.kv_copies > 1:
+            replicator = Replicator(_Replicas(node), directory, peers, settings.kv_copies, node_id=node_id)
             replicator.start()
             opened.callback(replicator.close)
         return OpenNode(node, server, directory, replicator, opened.pop_all())
@@ -190,12 +192,12 @@ def _serve(
     unix_path: str,
     agent: NixlAgent | None,
 ) -> DataServer:
-    listen = split_address(settings.store_listen, "store_listen") if settings.store_listen else None
+    listen = split_address(settings.kv_peer_listen, "kv_peer_listen") if settings.kv_peer_listen else None
     server = DataServer(node, identity, unix_path=unix_path, listen=listen, agent=agent)
     try:
         server.start()
     except OSError as error:
-        where = f"kv_node {error.filename}" if error.filename else f"store_listen {settings.store_listen}"
+        where = f"kv_store_socket {error.filename}" if error.filename else f"kv_peer_listen {settings.kv_peer_listen}"
         raise ConfigError(f"{where}: {error.strerror}; is another process there?") from error
     return server
 

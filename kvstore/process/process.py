@@ -55,7 +55,7 @@ class KvStoreConfig(StoreSettings):
     """Basics"""
     listen: str = "127.0.0.1:9300"
     """Address of the gRPC service (control, and the directory if this node has it): HOST:PORT, or unix:/path."""
-    kv_node: str = ""
+    kv_store_socket: str = ""
     """Unix path where workers and nodes of this host reach this node; give workers the same. Empty: a new one in a
     private temporary folder."""
     kv_host_bytes: int = 1 << 30
@@ -93,7 +93,7 @@ def serve(config: KvStoreConfig) -> None:
     server = grpc.server(ThreadPoolExecutor(_THREADS, "kv-control"), options=SERVER_OPTIONS)
     address = _bind(server, config.listen, secret)
     with contextlib.ExitStack() as stack:
-        unix_path = config.kv_node or str(stack.enter_context(scratch_folder()) / "node.sock")
+        unix_path = config.kv_store_socket or str(stack.enter_context(scratch_folder()) / "node.sock")
         embeds = config.kv_directory in ("", config.listen, address)
         directory = EmbeddedDirectory() if embeds else open_directory(config.kv_directory, secret)
         store = open_node(

@@ -1,4 +1,4 @@
-"""One `/metrics` for all processes: this router, its replicas, the workers and the store node, each sample with the
+"""One `/metrics` for all processes: this router, its siblings, the workers and the store node, each sample with the
 label `process`.
 
 Workers and node are asked through the gRPC connections that the router has anyway. A process that does not answer in
@@ -27,10 +27,10 @@ async def all_metrics(service: Service) -> bytes:
     }
     if service.contexts is not None:
         asked[STORE] = service.contexts.metrics(ANSWER_S)
-    replicas, *answers = await asyncio.gather(siblings.ask("metrics"), *asked.values())
+    routers, *answers = await asyncio.gather(siblings.ask("metrics"), *asked.values())
     texts: dict[str, str | None] = {_router(siblings.index, siblings.count): service.metrics.text().decode()}
     for index in range(siblings.count):
-        texts.setdefault(_router(index, siblings.count), replicas.get(index))
+        texts.setdefault(_router(index, siblings.count), routers.get(index))
     texts |= dict(zip(asked, answers, strict=True))
     return merged(texts)
 

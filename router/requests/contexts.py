@@ -102,7 +102,7 @@ def contexts_of(service: Service) -> ContextClient:
     if service.contexts is None:
         raise TandemError(
             "not_found",
-            "This router keeps no named contexts; its setting kv_store names the store node that does.",
+            "This router keeps no named contexts; its setting kv_store_address names the store node that does.",
             param="context",
         )
     return service.contexts

@@ -33,7 +33,7 @@ class Hour(msgspec.Struct):
 
 
 class TenantUsage(msgspec.Struct):
-    """Of one tenant. Also what replicas tell each other."""
+    """Of one tenant. Also what routers tell each other."""
 
     tenant: str
     since: int
@@ -136,7 +136,7 @@ class UsageLog:
 
 
 def merged(reports: Iterable[Iterable[TenantUsage]]) -> list[TenantUsage]:
-    """What several replicas counted, as one; by name."""
+    """What several routers counted, as one; by name."""
     found: dict[str, TenantUsage] = {}
     for report in reports:
         for usage in report:

@@ -21,7 +21,7 @@ MAX_GRANTS = 32
 """Requests started by one `pump`: about 10 ms of placements, then the event loop gets its turn."""
 MAX_RETRY_AFTER_S = 30.0
 HOLD_S = 0.25
-"""A replica whose next request is a quantum ahead of those who wait at other replicas leaves the room to them; after so
+"""A router whose next request is a quantum ahead of those who wait at other routers leaves the room to them; after so
 long with room that nobody took, it takes it."""
 _WINDOW_S = 1.0
 _NEWCOMER = ""

@@ -82,7 +82,7 @@ class SharedBuckets:
     than one router would. Where Redis does not answer in time each goes by what it knows: that is counted, and
     everybody waits the longer for it.
 
-    What all routers together owe is bounded by what each can give in one interval: `replicas` + 1 times a full bucket.
+    What all routers together owe is bounded by what each can give in one interval: `routers` + 1 times a full bucket.
     What a tenant owes beyond (requests larger than a bucket, output beyond the estimate) is remembered by the router
     that let it through, which keeps the shared bucket empty for as long.
     """
@@ -91,7 +91,7 @@ class SharedBuckets:
         """`clock`: seconds that never go back."""
         self.alone = True
         """Redis is away, or has not been met yet."""
-        self.replicas = 1
+        self.routers = 1
         """Known to be alive, this one among them."""
         self.wanted: Callable[[], None] = lambda: None
         """Called when the others should hear of it soon."""
@@ -109,7 +109,7 @@ class SharedBuckets:
 
     def take(self, key: str, amount: float, rate: float, burst: float) -> float:
         if self._divided:
-            wait_s = self._share.take(key, amount, rate / self.replicas, burst / self.replicas)
+            wait_s = self._share.take(key, amount, rate / self.routers, burst / self.routers)
             if wait_s == 0.0:
                 self._bucket(key, rate, burst).charge(amount / rate, self._clock())
             return wait_s
@@ -118,24 +118,24 @@ class SharedBuckets:
         if missing > _ROUNDING * burst:
             return missing / rate
         bucket.charge(amount / rate, now)
-        if self.replicas > 1:  # it counts, too, should Redis go away now
-            self._share.add(key, -amount, rate / self.replicas, burst / self.replicas)
+        if self.routers > 1:  # it counts, too, should Redis go away now
+            self._share.add(key, -amount, rate / self.routers, burst / self.routers)
         return 0.0
 
     def add(self, key: str, amount: float, rate: float, burst: float) -> None:
-        if self.replicas > 1:
-            self._share.add(key, amount, rate / self.replicas, burst / self.replicas)
+        if self.routers > 1:
+            self._share.add(key, amount, rate / self.routers, burst / self.routers)
         self._bucket(key, rate, burst).charge(-amount / rate, self._clock())
 
     def level(self, key: str, rate: float, burst: float) -> float:
         if self._divided:
-            return self._share.level(key, rate / self.replicas, burst / self.replicas)
+            return self._share.level(key, rate / self.routers, burst / self.routers)
         bucket = self._buckets.get(key)
         return burst - max(0.0, bucket.until - self._clock()) * rate if bucket is not None else burst
 
     def in_flight(self, tenant: str, here: int) -> int:
         if self._divided:
-            return here * self.replicas
+            return here * self.routers
         places = self._places.get(tenant)
         return here + (places.elsewhere if places is not None else 0)
 
@@ -174,11 +174,11 @@ class SharedBuckets:
 
     @property
     def _shares(self) -> bool:
-        return not self.alone and self.replicas > 1
+        return not self.alone and self.routers > 1
 
     @property
     def _divided(self) -> bool:
-        return self.alone and self.replicas > 1
+        return self.alone and self.routers > 1
 
     def _bucket(self, key: str, rate: float, burst: float) -> _Bucket:
         """It is full now at the earliest: what was full before earns nothing."""
@@ -249,4 +249,4 @@ class SharedBuckets:
 
     def most_s(self, change: BucketChange) -> float:
         """Farther than that from being full a shared bucket cannot be."""
-        return (self.replicas + 1) * change.fill_s
+        return (self.routers + 1) * change.fill_s

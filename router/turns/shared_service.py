@@ -103,7 +103,7 @@ class SharedService:
         self._prefix = f"{{{prefix}}}:"
         self._interval_s = interval_s
         self._clock = clock
-        self._replica = secrets.token_hex(8)
+        self._router = secrets.token_hex(8)
         self._number = 1
         self._changes = Changes({}, {})
         """As last taken."""
@@ -174,7 +174,7 @@ class SharedService:
         others, counters = self.neighbours, self.counters
         charged = others.charged
         others.hear(rows)
-        self.buckets.replicas = others.alive + 1
+        self.buckets.routers = others.alive + 1
         most = (counters.charged + others.charged) * (1 + 1e-6) + 1.0
         self.refused += counters.merge(
             dict(zip(batch.service, totals, strict=False)),
@@ -250,12 +250,12 @@ class SharedService:
 
     def _message(self, batch: _Batch) -> tuple[list[str], list[str | bytes | int | float]]:
         prefix, now = self._prefix, self._clock()
-        keys = [f"{prefix}last:{self._replica}", f"{prefix}routers"]
+        keys = [f"{prefix}last:{self._router}", f"{prefix}routers"]
         keys += [f"{prefix}service:{band}:{tenant}" for band, tenant in batch.service]
         keys += [f"{prefix}bucket:{name}" for name in batch.buckets]
         keys += [f"{prefix}running:{tenant}" for tenant in batch.places]
         useless = self.neighbours.useless()
-        args: list[str | bytes | int | float] = [self._replica, batch.number, int(self._anyhow), self._row(batch)]
+        args: list[str | bytes | int | float] = [self._router, batch.number, int(self._anyhow), self._row(batch)]
         args += [MAX_ROUTERS, MAX_ROW_BYTES, len(useless), *useless]
         for key, (added, at_least) in batch.service.items():
             kind = "r" if key in batch.changes.wrong else "s"
@@ -310,7 +310,7 @@ class SharedCollector(Collector):
         for name, text, value in (
             ("active", "1 while limits and fairness are shared through Redis, 0 while it is away", shared.connected),
             ("age_seconds", "Since Redis was last heard: so old is what is known of other routers", shared.age_s),
-            ("routers", "Routers that share, this one among them", shared.buckets.replicas),
+            ("routers", "Routers that share, this one among them", shared.buckets.routers),
         ):
             yield GaugeMetricFamily(f"tandem_router_shared_{name}", text, float(value))
         for name, text, value in (

@@ -1,6 +1,6 @@
-"""How router replicas on one machine answer for each other: whichever of them a client reaches, it sees them all.
+"""How routers on one machine answer for each other: whichever of them a client reaches, it sees them all.
 
-Each replica listens on a unix socket in a folder that only this user can enter. A question is one JSON line, the answer
+Each router listens on a unix socket in a folder that only this user can enter. A question is one JSON line, the answer
 is JSON and ends with the connection.
 """
 
@@ -42,7 +42,7 @@ class Siblings:
     async def start(self) -> None:
         if self._folder is not None and self.count > 1:
             path = self._path(self.index)
-            path.unlink(missing_ok=True)  # of this replica's former life
+            path.unlink(missing_ok=True)  # of this router's former life
             self._server = await asyncio.start_unix_server(self._serve, path, limit=MAX_QUESTION_BYTES)
 
     async def close(self) -> None:
@@ -50,7 +50,7 @@ class Siblings:
             self._server.close()
 
     async def ask(self, topic: str, **fields: Any) -> dict[int, Any]:
-        """Answers by replica; those that do not answer in time are missing."""
+        """Answers by router; those that do not answer in time are missing."""
         others = [index for index in range(self.count) if index != self.index]
         question = msgspec.json.encode({**fields, "topic": topic}) + b"\n"
         answers = await asyncio.gather(*(self._ask(index, question) for index in others))
@@ -69,7 +69,7 @@ class Siblings:
                 await writer.drain()
                 return (msgspec.json.decode(await reader.read(MAX_ANSWER_BYTES)),)
         except (OSError, TimeoutError, msgspec.DecodeError) as error:
-            log.info("router replica %d does not answer (%s)", index, type(error).__name__)
+            log.info("router %d does not answer (%s)", index, type(error).__name__)
             return None
         finally:
             if writer is not None:
@@ -83,7 +83,7 @@ class Siblings:
                 writer.write(msgspec.json.encode(answer))
                 await writer.drain()
         except (OSError, TimeoutError, ValueError, KeyError) as error:
-            log.warning("a replica's question could not be answered (%r)", error)
+            log.warning("a router's question could not be answered (%r)", error)
         finally:
             writer.close()
             with contextlib.suppress(OSError):

@@ -246,14 +246,45 @@ def test_what_is_printed_as_configuration_can_be_read_again(tmp_path: Path, caps
     assert parse("--config", str(tmp_path / "paint.yaml")) == parse(*argv)
 
 
-def test_kubernetes_may_have_a_service_with_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class Server:
-        port: int = 8000
-        """Where."""
+@dataclass(frozen=True)
+class Server:
+    port: int = 8000
+    """Where."""
+    grpc_port: int | None = None
+    """Where else."""
+    kv_store_address: str = ""
+    """Called kv_store before."""
 
+
+def parse_server(*argv: str) -> Server:
+    return parse_settings(Server, argv, command="t", description="d", examples=())
+
+
+def test_kubernetes_may_have_services_with_our_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_PORT", "tcp://10.0.0.1:8000")
-    assert parse_settings(Server, [], command="t", description="d", examples=()).port == 8000
+    monkeypatch.setenv("TANDEM_GRPC_PORT", "udp://10.0.0.1:8001")
+    assert parse_server() == Server()
+    monkeypatch.setenv("TANDEM_GRPC_PORT", "8001")
+    assert parse_server().grpc_port == 8001
+    monkeypatch.setenv("TANDEM_GRPC_PORT", "http://10.0.0.1:8001")
+    with pytest.raises(ConfigError, match="TANDEM_GRPC_PORT: must be a whole number"):
+        parse_server()
+
+
+def test_an_old_name_is_refused_with_the_new_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for flag in ("--kv-store", "--kv_store"):
+        with pytest.raises(ConfigError, match=f"^{flag} is called --kv-store-address now"):
+            parse_server(flag, "unix:/run/kv.sock")
+    (tmp_path / "t.yaml").write_text("port: 1\nkv_store: unix:/run/kv.sock\n")
+    with pytest.raises(ConfigError, match=r"t\.yaml, line 2: kv_store is called kv_store_address now"):
+        parse_server("--config", str(tmp_path / "t.yaml"))
+    with pytest.raises(ConfigError, match="there is no flag --kv-listen"):
+        parse_server("--kv-listen", "host:1")
+    monkeypatch.setenv("TANDEM_KV_LISTEN", "another command's")
+    assert parse_server() == Server()
+    monkeypatch.setenv("TANDEM_KV_STORE", "unix:/run/kv.sock")
+    with pytest.raises(ConfigError, match=r"^TANDEM_KV_STORE is called TANDEM_KV_STORE_ADDRESS now"):
+        parse_server()
 
 
 def test_a_value_that_looks_like_a_flag_name_is_left_alone() -> None:

@@ -185,10 +185,10 @@ class Cluster:
                 | {
                     "node_id": f"node-{host}",
                     "listen": f"unix:{self.folder / host}.node",
-                    "kv_node": node_path,
+                    "kv_store_socket": node_path,
                     "kv_disk": str(self.folder / f"disk-{host}"),
                     "kv_directory": redis_url,
-                    "store_listen": f"127.0.0.1:{self._ports[f'store-{host}']}",
+                    "kv_peer_listen": f"127.0.0.1:{self._ports[f'store-{host}']}",
                     "metrics_port": 0,
                 }
                 | ({"kv_remote": redis_url} if remote else {})
@@ -197,14 +197,14 @@ class Cluster:
             for role in ("prefill", "decode"):
                 address = f"unix:{self.folder / role}-{host}"
                 sockets[role].append(address)
-                own = {"kv_listen": self._address(f"kv-{host}")}
+                own = {"handover_listen": self._address(f"kv-{host}")}
                 self._add(
                     f"{role}-{host}",
                     role,
                     host,
                     shared
                     | {"model": str(model), "served_model_name": "tiny", "dtype": "float32", "listen": address}
-                    | {"worker_id": f"{role}-{host}", "kv_node": node_path, "kv_cache_bytes": pool_bytes}
+                    | {"worker_id": f"{role}-{host}", "kv_store_socket": node_path, "kv_cache_bytes": pool_bytes}
                     | (own if role == "decode" else {}),
                 )
         self.redis_url = redis_url

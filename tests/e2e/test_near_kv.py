@@ -43,7 +43,12 @@ class Shared:
         self.processes: dict[str, Process] = {}
         self._clients: dict[str, httpx.Client] = {}
         self._folder, self._stack = folder, stack
-        store = {"kv_chunk_tokens": CHUNK, "kv_node": str(folder / "kv"), "drain_grace_s": 5.0, "metrics_port": 0}
+        store = {
+            "kv_chunk_tokens": CHUNK,
+            "kv_store_socket": str(folder / "kv"),
+            "drain_grace_s": 5.0,
+            "metrics_port": 0,
+        }
         disk = {"kv_disk": str(folder / "disk"), "kv_disk_codec": "kivi-int8", "kv_near": True}
         self._add("node", "kvstore", store | disk | {"kv_host_bytes": 64 << 20, "listen": self._at("node")})
         served = {"model": str(model), "served_model_name": "tiny"}

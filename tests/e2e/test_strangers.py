@@ -61,12 +61,17 @@ class Deployment:
         at = {name: f"127.0.0.1:{port}" for name, port in self.ports.items()}
         self.grpc = [at["node"], at["prefill"], at["decode"]]
         unix = folder / "kv.sock"
-        shared = {"secret_file": str(folder / "secret"), "kv_chunk_tokens": 64, "kv_node": str(unix), "metrics_port": 0}
-        store = {"kv_host_bytes": 64 << 20, "store_listen": at["data"], "listen": at["node"]}
+        shared = {
+            "secret_file": str(folder / "secret"),
+            "kv_chunk_tokens": 64,
+            "kv_store_socket": str(unix),
+            "metrics_port": 0,
+        }
+        store = {"kv_host_bytes": 64 << 20, "kv_peer_listen": at["data"], "listen": at["node"]}
         self._add("kvstore", shared | store)
         for role in ("prefill", "decode"):
             own = {"model": str(model), "served_model_name": "tiny", "dtype": "float32", "kv_cache_bytes": 16 << 20}
-            delivery = {"kv_listen": at["hand-over"]} if role == "decode" else {}
+            delivery = {"handover_listen": at["hand-over"]} if role == "decode" else {}
             self._add(role, shared | own | delivery | {"listen": at[role], "worker_id": role})
         self._add(
             "router",
@@ -77,7 +82,7 @@ class Deployment:
                 "port": self.ports["router"],
                 "prefill_workers": [at["prefill"]],
                 "decode_workers": [at["decode"]],
-                "kv_store": at["node"],
+                "kv_store_address": at["node"],
                 "secret_file": str(folder / "secret"),
                 "disaggregate": "always",
             },

@@ -51,8 +51,8 @@ def test_with_a_disk_it_is_kept_there_for_this_user_alone(tmp_path: Path) -> Non
     [
         {"kv_remote": "redis://127.0.0.1:1/0"},
         {"kv_directory": "redis://127.0.0.1:1/0"},
-        {"kv_node": "/run/node.sock"},
-        {"store_listen": "127.0.0.1:9301"},
+        {"kv_store_socket": "/run/node.sock"},
+        {"kv_peer_listen": "127.0.0.1:9301"},
     ],
 )
 def test_what_is_shared_with_others_needs_one_that_they_know(

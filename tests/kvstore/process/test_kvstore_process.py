@@ -43,7 +43,7 @@ class Node:
         self.unix_path = str(folder / "kv.sock")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "tandem.runtime.cli", "kvstore", "--kv-node", self.unix_path),
+                *(sys.executable, "-m", "tandem.runtime.cli", "kvstore", "--kv-store-socket", self.unix_path),
                 *("--listen", f"unix:{folder}/control.sock", "--kv-host-bytes", str(32 << 20), *arguments),
             ],
             stdout=subprocess.PIPE,
@@ -223,7 +223,7 @@ def test_a_node_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], t
         ("kv_encryption_key_file", "/dev/null"),
         ("kv_disk", "/dev/null/x"),
         ("kv_remote", "gopher://x"),
-        ("store_listen", "192.0.2.1:9301"),
+        ("kv_peer_listen", "192.0.2.1:9301"),
     ],
 )
 def test_what_cannot_be_opened_is_named_and_leaves_nothing(setting: str, value: str, tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def _directory(settings: StoreSettings) -> EmbeddedDirectory | None:
     ("arguments", "complaint"),
     [
         (["--kv-host-bytes", "0"], "--kv-host-bytes"),
-        (["--store-listen", "0.0.0.0:1"], "--store-listen"),
-        (["--kv-replicas", "0"], "--kv-replicas"),
+        (["--kv-peer-listen", "0.0.0.0:1"], "--kv-peer-listen"),
+        (["--kv-copies", "0"], "--kv-copies"),
         (["--kv-quotas", "*=2"], "kv-quotas: *"),
         (["--listen", "9300"], "listen"),
     ],

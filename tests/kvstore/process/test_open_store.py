@@ -43,7 +43,7 @@ def open_on_own_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
     def open_one(name: str, **settings: object) -> OpenNode:
         monkeypatch.setattr("tandem.kvstore.process.open.local_host_id", lambda: f"host of {name}")
-        chosen = {"kv_host_bytes": HOST_BYTES, "store_listen": "127.0.0.1:0"} | settings
+        chosen = {"kv_host_bytes": HOST_BYTES, "kv_peer_listen": "127.0.0.1:0"} | settings
         node = open_node(StoreSettings(**chosen), name, next(numbers), directory=_Shared(directory))  # type: ignore[arg-type]
         opened.append(node)
         return node
@@ -108,7 +108,7 @@ def test_a_node_that_dies_while_it_is_read_is_a_miss(open_on_own_host: Open) -> 
 def test_hot_objects_are_copied_to_another_host(open_on_own_host: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem.kvstore.replication.replication.SETTLE_S", 0.0)
     monkeypatch.setattr("tandem.kvstore.replication.replication.ROUND_S", 0.05)
-    first, second = (open_on_own_host(name, kv_replicas=2, kv_directory="redis://127.0.0.1:1/0") for name in ("a", "b"))
+    first, second = (open_on_own_host(name, kv_copies=2, kv_directory="redis://127.0.0.1:1/0") for name in ("a", "b"))
     assert put(first.node, 0)
     assert put(first.node, 1)
     for _ in range(20):
@@ -162,7 +162,7 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
     assert put(embedded.home, 0)
     embedded.close()
     served = open_node(StoreSettings(kv_host_bytes=HOST_BYTES), "n", 1, unix_path=str(tmp_path / "kv.sock"))
-    worker = open_home(StoreSettings(kv_node=str(tmp_path / "kv.sock")), "w", 1)
+    worker = open_home(StoreSettings(kv_store_socket=str(tmp_path / "kv.sock")), "w", 1)
     assert worker is not None
     assert isinstance(worker.home, RemoteHomeNode)
     assert worker.home.wait_connected(DEADLINE_S)
@@ -181,8 +181,8 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
         ({"kv_host_bytes": -1}, "kv_host_bytes"),
         ({"kv_host_bytes": 1, "kv_disk": "/x", "kv_disk_bytes": 0}, "kv_disk_bytes"),
         ({"kv_chunk_tokens": 0}, "kv_chunk_tokens"),
-        ({"kv_host_bytes": 1, "kv_replicas": 2}, "kv_directory"),
-        ({"kv_host_bytes": 1, "store_listen": "host"}, "HOST:PORT"),
+        ({"kv_host_bytes": 1, "kv_copies": 2}, "kv_directory"),
+        ({"kv_host_bytes": 1, "kv_peer_listen": "host"}, "HOST:PORT"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, object], complaint: str) -> None:

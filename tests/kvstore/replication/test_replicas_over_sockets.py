@@ -42,8 +42,8 @@ def nodes(tmp_path: Path, redis_url: str) -> Iterator[list[Node]]:
         folder.mkdir()
         with socket.create_server(("127.0.0.1", 0)) as unused:
             port = unused.getsockname()[1]
-        settings = ("--kv-directory", redis_url, "--kv-replicas", "2", "--secret-file", str(secret))
-        started.append(Node(folder, "--node-id", f"n{number}", "--store-listen", f"127.0.0.1:{port}", *settings))
+        settings = ("--kv-directory", redis_url, "--kv-copies", "2", "--secret-file", str(secret))
+        started.append(Node(folder, "--node-id", f"n{number}", "--kv-peer-listen", f"127.0.0.1:{port}", *settings))
     yield started
     for node in started:
         if node.process.poll() is None:

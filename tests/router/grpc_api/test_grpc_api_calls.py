@@ -160,7 +160,7 @@ async def test_unknown_fields_are_told(doors: BothDoors) -> None:
 
 async def test_contexts(house: House) -> None:
     with StoreNode(house.folder) as store:
-        doors = await BothDoors.open(house, kv_store=store.address)
+        doors = await BothDoors.open(house, kv_store_address=store.address)
         stub = doors.stub
         request = pb.CreateContextRequest(name="manual", prompt_token_ids=pb.TokenIds(ids=range(7, 107)), ttl_s=60)
         created = await stub.CreateContext(request)

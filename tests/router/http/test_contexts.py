@@ -43,7 +43,7 @@ class Saver:
 
 
 async def open_pair(house: House, store: StoreNode, **settings: Any) -> tuple[FakeWorker, httpx.AsyncClient]:
-    return await house.pair(Script(tokens=Saver(store)), kv_store=store.address, **settings)
+    return await house.pair(Script(tokens=Saver(store)), kv_store_address=store.address, **settings)
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None = "context") -> str:
@@ -145,7 +145,7 @@ async def test_a_store_node_that_hangs_delays_nobody_else(
 ) -> None:
     monkeypatch.setattr(contexts, "CALL_S", 0.5)
     silent = await asyncio.start_unix_server(lambda reader, writer: reader.read(), house.folder / "silent.sock")
-    _, client = await house.pair(kv_store=f"unix:{house.folder}/silent.sock")
+    _, client = await house.pair(kv_store_address=f"unix:{house.folder}/silent.sock")
     waiting = asyncio.create_task(use(client))
     plain = await client.post("/v1/completions", json={"prompt": [5]})
     assert plain.status_code == 200
@@ -293,7 +293,7 @@ async def test_a_context_of_another_model_is_not_used(house: House, store: Store
     _, client = await open_pair(house, store)
     await client.post("/v1/contexts", json={"name": "manual", "prompt": TOKENS})
     other = await house.decode("decode-1", namespace=b"o" * 32)
-    newer = await house.client(await house.router(other, kv_store=store.address))
+    newer = await house.client(await house.router(other, kv_store_address=store.address))
     assert "another model" in check_error(await use(newer), 404, "not_found")
 
 
@@ -304,7 +304,7 @@ async def test_without_a_store_node_the_setting_is_named(house: House) -> None:
         await client.get("/v1/contexts"),
         await client.post("/v1/contexts", json={"name": "manual", "prompt": [1]}),
     ):
-        assert "kv_store" in check_error(response, 404, "not_found")
+        assert "kv_store_address" in check_error(response, 404, "not_found")
     chat = await client.post(
         "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}], "context": "manual"}
     )

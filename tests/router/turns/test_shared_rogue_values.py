@@ -88,7 +88,7 @@ def check_all_is_well(services: list[SharedService], started: float) -> None:
         assert 300 - 5 <= level <= 450 + seconds * RATE, "half of it is used; what one router took nobody can deny"
         assert service.connected
         assert service.counters.floor(0) <= 1000
-        assert service.buckets.replicas == 2
+        assert service.buckets.routers == 2
         assert service.buckets.in_flight("ann", 2) == 4
 
 

@@ -396,7 +396,7 @@ async def test_without_redis_replicas_divide_the_limit_and_count_it_all_when_it_
     async with replicas(url, 4) as services:
         await settle(services)
         await settle(services)
-        assert [service.buckets.replicas for service in services] == [4] * 4
+        assert [service.buckets.routers for service in services] == [4] * 4
         for service in services:
             service._set_alone(True)
         burst, rate = 1000.0, 0.001

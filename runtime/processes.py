@@ -16,13 +16,13 @@ _KNOWN_TO_WORKERS = ("kv_chunk_tokens", "secret_file", "kv_near")
 
 
 @dataclass(frozen=True, slots=True)
-class ChildPlan:
+class ProcessSpec:
     """One process: `tandem COMMAND --config FILE`, where FILE holds `settings`."""
 
     name: str
     command: str
     settings: dict[str, object]
-    replica: int = 0
+    place: int = 0
     """A router's place: which of those that share the port."""
 
 
@@ -33,24 +33,24 @@ def served_name(config: ServeConfig) -> str:
     return Path(config.model_folder).name if config.model else BUNDLED_NAME
 
 
-def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[ChildPlan]:
+def processes_of(config: ServeConfig, run_directory: Path, port: int) -> list[ProcessSpec]:
     """The store node first, which ends last; then the workers, the routers last. `port` is theirs, already chosen."""
-    store = _plan_store(config, run_directory)
+    store = _store_of(config, run_directory)
     shared = config.part(EngineConfig) | {
         "model": config.model_folder,
         "served_model_name": served_name(config),
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
         "metrics_port": 0,
-        "kv_node": store[0].settings["kv_node"] if store else config.kv_node,
+        "kv_store_socket": store[0].settings["kv_store_socket"] if store else config.kv_store_socket,
         **{name: getattr(config, name) for name in _KNOWN_TO_WORKERS},
     }
-    workers: list[ChildPlan] = []
+    workers: list[ProcessSpec] = []
     for role, count in (("prefill", config.prefill), ("decode", config.decode)):
         for index in range(count):
             name = f"{role}-{index}"
             own: dict[str, object] = {"worker_id": name, "listen": f"unix:{run_directory / name}.sock"}
-            workers.append(ChildPlan(name, role, shared | own))
+            workers.append(ProcessSpec(name, role, shared | own))
     router: dict[str, object] = config.part(FrontDoorSettings) | {
         "model": config.model_folder,
         "served_model_name": served_name(config),
@@ -60,28 +60,28 @@ def plan_children(config: ServeConfig, run_directory: Path, port: int) -> list[C
         "decode_workers": [worker.settings["listen"] for worker in workers if worker.command == "decode"],
     }
     if store:
-        router["kv_store"] = store[0].settings["listen"]
-    return [*store, *workers, *plan_routers(router, config.routers)]
+        router["kv_store_address"] = store[0].settings["listen"]
+    return [*store, *workers, *routers_of(router, config.routers)]
 
 
-def plan_routers(settings: dict[str, object], count: int) -> list[ChildPlan]:
+def routers_of(settings: dict[str, object], count: int) -> list[ProcessSpec]:
     names = ["router"] if count == 1 else [f"router-{index}" for index in range(count)]
-    return [ChildPlan(name, "router", settings, index) for index, name in enumerate(names)]
+    return [ProcessSpec(name, "router", settings, index) for index, name in enumerate(names)]
 
 
-def _plan_store(config: ServeConfig, run_directory: Path) -> list[ChildPlan]:
-    if config.kv_node or not config.kv_host_bytes:
+def _store_of(config: ServeConfig, run_directory: Path) -> list[ProcessSpec]:
+    if config.kv_store_socket or not config.kv_host_bytes:
         return []
     own: dict[str, object] = {
-        "node_id": f"kvstore-{config.store_listen}" if config.store_listen else "kvstore",
+        "node_id": f"kvstore-{config.kv_peer_listen}" if config.kv_peer_listen else "kvstore",
         "listen": f"unix:{run_directory / 'kvstore.sock'}",
-        "kv_node": str(run_directory / "kvstore.kv"),
+        "kv_store_socket": str(run_directory / "kvstore.kv"),
         "kv_quotas": _quotas(config),
         "drain_grace_s": config.drain_grace_s,
         "log_level": config.log_level,
         "metrics_port": 0,
     }
-    return [ChildPlan("kvstore", "kvstore", config.part(StoreSettings) | own)]
+    return [ProcessSpec("kvstore", "kvstore", config.part(StoreSettings) | own)]
 
 
 def _quotas(config: ServeConfig) -> dict[str, float]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from tandem.common.caretaker import RUN_FOLDER_VARIABLE
 from tandem.common.errors import ConfigError
 
-PLACE_VARIABLE = "TANDEM_SUPERVISOR_REPLICA"
+PLACE_VARIABLE = "TANDEM_SUPERVISOR_PLACE"
 """Set by a supervisor: index, count and the descriptor of the socket, with blanks between them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
+class RouterPlace:
     index: int = 0
     count: int = 1
     folder: Path | None = None
@@ -34,21 +34,21 @@ class Replica:
         return None if self.folder is None else health_path(self.folder, process_name(self))
 
 
-ALONE = Replica()
+ALONE = RouterPlace()
 
 
-def place_of_this_process() -> Replica:
+def place_of_this_process() -> RouterPlace:
     """What the supervisor says of it, if there is one."""
     place = os.environ.get(PLACE_VARIABLE)
     if place is None:
         return ALONE
     index, count, listening = map(int, place.split())
-    return Replica(index, count, Path(os.environ[RUN_FOLDER_VARIABLE]), listening)
+    return RouterPlace(index, count, Path(os.environ[RUN_FOLDER_VARIABLE]), listening)
 
 
-def process_name(replica: Replica) -> str:
+def process_name(place: RouterPlace) -> str:
     """In logs and metrics."""
-    return "router" if replica.count == 1 else f"router-{replica.index}"
+    return "router" if place.count == 1 else f"router-{place.index}"
 
 
 def health_path(folder: Path, name: str) -> Path:

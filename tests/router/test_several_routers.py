@@ -21,12 +21,12 @@ UP = re.compile(rb'^tandem_worker_up\{.*process="router-(\d)".*\} 1\.0$', re.MUL
 
 
 async def get(router: Process, path: str) -> httpx.Response:
-    """Over a connection of its own, which may reach any replica."""
+    """Over a connection of its own, which may reach any router."""
     async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=20) as client:
         return await client.get(path)
 
 
-async def replicas_up(router: Process) -> set[bytes]:
+async def routers_up(router: Process) -> set[bytes]:
     try:
         return set(UP.findall((await get(router, "/metrics")).content))
     except httpx.TransportError:
@@ -35,7 +35,7 @@ async def replicas_up(router: Process) -> set[bytes]:
 
 async def all_up(router: Process, count: int) -> None:
     async with asyncio.timeout(30):
-        while len(await replicas_up(router)) < count:  # noqa: ASYNC110  # another process tells no event
+        while len(await routers_up(router)) < count:  # noqa: ASYNC110  # another process tells no event
             await asyncio.sleep(0.05)
 
 
@@ -45,11 +45,11 @@ async def stop(router: Process) -> None:
         await router.process.wait()
 
 
-async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
+async def test_every_router_serves_and_answers_for_all(house: House) -> None:
     worker = await house.decode()
     router = await start(worker, house.model, "--routers=2")
     try:
-        assert "2 replicas" in await router.line()
+        assert "2 routers" in await router.line()
         await all_up(router, 2)
         ids = [f"request-{i}" for i in range(16)]
         for request_id in ids:
@@ -58,7 +58,7 @@ async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
                 response = await client.post("/v1/completions", json=body, headers={"x-request-id": request_id})
                 assert response.status_code == 200
         routers = {submit.key.request_id.split(".")[1][:8] for submit in worker.submits}
-        assert len(routers) == 2, "one replica took every connection"
+        assert len(routers) == 2, "one router took every connection"
         for request_id in ids:
             account = (await get(router, f"/v1/requests/{request_id}")).json()
             assert account["id"] == request_id
@@ -72,7 +72,7 @@ async def test_every_replica_serves_and_answers_for_all(house: House) -> None:
         await stop(router)
 
 
-def replicas_of(router: Process) -> dict[str, psutil.Process]:
+def routers_of(router: Process) -> dict[str, psutil.Process]:
     found = {}
     for child in psutil.Process(router.process.pid).children():
         with contextlib.suppress(psutil.Error):
@@ -81,19 +81,19 @@ def replicas_of(router: Process) -> dict[str, psutil.Process]:
     return found
 
 
-async def test_a_killed_replica_comes_back_and_nobody_is_refused(house: House) -> None:
+async def test_a_killed_router_comes_back_and_nobody_is_refused(house: House) -> None:
     router = await start(await house.decode(), house.model, "--routers=2")
     try:
         await router.line()
         await all_up(router, 2)
-        before = replicas_of(router)
+        before = routers_of(router)
         assert set(before) == {"router-0", "router-1"}
         for name in before:
             before[name].kill()
         for _ in range(20):  # those that come before a router is back wait for it
             assert (await get(router, "/healthz")).status_code == 200
         await all_up(router, 2)
-        assert {child.pid for child in replicas_of(router).values()}.isdisjoint(child.pid for child in before.values())
+        assert {child.pid for child in routers_of(router).values()}.isdisjoint(child.pid for child in before.values())
         children = psutil.Process(router.process.pid).children(recursive=True)
         router.process.kill()
         await until(lambda: not any(child.is_running() for child in children), 15)
@@ -102,7 +102,7 @@ async def test_a_killed_replica_comes_back_and_nobody_is_refused(house: House) -
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_nobody_takes_what_a_killed_replica_sent_for_a_whole_answer(house: House, stream: bool) -> None:
+async def test_nobody_takes_what_a_killed_router_sent_for_a_whole_answer(house: House, stream: bool) -> None:
     worker = await house.decode(script=Script(hold_after=2))
     router = await start(worker, house.model, "--routers=2")
     try:
@@ -119,8 +119,8 @@ async def test_nobody_takes_what_a_killed_replica_sent_for_a_whole_answer(house:
 
             asking = asyncio.create_task(ask())
             await until(lambda: len(worker.submits) > 0 and (bool(received) or not stream))
-            for replica in replicas_of(router).values():
-                replica.kill()
+            for child in routers_of(router).values():
+                child.kill()
             with pytest.raises(httpx.TransportError):
                 await asking
             assert "data: [DONE]" not in received
@@ -128,18 +128,18 @@ async def test_nobody_takes_what_a_killed_replica_sent_for_a_whole_answer(house:
         await stop(router)
 
 
-async def test_new_connections_do_not_wait_for_a_replica_that_hangs(house: House) -> None:
+async def test_new_connections_do_not_wait_for_a_router_that_hangs(house: House) -> None:
     router = await start(await house.decode(), house.model, "--routers=2")
     try:
         await router.line()
         await all_up(router, 2)
-        hung = replicas_of(router)["router-0"]
+        hung = routers_of(router)["router-0"]
         hung.suspend()
         for _ in range(20):
             assert (await get(router, "/healthz")).status_code == 200
         await until(lambda: not hung.is_running(), 90)
         await all_up(router, 2)
-        replicas_of(router)["router-1"].suspend()
+        routers_of(router)["router-1"].suspend()
         os.kill(router.process.pid, signal.SIGTERM)
         assert await asyncio.wait_for(router.process.wait(), 25) == 0  # far less than a drain may take
     finally:
