@@ -47,7 +47,7 @@ def place_of_this_process() -> RouterPlace:
 
 
 def process_name(place: RouterPlace) -> str:
-    """In logs and metrics."""
+    """What it is called in logs and metrics."""
     return "router" if place.count == 1 else f"router-{place.index}"
 
 

@@ -74,14 +74,14 @@ class FrontDoorSettings:
     """A request that would certainly wait longer than this for its first token is answered 503 at once. None: it waits
     in the queue."""
     request_timeout_s: float = 600.0
-    """From arrival to the last token."""
+    """Longest time from arrival to the last token."""
     worker_wait_s: float = 60.0
     """How long a request waits for a decode worker while there is none, or after it has lost its own."""
 
     process: ClassVar[Group]
     """Process: how it ends, and what it tells."""
     drain_grace_s: float = 30.0
-    """On Ctrl-C or SIGTERM: how long running requests may take before they are aborted."""
+    """How long running requests may take after Ctrl-C or SIGTERM before they are aborted."""
     log_requests: bool = True
     """One line in the log per request (no prompts, no keys) and one every 10 s of work. False: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -45,6 +45,7 @@ def throughput(before: Counts, after: Counts, seconds: float, service: Service) 
 
 
 async def tell_regularly(service: Service, log: RequestLog) -> None:
+    """Writes a line every `EVERY_S` in which there was work, until it is cancelled."""
     before, since = counts(service), time.monotonic()
     while True:
         await asyncio.sleep(EVERY_S)

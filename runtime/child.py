@@ -24,7 +24,7 @@ ERROR_PREFIX = "error "
 CONFIG_ERROR_STATUS = 2
 PROBE_EVERY_S = 2.0
 PROBE_S = 5.0
-"""For an answer."""
+"""Time for an answer."""
 MAX_SILENT = 4
 """Probes without an answer, one after the other, until a child is taken to hang. Counted, not timed, as all processes
 of a machine may have been stopped."""
@@ -33,7 +33,7 @@ MAX_FAILED_RESTARTS = 10
 _LINE_LIMIT = 1 << 20
 _LOOK_S = 1.0
 _WORDS_S = 2.0
-"""For the last words of a process that has ended, should another one still hold its output."""
+"""Time for the last words of a process that has ended, should another one still hold its output."""
 
 
 @dataclass(slots=True)
@@ -155,7 +155,7 @@ class Child:
         raise ChildFailed(f"{self.name} {_describe(status)} before it was ready: {last_words}")
 
     def retire(self) -> None:
-        """From now on it is not started again."""
+        """Keeps it from being started again."""
         self._stopping.set()
 
     def stop(self) -> None:
@@ -239,7 +239,7 @@ class Child:
 
 
 def tell(line: str) -> None:
-    """On stderr. A terminal that was closed must not end what runs."""
+    """Prints it on stderr. A terminal that was closed must not end what runs."""
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):

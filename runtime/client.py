@@ -18,7 +18,7 @@ from tandem.runtime.running import only_running
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 600.0
-"""Between two pieces of an answer."""
+"""Longest time between two pieces of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def describe_commands() -> list[Command]:
+    """All commands, with their flags and what these may be."""
     from tandem.kvstore.process.admin import command_names
     from tandem.runtime.cli import COMMANDS
 

@@ -26,9 +26,9 @@ EXAMPLES = (
     ("five minutes for what runs there, before the rest goes on elsewhere", "tandem drain decode-1 --grace-s 5m"),
 )
 REACH_S = 10.0
-"""For the worker to answer at all."""
+"""Time for the worker to answer at all."""
 ANSWER_S = 30.0
-"""Beyond the grace period, for the worker to end what is left."""
+"""Time beyond the grace period, in which the worker ends what is left."""
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A session begins with what the worker has cached."""

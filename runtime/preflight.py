@@ -22,7 +22,10 @@ CHECK_CPU_S = 120
 
 
 def checked(config: ServeConfig) -> ServeConfig:
-    """With the model's folder in place of a hub id, which is fetched once for all processes. Raises ConfigError."""
+    """The settings with the model's folder in place of a hub id, which is fetched once for all processes.
+
+    Raises ConfigError.
+    """
     _check_memory(config)
     if not Path(config.model_folder).exists():
         from tandem.common.telemetry import set_up_logging

@@ -30,6 +30,8 @@ async def http_get(path: Path, target: str) -> tuple[int, bytes]:
 
 
 def grpc_probe(address: str, secret: bytes, timeout_s: float) -> Probe:
+    """Whether the health service at `address` says SERVING."""
+
     async def probe() -> bool:
         import grpc.aio
         from grpc_health.v1 import health_pb2, health_pb2_grpc

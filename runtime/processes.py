@@ -12,7 +12,7 @@ from tandem.runtime.settings import ServeConfig
 
 BUNDLED_NAME = "tandem-small"
 _KNOWN_TO_WORKERS = ("kv_chunk_tokens", "secret_file", "kv_near")
-"""Of the store's settings; the rest is between the node and its tiers."""
+"""Settings of the store that workers need; the rest is between the node and its tiers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ def processes_of(config: ServeConfig, run_directory: Path, port: int) -> list[Pr
 
 
 def routers_of(settings: dict[str, object], count: int) -> list[ProcessSpec]:
+    """`count` routers with the same settings, each with a place of its own."""
     names = ["router"] if count == 1 else [f"router-{index}" for index in range(count)]
     return [ProcessSpec(name, "router", settings, index) for index, name in enumerate(names)]
 

@@ -36,7 +36,7 @@ def reachable(host: str) -> str:
 
 
 def announce(run_directory: Path, url: str, model: str, node: str, secret_file: str) -> None:
-    """For `find_running`, until the directory goes."""
+    """Lets `find_running` find it, until the directory goes."""
     process = psutil.Process()
     running = Running(url, model, node, secret_file, str(run_directory), process.pid, process.create_time())
     path = run_directory / _FILE

@@ -10,7 +10,7 @@ from tandem.common.secret import HOW_TO_MAKE, VARIABLE, new_secret, read_secret,
 from tandem.runtime.settings import ServeConfig
 
 FILE = "secret"
-"""In the run directory, for the children and for `tandem kv`; and in the folder of `kv_disk`."""
+"""Its name in the run directory, for the children and for `tandem kv`; and in the folder of `kv_disk`."""
 _SHARED = ("kv_store_socket", "kv_directory", "kv_peer_listen", "kv_remote")
 """Settings by which the server meets others, who must know its secret."""
 

@@ -21,7 +21,7 @@ EXAMPLES = (
 )
 
 Samples = dict[tuple[str, str, str], float]
-"""By metric, worker and role; others are summed up."""
+"""Values by metric, worker and role; others are summed up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,10 @@ class Worker:
     name: str
     role: str
     connected: bool
+    draining: bool
+    """It takes nothing new."""
+    problem: str
+    """Why it is not connected; empty: nothing is known."""
     running: int
     waiting: int
     kv_used: float
@@ -113,11 +117,16 @@ def read_status(client: Client, over_s: float) -> Status:
 
 
 def as_text(status: Status) -> str:
+    """What people read: a line for the server, one for each worker, and what there is to do."""
     state = "ready" if status.ready else "NOT READY"
     lines = [f"{status.url} is {state}: {status.model}, Tandem {status.version}", ""]
     lines.append(f"{'worker':<16}{'role':<10}{'running':>9}{'waiting':>9}{'KV used':>9}")
     for worker in status.workers:
-        figures = f"{worker.running:>9}{worker.waiting:>9}{worker.kv_used:>9.0%}" if worker.connected else "     away"
+        figures = f"{worker.running:>9}{worker.waiting:>9}{worker.kv_used:>9.0%}"
+        if not worker.connected:
+            figures = f"     away  {worker.problem}".rstrip()
+        elif worker.draining:
+            figures += "  draining"
         lines.append(f"{worker.name or '?':<16}{worker.role:<10}{figures}")
     lines += ["", f"in flight {status.in_flight}, queued {status.queued}"]
     if status.output_tokens_per_s is not None and status.prompt_tokens_per_s is not None:
@@ -145,7 +154,7 @@ def _total(samples: Samples, name: str) -> float:
 
 
 def _worker(reported: dict[str, object], samples: Samples) -> Worker:
-    name, role = str(reported["worker"] or ""), str(reported["role"])
+    name, role = str(reported["worker"] or reported["target"]), str(reported["role"])
 
     def value(field: str) -> float:
         return samples.get((f"tandem_worker_{field}", name, role), 0.0)
@@ -156,6 +165,8 @@ def _worker(reported: dict[str, object], samples: Samples) -> Worker:
         name,
         role,
         bool(reported["connected"]),
+        bool(reported["draining"]),
+        str(reported["problem"] or ""),
         round(value("running")),
         round(value("waiting")),
         used,

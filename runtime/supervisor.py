@@ -58,7 +58,7 @@ class Deployment:
     ready_text: Callable[[float], str]
     """What the user is told, given the seconds since the start."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """For the children's environment."""
+    """Variables of the children's environment."""
 
 
 def supervise(deployment: Deployment) -> int:
@@ -70,11 +70,12 @@ class Supervisor:
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
         self._children: dict[Child, str] = {}
-        """With their commands."""
+        """The children with their commands."""
         self._signals = 0
         self._stop_asked = asyncio.Event()
 
     async def run(self) -> int:
+        """Runs the children until a signal, or until one cannot be kept alive. Returns the exit status."""
         loop = asyncio.get_running_loop()
         for number in ending_signals():
             loop.add_signal_handler(number, self._signalled, number)

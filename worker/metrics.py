@@ -72,6 +72,7 @@ class WorkerMetrics:
             registry.register(_StoreCounters(store))
 
     def output(self, output: RequestOutput) -> None:
+        """Counts what the engine gave for a request in one step."""
         if output.token_ids:
             self._tokens.inc(len(output.token_ids))
         if output.preempted is not None:

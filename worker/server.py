@@ -103,6 +103,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.GetInfoRequest,
         context: grpc.aio.ServicerContext[worker_pb2.GetInfoRequest, worker_pb2.WorkerInfo],
     ) -> worker_pb2.WorkerInfo:
+        """What this worker is, which a router asks before it opens a session."""
         self._info.store_node = self._store_node()
         return self._info
 
@@ -111,6 +112,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request_iterator: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionResponse],
     ) -> None:
+        """Takes a router's messages and sends what becomes of them until one of the two ends it."""
         session = RouterSession(CacheFollower(self._engine.cache_log), self._end)
         session.set_status(self.status())
         self._sessions.add(session)
@@ -129,6 +131,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.GetMetricsRequest,
         context: grpc.aio.ServicerContext[worker_pb2.GetMetricsRequest, worker_pb2.MetricsText],
     ) -> worker_pb2.MetricsText:
+        """Prometheus text of this process."""
         text = await asyncio.to_thread(generate_latest, self.registry)
         return worker_pb2.MetricsText(text=text.decode())
 
@@ -137,6 +140,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.DrainRequest,
         context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse],
     ) -> worker_pb2.DrainResponse:
+        """Empties the worker for `tandem drain`, which may hang up: what runs goes on, and nothing new is taken."""
         finished, aborted = await self.drain(request.grace_s)
         return worker_pb2.DrainResponse(finished=finished, aborted=aborted)
 
@@ -161,6 +165,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         return len(waiting_for) - len(aborted), len(aborted)
 
     async def close(self) -> None:
+        """Ends all sessions."""
         for ticker in self._tickers:
             ticker.cancel()
         for session in list(self._sessions):
@@ -172,6 +177,7 @@ class WorkerServer(worker_pb2_grpc.WorkerServicer):
         return len(self._live)
 
     def status(self) -> worker_pb2.WorkerStatus:
+        """What routers are told now."""
         now = self._engine.status()
         return worker_pb2.WorkerStatus(
             running=now.running,

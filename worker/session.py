@@ -30,6 +30,7 @@ class OutputBridge:
         self.deliver: Callable[[list[RequestOutput]], None] = _discard
 
     def put(self, outputs: list[RequestOutput]) -> None:
+        """Hands over what a step gave. Called on the engine thread."""
         with self._lock:
             wake = not self._pending
             self._pending.extend(outputs)
@@ -64,6 +65,7 @@ class RouterSession:
         self._closed = False
 
     def add(self, message: worker_pb2.RequestOutput, entries: int) -> None:
+        """Queues an output that takes about `entries` of memory; too many that are unread end the session."""
         if self._entries > MAX_UNSENT_ENTRIES and not self.overflowed:
             # What is being written blocks until the router reads or leaves; nothing can be said to it before that.
             self.overflowed = True

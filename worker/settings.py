@@ -26,14 +26,14 @@ class WorkerConfig(EngineConfig, StoreSettings):
     process: ClassVar[Group]
     """Process: how it ends, and what it tells."""
     drain_grace_s: float = 30.0
-    """On SIGTERM: how long running requests may take before they are aborted."""
+    """How long running requests may take after SIGTERM before they are aborted, and go on elsewhere."""
     hardware_class: str = ""
     """Workers of one class are equally fast: a router learns their speeds together. Empty: the GPU's name, such as
     "nvidia-h100", or "cpu". Name it where equal names do not mean equal speeds."""
     metrics_port: int = 0
     """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of this project's own loggers."""
+    """Level of this project's own loggers."""
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass

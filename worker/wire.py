@@ -44,6 +44,7 @@ def key_from_proto(message: worker_pb2.RequestKey) -> RequestKey:
 
 
 def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
+    """The engine's output as routers read it."""
     key = output.key
     message = worker_pb2.RequestOutput(
         key=worker_pb2.RequestKey(request_id=key.request_id, epoch=key.epoch),

@@ -25,7 +25,7 @@ RECOVERED_S = 120.0
 PROBE_S = 10.0
 """A probe that is not answered keeps the next one waiting no longer than this."""
 HALF_LIFE_S = 30.0
-"""Of the memory of answers and failures."""
+"""Memory of answers and failures: half of it is gone after so long."""
 LEAST_REQUESTS = 8.0
 """Nobody is an outlier by fewer requests (older ones count less)."""
 ERROR_RATE = 0.2

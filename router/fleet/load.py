@@ -39,15 +39,15 @@ class BandLoad:
 
 @dataclass(slots=True)
 class WorkerLoad:
-    """Of one start of one worker. Read by `placement.place`, changed by `Work` and `foreign`."""
+    """Load of one start of one worker. Read by `placement.place`, changed by `Work` and `foreign`."""
 
     model: PerfModel
     slot: int
-    """In the prefix index."""
+    """Its place in the prefix index."""
     capacity_tokens: int
     """KV that fits; 0: unknown, never full."""
     max_requests: int
-    """In its batch at one time; 0: unknown, never full."""
+    """Requests in its batch at one time; 0: unknown, never full."""
     name: str = ""
     """The worker's id, for people."""
     store_node: str = ""
@@ -55,9 +55,9 @@ class WorkerLoad:
     requests: int = 0
     """Placed and not over."""
     waiting: int = 0
-    """Of those, prompts it has to compute and has not yet."""
+    """Prompts among them that it has to compute and has not yet."""
     waiting_tokens: int = 0
-    """Of those prompts, cached or not."""
+    """Tokens of those prompts, cached or not."""
     waiting_s: float = 0.0
     """Estimated time to compute them."""
     busy_until: float = 0.0
@@ -170,11 +170,11 @@ class Work:
     prefill_s: float
     """Estimated, of the part that this worker computes; 0 where it is sent the KV."""
     cached_tokens: int = 0
-    """Of the prompt, on this worker: they take up no further room."""
+    """Tokens of the prompt that this worker has: they take up no further room."""
     priority: int = 0
     tenant: str = ""
     weight: float = 1.0
-    """Of the tenant."""
+    """The tenant's."""
     produced_tokens: int = 0
     _waits: bool = field(default=False, init=False)
     _decodes: bool = field(default=False, init=False)
@@ -182,6 +182,7 @@ class Work:
     _band: BandLoad = field(default_factory=BandLoad, init=False)
 
     def start(self, now: float) -> None:
+        """Counts the request, and where its prompt is to be computed here the time of that. `now`: s, monotonic."""
         load = self.load
         self._band = load.bands.setdefault(self.priority, BandLoad())
         self._band.requests += 1
@@ -207,6 +208,7 @@ class Work:
         self.load.decoding += 1
 
     def produced(self, tokens: int) -> None:
+        """Counts `tokens` of output; more than were expected take up room of their own."""
         self.produced_tokens += tokens
         self.load.kv_tokens += tokens
         more = self.produced_tokens - self.output_tokens

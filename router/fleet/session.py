@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 SILENCE_S = 8.0
 """A worker sends its status at least once a second; after this long without any message it counts as frozen."""
-QUIET_S = 2.0
-"""After this long without any message it gets nothing new: it may be cut off."""
 
 
 class Handler(Protocol):
@@ -81,50 +79,40 @@ class WorkerSession:
         self.status = worker_pb2.WorkerStatus()
         """The latest; an empty one until the first has come."""
         self.alive = True
+        self.usable = False
+        """Whether it takes new requests, as far as it has said."""
+        self.heard_at = 0.0
+        """time.monotonic() at the last message."""
         self.stale_outputs = 0
         """Outputs of requests that had already ended here."""
         self._call = call
         self._changed = changed
-        self._told = False
-        """Its first status has come."""
         self._leaving = False
         self._silence_s = silence_s
         self._handlers: dict[Key, tuple[Handler, Watcher | None]] = {}
         self._watchers: dict[Key, Watcher] = {}
-        """Of requests about to be submitted."""
+        """Watchers of requests about to be submitted."""
         self._feed: Feed | None = None
         self._cached: set[bytes] = set()
         """What it holds, until somebody wants to know: as much as its cache has blocks."""
         self._outbox: deque[worker_pb2.SessionRequest] = deque()
         self._outbox_filled = asyncio.Event()
-        self._heard_at = 0.0
-        """time.monotonic() at the last message."""
         self._frozen = False
         """Nothing was heard for `silence_s`."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether it takes new requests, as far as it has said."""
-        return self.alive and self._told and not self._leaving and not self.status.draining
 
     @property
     def requests(self) -> int:
         """Requests that were submitted here and are not over."""
         return len(self._handlers)
 
-    def quiet(self, now: float) -> bool:
-        """Whether nothing was heard for `QUIET_S`; `now`: time.monotonic()."""
-        return now - self._heard_at >= QUIET_S
-
     def leave(self) -> None:
         """Takes nothing new from now on, and ends once everything that was submitted is over."""
-        self._leaving = True
+        self._leaving, self.usable = True, False
         self._end_if_left()
 
     def stay(self) -> None:
         """Takes back `leave`, unless the session has ended."""
-        self._leaving = False
-        self._changed()
+        self._leaving = False  # its next status makes it usable
 
     def _end_if_left(self) -> None:
         if self._leaving and not self._handlers:
@@ -172,12 +160,12 @@ class WorkerSession:
         """Reads and writes until the session ends. Returns why it ended; every open request has been told."""
         writer = asyncio.create_task(self._write())
         reason = "router is stopping"
-        self._heard_at = time.monotonic()
+        self.heard_at = time.monotonic()
         self._expect_message(self._silence_s)
         try:
             reason = await self._read()
         finally:
-            self.alive = False
+            self.alive = self.usable = False
             self._patience.cancel()
             writer.cancel()
             self._call.cancel()
@@ -210,7 +198,7 @@ class WorkerSession:
     async def _read(self) -> str:
         try:
             async for response in self._call:
-                self._heard_at = time.monotonic()
+                self.heard_at = time.monotonic()
                 self._dispatch(response)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {(error.details() or '')[:200]}"
@@ -228,7 +216,7 @@ class WorkerSession:
         self._patience = asyncio.get_running_loop().call_later(within_s, self._look_for_silence)
 
     def _look_for_silence(self) -> None:
-        left_s = self._heard_at + self._silence_s - time.monotonic()
+        left_s = self.heard_at + self._silence_s - time.monotonic()
         if left_s > 0:
             self._expect_message(left_s)
         else:
@@ -251,12 +239,16 @@ class WorkerSession:
         if response.HasField("cache"):
             self._take_cache(response.cache)
         if response.HasField("status"):
-            known, drained = self._told, self.status.draining
-            self.status, self._told = response.status, True
+            self.status = response.status
             if self._feed is not None:
                 self._feed.on_status(response.status)
-            if not known or drained:
-                self._changed()
+            self._note_usable()
+
+    def _note_usable(self) -> None:
+        before = self.usable
+        self.usable = self.alive and not self._leaving and not self.status.draining
+        if self.usable and not before:
+            self._changed()
 
     def _take_cache(self, events: worker_pb2.CacheEvents) -> None:
         if self._feed is not None:

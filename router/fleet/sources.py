@@ -27,7 +27,7 @@ MAX_WORKERS = 1024
 NAME_POLL_S = 10.0
 """How often a name is looked up; headless services of Kubernetes are good for 30 s."""
 NAME_PAUSE_S = 0.5
-"""Between two look-ups, however many workers are lost."""
+"""Least time between two look-ups, however many workers are lost."""
 NAME_TIMEOUT_S = 5.0
 NAME_PREFIX = "dns:"
 _ADDRESS = re.compile(r"unix(-abstract)?:.+|.+:(\d{1,5})")
@@ -39,14 +39,14 @@ class Target:
 
     role: worker_pb2.Role.ValueType
     address: str
-    """For gRPC: HOST:PORT or unix:/path."""
+    """Where gRPC finds it: HOST:PORT or unix:/path."""
 
 
 class WorkerSource(Protocol):
     """A list of workers that may change. Used on the event loop."""
 
     name: str
-    """For people, such as `file workers.yaml`."""
+    """What people read, such as `file workers.yaml`."""
     wanted: frozenset[Target]
     """The latest list that could be used."""
     problem: str
@@ -93,6 +93,7 @@ class FileSource:
         self.wanted = _targets_of(path, *self._used)
 
     async def watch(self, changed: Callable[[], None]) -> None:
+        """Looks at the file until it is cancelled."""
         before = self._used
         while True:
             await asyncio.sleep(FILE_POLL_S)
@@ -177,6 +178,7 @@ class NameSource:
         self._due = asyncio.Event()
 
     async def watch(self, changed: Callable[[], None]) -> None:
+        """Looks the name up until it is cancelled."""
         while True:
             self._due.clear()
             before = self.wanted, self.problem

@@ -17,6 +17,8 @@ from tandem.router.fleet.sources import Target, WorkerSource
 
 log = logging.getLogger(__name__)
 
+QUIET_S = 2.0
+"""A worker that was not heard of for so long may be cut off: it gets nothing new."""
 COMPARE_S = 1.0
 """How often workers are compared with each other, to find outliers."""
 
@@ -70,10 +72,11 @@ class Fleet:
         if now - self._compared_at >= COMPARE_S:
             self._compared_at = now
             self._eject_outliers(now)
+        lately = now - QUIET_S
         usable = [
             session
             for client in self._by_role.get(role, ())
-            if (session := client.session) is not None and session.usable and not session.quiet(now)
+            if (session := client.session) is not None and session.usable and session.heard_at > lately
         ]
         return [session for session in usable if session.health.available(now)] or usable
 
@@ -169,6 +172,7 @@ class Fleet:
             self._follow()  # it may have been listed again meanwhile
 
     def check(self, info: worker_pb2.WorkerInfo) -> None:
+        """Raises WorkerRefused for a worker that cannot serve together with those that are connected."""
         for client in self._clients.values():
             other = client.session
             if other is None or not other.alive:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tandem.proto import worker_pb2
 from tandem.router.app import Router
+from tandem.router.fleet.session import WorkerSession
 from tandem.router.settings import RouterConfig
 from tests.router.fake_worker import FakeWorker, Script
 
@@ -88,7 +89,7 @@ class House:
         await router.start()
         self._stack.push_async_callback(router.stop)
         if wait:
-            await until(lambda: all(client.session for client in router.fleet.clients))
+            await until(lambda: all(is_known(client.session) for client in router.fleet.clients))
         return router
 
     async def client(self, router: Router, **options: Any) -> httpx.AsyncClient:
@@ -123,6 +124,11 @@ async def bare_client(model_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
         yield client
     router.model.text.close()
+
+
+def is_known(session: WorkerSession | None) -> bool:
+    """Its first status has come."""
+    return session is not None and (session.usable or session.status.draining)
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:

@@ -29,13 +29,22 @@ tandem_worker_free_blocks{target="unix:d",role="decode",worker="decode-0"} 25.0
 # TYPE tandem_worker_total_blocks gauge
 tandem_worker_total_blocks{target="unix:d",role="decode",worker="decode-0"} 100.0
 """
+WORKER: dict[str, object] = {
+    "role": "decode",
+    "target": "unix:d",
+    "worker": "decode-0",
+    "connected": True,
+    "draining": False,
+    "problem": None,
+    "row_invariant": True,
+}
 
 
 class Server:
     """Answers from `pages`, and streams `pieces` as a chat."""
 
     def __init__(self) -> None:
-        worker = {"role": "decode", "worker": "decode-0", "connected": True, "draining": False, "row_invariant": True}
+        worker = WORKER
         self.pages: dict[str, tuple[int, str]] = {
             "/readyz": (200, json.dumps({"status": "ready", "workers": [worker]})),
             "/v1/models": (200, json.dumps({"data": [{"id": "tiny"}]})),
@@ -156,10 +165,14 @@ def test_status_tells_of_workers_and_ends_with_1_where_nothing_is_served(
     assert text.splitlines()[3].split() == ["decode-0", "decode", "3", "0", "75%"]
     assert "in flight 3, queued 0, 0 prompt and 0 output tokens/s" in text
     assert "bits" not in text
-    worker = {"role": "decode", "worker": "decode-0", "connected": True, "draining": False, "row_invariant": False}
-    server.pages["/readyz"] = (200, json.dumps({"status": "ready", "workers": [worker]}))
+    worker = WORKER | {"draining": True, "row_invariant": False}
+    away = WORKER | {"worker": None, "target": "10.0.0.4:9200", "connected": False, "problem": "UNAVAILABLE: refused"}
+    server.pages["/readyz"] = (200, json.dumps({"status": "ready", "workers": [worker, away]}))
     assert cli.main(["status", "--url", server.url, "--over-s", "0"]) == 0
-    assert "may depend on what runs beside it on decode-0" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "may depend on what runs beside it on decode-0" in text
+    assert text.splitlines()[3].split() == ["decode-0", "decode", "3", "0", "75%", "draining"]
+    assert text.splitlines()[4].split() == ["10.0.0.4:9200", "decode", "away", "UNAVAILABLE:", "refused"]
     server.pages["/readyz"] = (503, json.dumps({"status": "not ready", "workers": []}))
     assert cli.main(["status", "--url", server.url, "--json", "--over-s", "0"]) == 1
     told = json.loads(capsys.readouterr().out)

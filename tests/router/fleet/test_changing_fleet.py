@@ -10,8 +10,7 @@ import pytest
 from tandem.proto import worker_pb2
 from tandem.router.app import Router
 from tandem.router.fleet import client as fleet_client
-from tandem.router.fleet import session as fleet_session
-from tandem.router.fleet import sources
+from tandem.router.fleet import sources, workers
 from tandem.router.fleet.sources import NameSource, Target
 from tests.router.conftest import House, router_metrics, until
 from tests.router.fake_worker import FakeWorker, Script
@@ -187,7 +186,7 @@ async def test_an_unreachable_worker_is_told_of_with_its_reason(house: House, mo
 async def test_a_quiet_worker_gets_nothing_new_until_it_is_heard_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_session, "QUIET_S", 0.5)
+    monkeypatch.setattr(workers, "QUIET_S", 0.5)
     worker = await house.decode()
     router = await house.router(worker, silence_s=60.0, worker_wait_s=60.0)
     client = await house.client(router)
