@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from tandem.common.errors import ConfigError
+from tandem.common.yaml_file import YamlFile
 from tandem.proto import worker_pb2
 
 FILE_POLL_S = 1.0
@@ -89,19 +90,19 @@ class FileSource:
         self.name = f"file {path}"
         self.problem = ""
         self._path = path
-        self._used = self._look()
-        self.wanted = _targets_of(path, *self._used)
+        self._read = _stamp(path)
+        self.wanted = read_workers(path)
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Looks at the file until it is cancelled."""
-        before = self._used
+        before = self._read
         while True:
             await asyncio.sleep(FILE_POLL_S)
-            now = await asyncio.to_thread(self._look)
-            if now == before and now != self._used:
-                self._used, self.problem = now, ""
+            now = await asyncio.to_thread(_stamp, self._path)
+            if now == before and now != self._read:
+                self._read, self.problem = now, ""
                 try:
-                    self.wanted = _targets_of(self._path, *now)
+                    self.wanted = await asyncio.to_thread(read_workers, self._path)
                 except ConfigError as error:
                     self.problem = str(error)
                 changed()
@@ -110,39 +111,35 @@ class FileSource:
     def look_again(self) -> None:
         """The file says what it says whoever is lost."""
 
-    def _look(self) -> tuple[bytes, str]:
-        """The file's content, and why it cannot be read."""
-        try:
-            with self._path.open("rb") as file:
-                return file.read(MAX_FILE_BYTES + 1), ""
-        except OSError as error:
-            return b"", error.strerror or str(error)
 
-
-def _targets_of(path: Path, content: bytes, unreadable: str) -> frozenset[Target]:
-    """Raises ConfigError that names file, place and remedy."""
-    if unreadable:
-        raise ConfigError(f"workers_file {path}: {unreadable}")
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"workers_file {path}: larger than {MAX_FILE_BYTES} bytes")
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What tells a file from an earlier state of it; empty: there is none."""
     try:
-        listed = msgspec.yaml.decode(content, type=_WorkersFile)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"workers_file {path}: {problem}; it has lists of addresses: decode, prefill") from None
-    roles = (
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def read_workers(path: Path) -> frozenset[Target]:
+    """The workers that a file lists. Raises ConfigError that names file, line, field and remedy."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"--workers-file {path}: larger than {MAX_FILE_BYTES} bytes")
+    file = YamlFile(path, "--workers-file")
+    listed = file.read(_WorkersFile)
+    targets: set[Target] = set()
+    for name, role, addresses in (
         ("decode", worker_pb2.ROLE_DECODE, listed.decode),
         ("prefill", worker_pb2.ROLE_PREFILL, listed.prefill),
-    )
-    for name, _, addresses in roles:
+    ):
         for index, address in enumerate(addresses):
-            if address.startswith(NAME_PREFIX):
-                raise ConfigError(f"workers_file {path}: {name}[{index}]: names go into the setting {name}_workers")
-            _check_address(address, f"workers_file {path}: {name}[{index}]")
-    targets = frozenset(Target(role, address) for _, role, addresses in roles for address in addresses)
+            if address.startswith(NAME_PREFIX) or not _is_address(address):
+                raise file.error(f"{name}[{index}]", f"must be HOST:PORT or unix:/path, got {address[:100]!r}")
+            targets.add(Target(role, address))
     if len(targets) > MAX_WORKERS:
-        raise ConfigError(f"workers_file {path}: {len(targets)} workers; {MAX_WORKERS} at most")
-    return targets
+        raise file.error("decode", f"must have {MAX_WORKERS} workers at most together with prefill, got {len(targets)}")
+    return frozenset(targets)
 
 
 Resolve = Callable[[str, int], Awaitable[Iterable[str]]]
@@ -217,7 +214,8 @@ def open_sources(decode: Iterable[str], prefill: Iterable[str], workers_file: Pa
         (worker_pb2.ROLE_PREFILL, "prefill_workers", prefill),
     ):
         for address in addresses:
-            _check_address(address, setting)
+            if not _is_address(address):
+                raise ConfigError(f"{setting} {address[:100]!r}: must be HOST:PORT, unix:/path or dns:HOST:PORT")
             if address.startswith(NAME_PREFIX):
                 host, _, port = address.removeprefix(NAME_PREFIX).lstrip("/").rpartition(":")
                 if not host:
@@ -230,7 +228,6 @@ def open_sources(decode: Iterable[str], prefill: Iterable[str], workers_file: Pa
     return [StaticSource(listed), *sources] if listed else sources
 
 
-def _check_address(address: str, where: str) -> None:
-    match = _ADDRESS.fullmatch(address)
-    if match is None or (match[2] is not None and not 0 < int(match[2]) <= 65535):
-        raise ConfigError(f"{where} {address[:100]!r}: must be HOST:PORT, unix:/path or dns:HOST:PORT")
+def _is_address(text: str) -> bool:
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and (match[2] is None or 0 < int(match[2]) <= 65535)

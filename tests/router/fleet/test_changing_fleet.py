@@ -145,7 +145,7 @@ async def test_a_mistake_in_the_file_keeps_the_workers_and_is_told_everywhere(
     await until(lambda: router.fleet.sources[0].problem)
     ready = (await client.get("/readyz")).json()
     assert ready["status"] == "ready"
-    assert "decode[0] 'nonsense': must be HOST:PORT" in ready["problems"][0]
+    assert "line 1: decode[0] must be HOST:PORT or unix:/path, got 'nonsense'" in ready["problems"][0]
     assert f'tandem_router_worker_source_stale{{source="file {path}"}} 1.0' in await router_metrics(client)
     assert "stay as they were" in caplog.text
     assert (await client.post("/v1/completions", json=BODY)).status_code == 200

@@ -76,7 +76,7 @@ def test_a_wrong_address_is_named(wrong: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prefill_workers .*HOST:PORT"):
         open_sources([], [wrong], None)
     path = write(tmp_path / "w.yaml", f"decode: ['10.0.0.1:1', '{wrong}']")
-    with pytest.raises(ConfigError, match=rf"workers_file {path}: decode\[1\]"):
+    with pytest.raises(ConfigError, match=rf"--workers-file {path}, line 1: decode\[1\] must be HOST:PORT"):
         open_sources([], [], path)
 
 
@@ -95,6 +95,8 @@ RUBBISH: dict[str, str | bytes] = {
     "empty": "",
     "no list": "decode: 10.0.0.1:9200",
     "no role": "prefill: []",
+    "a role twice": "decode: [a:1]\ndecode: []",
+    "a name": "decode: ['dns:decode.svc:9200']",
     "unknown role": "decode: []\nrouters: []",
     "a number": "decode: [9200]",
     "not YAML": "decode: [",
@@ -109,7 +111,7 @@ RUBBISH: dict[str, str | bytes] = {
 @pytest.mark.parametrize("rubbish", RUBBISH.values(), ids=RUBBISH)
 def test_a_file_that_cannot_be_used_is_refused_at_the_start(rubbish: str | bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "w.yaml", rubbish)
-    with pytest.raises(ConfigError, match=f"workers_file {path}"):
+    with pytest.raises(ConfigError, match=f"--workers-file {path}"):
         FileSource(path)
     with pytest.raises(ConfigError, match="No such file"):
         FileSource(tmp_path / "missing.yaml")
