@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import msgspec
-
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.calls.choice import Choice
 from tandem.router.text.choice_text import Piece
 from tandem.router.text.tokenizer import ModelText
-from tandem.router.web.large_json import encoded_list
+from tandem.router.web.large_json import LongList, encoded_list
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write; vLLM uses it too."""
@@ -78,7 +76,7 @@ def completion_logprobs(
     }
 
 
-def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> msgspec.Raw:
+def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> LongList:
     """In vLLM's shape: for each token of the prompt what was likely there, by id; null for the first."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tandem.router.calls.generate import Call, Usage
 from tandem.router.requests.bodies import GenerationBody
 from tandem.router.text.served_model import ServedModel
 from tandem.router.web.errors import error_body
+from tandem.router.web.large_json import encoded
 
 DONE = b"data: [DONE]\n\n"
 
@@ -71,7 +72,7 @@ class CompletionsShapes:
             value["usage"] = usage_object(self._usage_so_far())
         elif self._include_usage:
             value["usage"] = None
-        return b"data: " + _encode(value | extra) + b"\n\n"
+        return b"data: " + encoded(value | extra) + b"\n\n"
 
     def text_event(self, index: int, opening: bytes, text: str, closing: bytes) -> bytes:
         """An event with nothing but new text; made once per token, so its constant parts are encoded beforehand."""

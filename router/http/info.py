@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-import msgspec
-
 import tandem
 from tandem.common.errors import TandemError
 from tandem.router.http.all_metrics import all_metrics
@@ -15,7 +13,7 @@ from tandem.router.requests.bodies import DetokenizeBody, TokenizeBody
 from tandem.router.requests.tokenize import detokenized, tokenized
 from tandem.router.service import Service
 from tandem.router.web.exchange import Exchange
-from tandem.router.web.large_json import encoded_ids, encoded_list
+from tandem.router.web.large_json import encoded_ids, encoded_list, encoded_parts
 from tandem.router.web.paging import page
 from tandem.router.web.request_fields import BodyReader
 
@@ -44,10 +42,10 @@ async def tokenize(exchange: Exchange, service: Service) -> None:
     tokens = await tokenized(body, service.model, exchange.caller)
     max_model_len, token_text = service.max_model_len, service.model.text.token_text
 
-    def answer() -> bytes:
+    def answer() -> list[bytes]:
         strings = encoded_list(map(token_text, tokens)) if body.return_token_strs else None
         counts = {"count": len(tokens), "max_model_len": max_model_len}
-        return msgspec.json.encode({**counts, "tokens": encoded_ids(tokens), "token_strs": strings})
+        return encoded_parts({**counts, "tokens": encoded_ids(tokens), "token_strs": strings})
 
     await exchange.reply(await exchange.off_loop(answer))
 

@@ -1,5 +1,5 @@
-"""Long lists of an answer, written a part at a time: an encoder holds the interpreter until it is done, and the objects
-of a million entries take a gigabyte."""
+"""Long lists of an answer, written a part at a time and never joined: an encoder holds the interpreter until it is
+done, as does a copy of megabytes, and the objects of a million entries take a gigabyte."""
 
 from __future__ import annotations
 
@@ -10,20 +10,38 @@ from typing import Any
 import msgspec
 
 ENTRIES_AT_ONCE = 256
+_PLACE = b"\0"
+"""Stands for a long list: JSON holds no such byte."""
 
 
-def encoded_list(values: Iterable[Any], at_once: int = ENTRIES_AT_ONCE) -> msgspec.Raw:
-    """As JSON. `values` are made as they are needed, `at_once` of them at a time."""
+class LongList:
+    """A list that has been written."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: list[bytes]) -> None:
+        """`parts`: of its JSON, brackets included."""
+        self.parts = parts
+
+
+def encoded_list(values: Iterable[Any], at_once: int = ENTRIES_AT_ONCE) -> LongList:
+    """`values` are made as they are needed, `at_once` of them at a time."""
     left = iter(values)
-    parts: list[bytes] = []
+    parts = [b"["]
     while part := list(islice(left, at_once)):
+        parts += [b","] if len(parts) > 1 else []
         parts.append(msgspec.json.encode(part)[1:-1])
-    return msgspec.Raw(b"[%b]" % b",".join(parts))
+    return LongList([*parts, b"]"])
 
 
-def encoded_ids(token_ids: list[int]) -> list[int] | msgspec.Raw:
+def encoded_ids(token_ids: list[int]) -> list[int] | LongList:
     """The same of token ids, where there are many."""
     return token_ids if len(token_ids) <= 4096 else encoded_list(token_ids, 4096)
+
+
+def encoded(value: Any) -> bytes:
+    """JSON of what may hold long lists."""
+    return b"".join(_parts(value))
 
 
 def encoded_parts(content: dict[str, Any]) -> list[bytes]:
@@ -35,8 +53,24 @@ def encoded_parts(content: dict[str, Any]) -> list[bytes]:
             parts.append(b"[")
             for index, entry in enumerate(value):
                 parts += [b","] if index else []
-                parts.append(msgspec.json.encode(entry))
+                parts += _parts(entry)
             parts.append(b"]")
         else:
-            parts.append(msgspec.json.encode(value))
+            parts += _parts(value)
     return [*parts, b"}"]
+
+
+def _parts(value: Any) -> list[bytes]:
+    found: list[LongList] = []
+
+    def place(part: Any) -> msgspec.Raw:
+        if not isinstance(part, LongList):
+            raise TypeError(f"{type(part).__name__} is not written as JSON")
+        found.append(part)
+        return msgspec.Raw(_PLACE)
+
+    begin, *rest = msgspec.json.encode(value, enc_hook=place).split(_PLACE)
+    parts = [begin]
+    for part, end in zip(found, rest, strict=True):
+        parts += [*part.parts, end]
+    return parts

@@ -17,7 +17,7 @@ from tandem.router.answers import large_answers
 from tandem.router.web import body_memory, large_json
 from tandem.router.web import exchange as http_exchange
 from tandem.router.web.exchange import _in_pieces
-from tandem.router.web.large_json import encoded_ids, encoded_list, encoded_parts
+from tandem.router.web.large_json import encoded, encoded_ids, encoded_list, encoded_parts
 from tests.router.conftest import House, until
 from tests.router.fake_worker import Script
 
@@ -44,7 +44,7 @@ LONG: dict[str, dict[str, Any]] = {
 
 @given(st.lists(st.integers() | st.text(max_size=3)), st.integers(1, 4))
 def test_lists_in_parts_are_the_same_json(values: list[Any], at_once: int) -> None:
-    assert msgspec.json.encode({"a": encoded_list(iter(values), at_once)}) == msgspec.json.encode({"a": values})
+    assert encoded({"a": encoded_list(iter(values), at_once)}) == msgspec.json.encode({"a": values})
 
 
 @given(st.dictionaries(st.text(max_size=3), st.none() | st.integers(0, 9) | st.lists(st.text(max_size=4), max_size=4)))
@@ -66,7 +66,22 @@ def test_pieces_are_short_and_join_to_the_whole(parts: list[bytes], most: int) -
 
 def test_many_ids_are_the_same_json() -> None:
     ids = list(range(10_000))
-    assert json.loads(msgspec.json.encode(encoded_ids(ids))) == ids
+    assert json.loads(encoded(encoded_ids(ids))) == ids
+
+
+@given(st.lists(st.lists(st.integers() | st.text(max_size=3)), max_size=4), st.text())
+def test_long_lists_stand_where_they_belong(lists: list[list[Any]], text: str) -> None:
+    content = {"text": text + "\0", "lists": lists, "inner": {"\0": [{"b": each} for each in lists]}}
+    long = [encoded_list(each, 2) for each in lists]
+    written = {"text": text + "\0", "lists": long, "inner": {"\0": [{"b": each} for each in long]}}
+    assert b"".join(encoded_parts(written)) == encoded(written) == msgspec.json.encode(content)
+
+
+def test_no_part_of_an_answer_is_much_longer_than_a_part_of_its_lists() -> None:
+    entries = [{"token": "abc"} for _ in range(50_000)]
+    parts = encoded_parts({"choices": [{"text": "a", "logprobs": {"content": encoded_list(entries)}}]})
+    assert json.loads(b"".join(parts)) == {"choices": [{"text": "a", "logprobs": {"content": entries}}]}
+    assert max(map(len, parts)) < 256 * 20
 
 
 async def answered(client: httpx.AsyncClient, path: str) -> Any:
