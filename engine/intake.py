@@ -11,7 +11,7 @@ from tandem.engine.request import EngineRequest, Pooling
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
 from tandem.engine.step.sampler import Traits
-from tandem.kvstore.identity import prefix_chain, salted
+from tandem.kvstore.identity import prefix_chain, request_namespace
 
 
 class Intake:
@@ -30,7 +30,7 @@ class Intake:
         params = request.sampling
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         params.check_leaves_a_token(stop_ids, self._vocab_size)
-        root = salted(self._namespace, request.cache_salt)
+        root = request_namespace(self._namespace, request.cache_salt)
         return Sequence(
             request,
             root=root,

@@ -1,8 +1,9 @@
 """KV identity: which cached KV may answer which tokens (DESIGN 5).
 
-A namespace digests everything that shapes KV values; a prefix chain digests the tokens before and in each block, so
-two equal hashes mean equal KV. All digests are keyed BLAKE3, 32 bytes, over typed and length-prefixed fields: never
-Python's `hash()`, never plain concatenation.
+A namespace digests everything that shapes KV values. It is derived in steps, base -> adapter -> salt: workers announce
+the base, which is their model's, and everybody derives from it what a request needs (`request_namespace`). A prefix
+chain goes on from there: it digests the tokens before and in each block, so two equal hashes mean equal KV. All digests
+are keyed BLAKE3, 32 bytes, over typed and length-prefixed fields: never Python's `hash()`, never plain concatenation.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import NewType, cast
 import numpy as np
 from blake3 import blake3
 
-SCHEMA_VERSION = 1
-"""1: first version."""
+SCHEMA_VERSION = 2
+"""1: first version. 2: the adapter is no field of the base any more, but comes between base and salt."""
 
 Namespace = NewType("Namespace", bytes)
 BlockHash = NewType("BlockHash", bytes)
@@ -28,7 +29,10 @@ _NAMESPACE_KEY = blake3(b"tandem kv namespace v1").digest()
 _PREFIX_KEY = blake3(b"tandem kv prefix chain v1").digest()
 _PASSAGE_KEY = blake3(b"tandem kv passage v1").digest()
 _TOKENS_KEY = blake3(b"tandem kv tokens v1").digest()
+_ADAPTER_KEY = blake3(b"tandem kv adapter v1").digest()
 _SALT_KEY = blake3(b"tandem kv tenant salt v1").digest()
+NO_ADAPTER = b""
+"""The digest of no adapter: the model's weights as they are."""
 SALT_PURPOSE = "tenant salts"
 """What the key of `keyed_salt` is derived from the deployment's secret for."""
 _SEGMENT_TOKENS = 512
@@ -38,7 +42,7 @@ _SEGMENTS = 8192
 
 @dataclass(frozen=True, slots=True)
 class KvIdentity:
-    """The fields of a namespace without the tenant's salt."""
+    """The fields of a model's namespace: neither adapter nor salt."""
 
     weights_digest: bytes
     tokenizer_digest: bytes
@@ -49,8 +53,6 @@ class KvIdentity:
     attention: str
     """Canonical JSON: head counts, head size, sliding window."""
     num_layers: int
-    adapter_digest: bytes = b""
-    """Content digest of the LoRA adapter; empty without one."""
 
 
 def _encode(values: Iterable[bytes | str | int]) -> bytes:
@@ -68,6 +70,7 @@ def _encode(values: Iterable[bytes | str | int]) -> bytes:
 
 
 def namespace(identity: KvIdentity) -> Namespace:
+    """The base: the namespace of a model."""
     values = [SCHEMA_VERSION, *(getattr(identity, item.name) for item in fields(identity))]
     return Namespace(blake3(_encode(values), key=_NAMESPACE_KEY).digest())
 
@@ -79,13 +82,18 @@ def keyed_salt(key: bytes, name: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1024)  # a router asks for the same few with every request
-def salted(base: Namespace, cache_salt: bytes) -> Namespace:
-    """The namespace of one tenant. An empty salt is a tenant of its own, too."""
-    return Namespace(blake3(_encode([base, cache_salt]), key=_SALT_KEY).digest())
+def request_namespace(base: Namespace, cache_salt: bytes, adapter_digest: bytes = NO_ADAPTER) -> Namespace:
+    """The namespace of one tenant's requests: base -> adapter -> salt.
+
+    `base` is the model's (`namespace`), `adapter_digest` the content digest of a LoRA adapter. An empty salt is a
+    tenant of its own.
+    """
+    adapted = blake3(_encode([base, adapter_digest]), key=_ADAPTER_KEY).digest()
+    return Namespace(blake3(_encode([adapted, cache_salt]), key=_SALT_KEY).digest())
 
 
 def extend_chain(parent: bytes, tokens: Sequence[int]) -> BlockHash:
-    """h_i = H(h_{i-1}, tokens_i). `parent` is the namespace for the first block."""
+    """The hash of a block: h_i = H(h_{i-1}, tokens_i). `parent` is the request's namespace for the first block."""
     return BlockHash(blake3(parent + _token_bytes(tokens), key=_PREFIX_KEY).digest())
 
 

@@ -21,7 +21,7 @@ from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
 from tandem.engine.step.sampler import Traits
 from tandem.engine.store.cache import EngineStore
-from tandem.kvstore.identity import Namespace, prefix_chain, salted
+from tandem.kvstore.identity import Namespace, prefix_chain, request_namespace
 from tests.models import tiny_model
 
 ROOT = Namespace(b"n" * 32)
@@ -49,7 +49,7 @@ def make_sequence(
         RequestKey(name, 0), list(tokens), params, priority, deadline, salt, kv_export=kv_export, kv_import=kv_import
     )
     stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
-    root = salted(ROOT, salt)
+    root = request_namespace(ROOT, salt)
     return Sequence(
         request,
         root=root,

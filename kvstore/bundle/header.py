@@ -29,7 +29,7 @@ class ChunkSpec:
     key: bytes
     """32 bytes, of `prefix_chain` or `passage_hash`."""
     namespace: bytes
-    """32 bytes, salted."""
+    """32 bytes: `request_namespace`."""
     tokens: Sequence[int]
     """Token ids of this chunk or passage alone."""
     start_position: int

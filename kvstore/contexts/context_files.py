@@ -46,7 +46,7 @@ class Context:
     tokens: bytes
     """The recipe: token ids, uint32, little-endian. Whatever KV is lost is computed from them again."""
     root: bytes
-    """Of the prefix chain: the salted namespace."""
+    """The parent of the prefix chain: `request_namespace`."""
     chunk_tokens: int
     created_at: float
     """Seconds since 1970, as is `expires_at`: both outlive the process."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from tandem.common.fairness import LAST_BAND
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, salted
+from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, request_namespace
 from tandem.kvstore.interfaces import ObjectKey
 from tandem.proto import worker_pb2
 from tandem.router.fleet.load import Work
@@ -201,7 +200,7 @@ class Dispatcher:
         chunk_tokens = max(state.session.info.chunk_tokens for state in states)
         if not nodes or not chunk_tokens:
             return {}
-        root = _root(states[0].session.info.namespace, self._salt(sequence))
+        root = self._root(sequence, states[0].session)
         keys = [ObjectKey(key) for key in prefix_chain(root, sequence.prompt.token_ids, chunk_tokens)]
         return self._store.reach(keys, chunk_tokens, nodes)
 
@@ -239,12 +238,11 @@ class Dispatcher:
             state.session.watch(key, placed)
 
     def _chain(self, sequence: SequenceSpec, worker: WorkerSession) -> list[BlockHash]:
-        return sequence.prompt.chain(_root(worker.info.namespace, self._salt(sequence)), worker.info.block_size)
+        return sequence.prompt.chain(self._root(sequence, worker), worker.info.block_size)
+
+    def _root(self, sequence: SequenceSpec, worker: WorkerSession) -> Namespace:
+        """The parent of the prefix chains of `sequence`, as `worker` makes them."""
+        return request_namespace(Namespace(worker.info.namespace), self._salt(sequence))
 
     def _salt(self, sequence: SequenceSpec) -> bytes:
         return keyed_salt(self._salt_key, sequence.cache_salt)
-
-
-@lru_cache(maxsize=1024)
-def _root(namespace: bytes, cache_salt: bytes) -> Namespace:
-    return salted(Namespace(namespace), cache_salt)

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import Namespace, keyed_salt, salted
+from tandem.kvstore.identity import Namespace, keyed_salt, request_namespace
 from tandem.proto import kvnode_pb2
 from tandem.router.calls.choice import ChoiceSpec
 from tandem.router.calls.generate import Call
@@ -112,4 +112,4 @@ def _root(service: Service, caller: Caller) -> bytes | None:
     """Root of the caller's prefix chains, as the workers make them; None while no worker is connected."""
     decode = service.fleet.decode
     salt = keyed_salt(service.salt_key, caller.cache_salt(""))
-    return salted(Namespace(decode[0].info.namespace), salt) if decode else None
+    return request_namespace(Namespace(decode[0].info.namespace), salt) if decode else None

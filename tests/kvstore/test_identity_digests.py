@@ -11,7 +11,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tandem.kvstore.identity import KvIdentity, Namespace, _encode, extend_chain, namespace, prefix_chain, salted
+from tandem.kvstore.identity import (
+    NO_ADAPTER,
+    KvIdentity,
+    Namespace,
+    _encode,
+    extend_chain,
+    namespace,
+    prefix_chain,
+    request_namespace,
+)
 
 EXAMPLE = KvIdentity(
     weights_digest=bytes(32),
@@ -33,7 +42,6 @@ IDENTITIES = st.builds(
     st.text(max_size=4),
     st.text(max_size=4),
     st.integers(0, 2**31),
-    st.binary(max_size=4),
 )
 
 GOLDEN = """
@@ -42,8 +50,9 @@ example = identity.KvIdentity(bytes(32), bytes([1]) * 32, "bfloat16", "[K|V][tok
                               '{"theta":10000.0}', '{"kv_heads":2}', 4)
 root = identity.namespace(example)
 print(root.hex())
-print(identity.salted(root, b"").hex())
-print(identity.salted(root, b"tenant").hex())
+print(identity.request_namespace(root, b"").hex())
+print(identity.request_namespace(root, b"tenant").hex())
+print(identity.request_namespace(root, b"tenant", bytes([2]) * 32).hex())
 for block in identity.prefix_chain(root, range(40), 16):
     print(block.hex())
 """
@@ -60,12 +69,18 @@ def test_digests_never_change_silently():
     """Stored and shared KV is found by these bytes. A change needs a new SCHEMA_VERSION, not a new expectation."""
     root = namespace(EXAMPLE)
     chain = prefix_chain(root, range(40), 16)
-    assert [root.hex(), salted(root, b"").hex(), salted(root, b"tenant").hex(), *(block.hex() for block in chain)] == [
-        "25e4424db7a5518f0cd0f4ba2ed2a914d634035cab0b75a4c6cb1db3d4d82126",
-        "a5c918cdfe73bfecc868d908f96e2ad88efd3e3d5960f367e03def03efb988d6",
-        "bbb1d1d25431e3bb279f73f69d7b2fb27dcfe595d4533453e9e07ecdeb0ea3b5",
-        "2f2ed472cc9793f8433e058f8f5ffb7babb85f163290d7aabe9e7e985839c578",
-        "d88585a196801f3e7c3136f7ad109b3543d50c772eb50984415f06464eb3a66b",
+    derived = [
+        request_namespace(root, b""),
+        request_namespace(root, b"tenant"),
+        request_namespace(root, b"tenant", b"\x02" * 32),
+    ]
+    assert [digest.hex() for digest in (root, *derived, *chain)] == [
+        "6192f776fe5bda5b9e67aeaf44ed01ef7d63a33cfa576f0c796a76549dceccad",
+        "b23c121a23c625a400c9b004e9a224202106776677327520320cad52b4b5c187",
+        "14d99eab3031cab7aae9bb9969cc9fec8b659db35bc19f5c90d0c84e66a7445b",
+        "ceec2f502c995d334e592664ecefc8dfb0ba0acf2a0a35ffcb61aacbd29fce8b",
+        "89894f2f5de4e78db1d2703acd850d14380572b551685ee4e9b7f2ccf3593749",
+        "e102ba014d332d483f5d7c11fee6a7d7771627b96bfff416a81eb33bde198b15",
     ]
 
 
@@ -136,7 +151,7 @@ def test_long_chains_are_their_blocks_too_where_their_beginnings_were_hashed_bef
         expected.append(parent)
     for _ in range(2):
         assert prefix_chain(namespace(EXAMPLE), tokens, block_size) == expected
-    other = salted(namespace(EXAMPLE), b"tenant")
+    other = request_namespace(namespace(EXAMPLE), b"tenant")
     assert not set(prefix_chain(other, tokens, block_size)) & set(expected)
 
 
@@ -163,9 +178,19 @@ def test_one_changed_token_changes_its_block_and_all_after_it(tokens, block_size
 
 @settings(deadline=None)
 @given(st.binary(max_size=8), st.binary(max_size=8))
+def test_adapters_never_share_a_root(left, right):
+    root = namespace(EXAMPLE)
+    one, other = request_namespace(root, b"tenant", left), request_namespace(root, b"tenant", right)
+    assert (one == other) == (left == right)
+    assert (request_namespace(root, left, right) == request_namespace(root, right, left)) == (left == right)
+    assert request_namespace(root, b"tenant") == request_namespace(root, b"tenant", NO_ADAPTER)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=8), st.binary(max_size=8))
 def test_tenants_never_share_a_root_or_a_block(left, right):
     root = namespace(EXAMPLE)
-    one, other = salted(root, left), salted(root, right)
+    one, other = request_namespace(root, left), request_namespace(root, right)
     assert (one == other) == (left == right)
     assert one != root, "an empty salt is a tenant of its own"
     assert (prefix_chain(one, range(4), 4) == prefix_chain(other, range(4), 4)) == (left == right)
@@ -176,7 +201,7 @@ def test_tenants_never_share_a_root_or_a_block(left, right):
 def test_namespace_salt_and_chain_are_separate_domains(raw):
     root = Namespace(raw)
     tokens = [0] * 8
-    assert len({salted(root, b""), extend_chain(root, tokens), extend_chain(root, [])}) == 3
+    assert len({request_namespace(root, b""), extend_chain(root, tokens), extend_chain(root, [])}) == 3
 
 
 def test_tokens_outside_32_bits_are_an_error():

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.kvstore.identity import Namespace, extend_chain, passage_hash, prefix_chain, salted, tokens_digest
+from tandem.kvstore.identity import (
+    Namespace,
+    extend_chain,
+    passage_hash,
+    prefix_chain,
+    request_namespace,
+    tokens_digest,
+)
 
 ROOT, OTHER = Namespace(bytes(32)), Namespace(b"\x01" * 32)
 TOKENS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20)
@@ -31,4 +38,4 @@ def test_equal_hashes_mean_equal_tokens_and_namespace(first: list[int], second: 
     assert (passage_hash(ROOT, first) == passage_hash(ROOT, second)) == (first == second)
     assert (tokens_digest(first) == tokens_digest(second)) == (first == second)
     assert passage_hash(ROOT, first) != passage_hash(OTHER, first)
-    assert passage_hash(salted(ROOT, b"a"), first) != passage_hash(salted(ROOT, b"b"), first)
+    assert passage_hash(request_namespace(ROOT, b"a"), first) != passage_hash(request_namespace(ROOT, b"b"), first)

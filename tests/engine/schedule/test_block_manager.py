@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from tandem.engine.request import RequestKey
 from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
-from tandem.kvstore.identity import BlockHash, prefix_chain, salted
+from tandem.kvstore.identity import BlockHash, prefix_chain, request_namespace
 from tests.engine_harness import ROOT
 
 BLOCK = 4
 
 
 def chain_of(tokens: list[int], salt: bytes = b"") -> list[BlockHash]:
-    return prefix_chain(salted(ROOT, salt), tokens, BLOCK)
+    return prefix_chain(request_namespace(ROOT, salt), tokens, BLOCK)
 
 
 def key(name: object) -> RequestKey:

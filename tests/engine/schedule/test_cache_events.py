@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tandem.engine.request import RequestKey
 from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
 from tandem.engine.schedule.cache_events import CacheFollower, CacheLog
-from tandem.kvstore.identity import BlockHash, prefix_chain, salted
+from tandem.kvstore.identity import BlockHash, prefix_chain, request_namespace
 from tandem.proto import worker_pb2
 from tests.engine_harness import ROOT, EngineUnderTest, tiny_llama
 from tests.worker.test_worker_sessions import Worker
@@ -70,7 +70,7 @@ def test_a_follower_knows_what_the_block_manager_holds(
         else:
             key = RequestKey(str(step), 0)
             tokens = [rng.randrange(2) for _ in range(rng.randint(1, 22))]
-            chain = prefix_chain(salted(ROOT, b""), tokens, BLOCK)
+            chain = prefix_chain(request_namespace(ROOT, b""), tokens, BLOCK)
             if blocks.allocate(key, len(tokens), chain) is not None:
                 held[key] = chain
                 for index in range(rng.randint(0, len(chain))):
@@ -185,7 +185,7 @@ def test_an_engine_tells_of_what_it_computes_and_evicts(tmp_path: Path) -> None:
             router.catch_up(follower)
             evicted = evicted or not before <= router.known
             namespace = engine.engine.loaded.namespace
-            chain = prefix_chain(salted(namespace, b""), prompt, 16)
+            chain = prefix_chain(request_namespace(namespace, b""), prompt, 16)
             assert set(chain) <= router.known
             assert router.known == engine.engine.blocks._by_hash.keys()
         assert evicted

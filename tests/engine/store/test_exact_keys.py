@@ -24,7 +24,7 @@ from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.handover import Reason
 from tandem.kvstore.bundle import parse, transcode
 from tandem.kvstore.codecs import Fidelity
-from tandem.kvstore.identity import prefix_chain, salted
+from tandem.kvstore.identity import prefix_chain, request_namespace
 from tandem.kvstore.interfaces import ObjectKey
 from tests.engine.store.chained_model import Exact, Rows, read_rows
 from tests.engine.store.scripted_home import ScriptedHome
@@ -50,7 +50,7 @@ class Books:
     def __init__(self, loaded: LoadedModel) -> None:
         model = loaded.config
         self.exact = Exact(model.num_layers, model.num_kv_heads * model.head_dim, model.vocab_size)
-        self._root = salted(loaded.namespace, b"")
+        self._root = request_namespace(loaded.namespace, b"")
         self._texts: dict[bytes, tuple[int, ...]] = {}
         self._learned: set[tuple[int, ...]] = set()
 

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from tandem.common.errors import TandemError
-from tandem.kvstore.identity import Namespace, prefix_chain, salted
+from tandem.kvstore.identity import Namespace, prefix_chain, request_namespace
 from tandem.kvstore.interfaces import ObjectKey
 from tandem.proto import worker_pb2
 from tandem.router.placing import contexts
@@ -37,7 +37,7 @@ class Saver:
         self._store = store
 
     def __call__(self, submit: worker_pb2.Submit) -> list[int]:
-        root = salted(Namespace(NAMESPACE), submit.cache_salt)
+        root = request_namespace(Namespace(NAMESPACE), submit.cache_salt)
         arrive(self._store.node, map(ObjectKey, prefix_chain(root, list(submit.prompt_token_ids), CHUNK)))
         return counting_tokens(submit)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tandem.common.fairness import LAST_BAND
 from tandem.common.sampling import SamplingParams
-from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, salted
+from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, request_namespace
 from tandem.kvstore.interfaces import Location, ObjectKey, TierName
 from tandem.proto import worker_pb2
 from tandem.router.fleet.session import Call, WorkerSession
@@ -25,7 +25,7 @@ from tandem.router.text.served_model import Prompt
 NAMESPACE = Namespace(b"n" * 32)
 CALLER = Caller("acme")
 SALT_KEY = b"s" * 32
-ROOT = salted(NAMESPACE, keyed_salt(SALT_KEY, CALLER.cache_salt("")))
+ROOT = request_namespace(NAMESPACE, keyed_salt(SALT_KEY, CALLER.cache_salt("")))
 
 
 def session(name: str, **fields: object) -> WorkerSession:
