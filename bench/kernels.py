@@ -99,13 +99,14 @@ def prefill_case(shape: Shape, slices: int, tokens: int, context: int, device: t
     k, v, tables = paged_kv(shape, slices, total, device)
     q = torch.randn(slices * tokens, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
     per_request = q.view(slices, tokens, shape.heads, shape.head_dim).transpose(1, 2)
-    rows = [(i * tokens, tokens, context, i * tables.shape[1]) for i in range(slices)]
+    rows = [(i * tokens, tokens, i * tables.shape[1]) for i in range(slices)]
     pieces = torch.tensor(rows, dtype=torch.int32, device=device)
+    positions = torch.arange(context, total, device=device).repeat(slices)
     scale = shape.head_dim**-0.5
     copied = gather(k, tables, total).contiguous(), gather(v, tables, total).contiguous()
 
     def ours() -> Tensor:
-        out, _ = paged_prefill(q, k, v, tables.flatten(), pieces, max_tokens=tokens, scale=scale)
+        out, _ = paged_prefill(q, k, v, tables.flatten(), pieces, positions, max_tokens=tokens, scale=scale)
         return out.view(slices, tokens, shape.heads, shape.head_dim).transpose(1, 2)
 
     def sdpa(keys: Tensor, values: Tensor) -> Tensor:

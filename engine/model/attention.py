@@ -73,13 +73,12 @@ class ReferenceAttention:
     def attend(self, layer: int, q: Tensor, batch: ForwardBatch, pool: KvPool) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lengths = batch.context_lens.tolist()
-        pieces = [(row, 1, lengths[row] - 1, batch.block_tables[row]) for row in range(batch.num_decode)]
-        pieces += [(piece.row, piece.num_tokens, piece.context_len, piece.block_ids) for piece in batch.prefills]
-        for row, count, context, blocks in pieces:
-            total = context + count
-            used = blocks[: -(-total // pool.block_size)]
-            k, v = (part.index_select(0, used).flatten(0, 1)[:total] for part in (pool.k[layer], pool.v[layer]))
-            positions = torch.arange(total, device=q.device)
-            visible = visible_keys(positions[context:], positions, self._windows[layer])
-            out[row : row + count] = partial_attention(q[row : row + count], k, v, visible)[0]
+        pieces = [(row, 1, lengths[row], batch.block_tables[row]) for row in range(batch.num_decode)]
+        pieces += [(piece.row, piece.num_tokens, piece.end, piece.block_ids) for piece in batch.prefills]
+        for row, count, end, blocks in pieces:
+            used, rows = blocks[: -(-end // pool.block_size)], slice(row, row + count)
+            k, v = (part.index_select(0, used).flatten(0, 1)[:end] for part in (pool.k[layer], pool.v[layer]))
+            keys = torch.arange(end, device=q.device)
+            visible = visible_keys(batch.positions[rows], keys, self._windows[layer])
+            out[rows] = partial_attention(q[rows], k, v, visible)[0]
         return out.flatten(1)

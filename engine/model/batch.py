@@ -17,15 +17,19 @@ _PIECE = 1 << 15
 
 @dataclass(slots=True)
 class PrefillSlice:
-    """Rows of one request that computes more than one token in this step (or exactly one of a prompt)."""
+    """Rows of one request that computes more than one token in this step (or exactly one of a prompt).
+
+    `ForwardBatch.positions` says where each of them stands: they ascend, and need not follow one another. A row sees
+    the keys up to its own position. Keys between the rows are in the KV pool already.
+    """
 
     row: int
     """First row in the batch."""
     num_tokens: int
-    context_len: int
-    """Tokens in the KV pool before these rows; row i has position context_len + i."""
+    end: int
+    """Position of the last row plus one."""
     block_ids: Tensor
-    """int64 [ceil((context_len + num_tokens) / block_size)], in order."""
+    """int64 [ceil(end / block_size)], in order."""
 
 
 @dataclass(slots=True)
@@ -35,7 +39,7 @@ class ForwardBatch:
     token_ids: Tensor
     """int64 [N]"""
     positions: Tensor
-    """int64 [N]"""
+    """int64 [N]: of each row in its request; for rotation and for the mask."""
     slots: Tensor
     """int64 [N]: block_id * block_size + offset, where the K and V of each row are written."""
     num_decode: int

@@ -185,7 +185,11 @@ class CpuAttention:
     def _plan(self, window: int | None, q: Tensor, batch: ForwardBatch, pool: KvPool) -> _StepPlan:
         step = math.lcm(pool.block_size, _GRANULARITY.get(q.dtype, pool.block_size)) // pool.block_size
         decode = self._plan_decode(window, step, q, batch, pool)
-        return _StepPlan(decode, [self._plan_slice(piece, window, step, q, pool) for piece in batch.prefills])
+        prefill = []
+        for piece in batch.prefills:
+            positions = batch.positions[piece.row : piece.row + piece.num_tokens]
+            prefill.append(self._plan_slice(piece, positions, window, step, q, pool))
+        return _StepPlan(decode, prefill)
 
     def _plan_decode(
         self, window: int | None, step: int, q: Tensor, batch: ForwardBatch, pool: KvPool
@@ -234,11 +238,11 @@ class CpuAttention:
         )
 
     def _plan_slice(
-        self, piece: PrefillSlice, window: int | None, step: int, q: Tensor, pool: KvPool
+        self, piece: PrefillSlice, positions: Tensor, window: int | None, step: int, q: Tensor, pool: KvPool
     ) -> tuple[_Gather, list[_PrefillPiece]]:
-        block_size = pool.block_size
-        total = piece.context_len + piece.num_tokens
-        start = _first_block(piece.context_len, window, block_size)
+        """`positions` int64 [piece.num_tokens]."""
+        block_size, total = pool.block_size, piece.end
+        start = _first_block(int(positions[0]), window, block_size)
         count = _round_up(-(-total // block_size) - start, step)
         blocks = piece.block_ids[start : -(-total // block_size)]
         ends = torch.tensor([total - start * block_size])
@@ -252,17 +256,21 @@ class CpuAttention:
         pieces = []
         for offset in range(0, piece.num_tokens, tokens):
             size = min(tokens, piece.num_tokens - offset)
-            position = piece.context_len + offset
-            first = _first_block(position, window, block_size) * block_size
-            keys = _round_up(position + size - first, step * block_size)
-            mask = band.mask(position - first, size, keys)
+            own = positions[offset : offset + size]
+            lowest, highest = int(own[0]), int(own[-1])
+            first = _first_block(lowest, window, block_size) * block_size
+            keys = _round_up(highest + 1 - first, step * block_size)
+            if highest - lowest + 1 == size:
+                mask = band.mask(lowest - first, size, keys)
+            else:
+                mask = band.mask_at(own - first, keys)
             pieces.append(_PrefillPiece(piece.row + offset, size, first - start * block_size, mask))
         return gather, pieces
 
 
 class _Band:
-    """Causal masks of all offsets as views of one matrix: the rows of a piece see the same diagonal band wherever its
-    keys begin."""
+    """Causal masks of all offsets as views of one matrix: rows that follow one another see the same diagonal band
+    wherever their keys begin. Others have a mask made for them."""
 
     def __init__(self, window: int | None, tokens: int, group: int, fewest_rows: int, dtype: torch.dtype) -> None:
         self._window = window
@@ -278,19 +286,30 @@ class _Band:
         the first is key number `offset`."""
         if offset > self._offset or keys - offset > self._matrix.shape[1] - self._offset:
             self._grow(offset, keys - offset)
+        shift = self._offset - offset
+        return self._matrix[: self._rows(tokens), shift : shift + keys]
+
+    def mask_at(self, positions: Tensor, keys: int) -> Tensor:
+        """The same for tokens at `positions` int64 [tokens], counted from the first key."""
+        rows = positions.repeat_interleave(self._group)
+        spare = rows[-1:].expand(self._rows(len(positions)) - len(rows))
+        return self._of(torch.cat((rows, spare)), keys)
+
+    def _rows(self, tokens: int) -> int:
+        """Of a mask for so many tokens."""
         rows = tokens * self._group
         last = rows % _ROW_TILE
-        if last:
-            rows += max(0, self._fewest_rows - last)
-        shift = self._offset - offset
-        return self._matrix[:rows, shift : shift + keys]
+        return rows + max(0, self._fewest_rows - last) if last else rows
+
+    def _of(self, positions: Tensor, keys: int) -> Tensor:
+        visible = visible_keys(positions, torch.arange(keys), self._window)
+        return torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, -torch.inf)
 
     def _grow(self, offset: int, after: int) -> None:
         offset = self._offset if offset <= self._offset else max(offset, 2 * self._offset)
         after = max(after, self._tokens + _KEY_TILE)
         positions = torch.arange(self._tokens + self._fewest_rows).repeat_interleave(self._group) + offset
-        visible = visible_keys(positions, torch.arange(offset + after), self._window)
-        self._matrix = torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(~visible, -torch.inf)
+        self._matrix = self._of(positions, offset + after)
         self._offset = offset
 
 

@@ -491,14 +491,14 @@ static void attend_block(const source *s) {
     }
 }
 
-/* Reads `heads` query heads of `tokens` tokens from q, has them attend, and writes out. */
+/* Reads `heads` query heads of `tokens` tokens, which stand at `positions`, from q, has them attend, and writes out. */
 static void attend_heads(const source *s, const element *q, int64_t q_stride, element *out, int64_t out_stride,
-                         int64_t position, int64_t tokens, int64_t heads) {
+                         const int64_t *positions, int64_t tokens, int64_t heads) {
     int64_t dim = s->dim, width = dim / PER_TERM;
     state.count = tokens * heads;
     for (int64_t r = 0; r < state.count; r++) {
         const element *from = q + r / heads * q_stride + r % heads * dim;
-        state.position[r] = position + r / heads;
+        state.position[r] = positions[r / heads];
         state.top[r] = -INFINITY;
         store(state.total[r], splat(0));
 #if PER_TERM == 2
@@ -517,17 +517,17 @@ static void attend_heads(const source *s, const element *q, int64_t q_stride, el
     }
 }
 
-/* One slice of a batch: `tokens` rows of a request, the first of them at `position` and row `row` of q and out. */
+/* One slice of a batch: `tokens` rows of a request, the first of them row `row` of q and out. Their positions ascend. */
 typedef struct {
-    int64_t row, tokens, position;
+    int64_t row, tokens;
     const int64_t *table;
 } slice;
 
-/* Rows of q attend to the pages of their requests. q rows are q_stride apart; out [rows, heads * dim]; dim is a multiple
+/* Rows of q, which stand at `positions`, attend to the pages of their requests. q rows are q_stride apart; out [rows, heads * dim]; dim is a multiple
    of 16, up to 256. The work is split into pieces; every `parts`th from `part` is done. */
-void attend(const slice *slices, int64_t count, const element *q, int64_t q_stride, const element *k_pool,
-            const element *v_pool, element *out, int64_t heads, int64_t kv_heads, int64_t dim, int64_t block,
-            int64_t window, float scale, int64_t part, int64_t parts) {
+void attend(const slice *slices, int64_t count, const int64_t *positions, const element *q, int64_t q_stride,
+            const element *k_pool, const element *v_pool, element *out, int64_t heads, int64_t kv_heads, int64_t dim,
+            int64_t block, int64_t window, float scale, int64_t part, int64_t parts) {
     int64_t group = heads / kv_heads, some = LEAST(group, BLOCK), piece = 0;
     for (int64_t i = 0; i < count; i++) {
         const slice *one = slices + i;
@@ -538,7 +538,7 @@ void attend(const slice *slices, int64_t count, const element *q, int64_t q_stri
                     if (piece++ % parts != part) continue;
                     int64_t head = h * group + g, row = one->row + t;
                     attend_heads(&s, q + row * q_stride + head * dim, q_stride, out + (row * heads + head) * dim,
-                                 heads * dim, one->position + t, LEAST(BLOCK / some, one->tokens - t),
+                                 heads * dim, positions + row, LEAST(BLOCK / some, one->tokens - t),
                                  LEAST(some, group - g));
                 }
         }

@@ -44,7 +44,16 @@ class NativeKernels:
         self._rotate_and_write = quick.rotate_and_write
         self._rotate_and_write.argtypes = [*[_POINTER] * 3, _FLOAT, *[_POINTER] * 5, *[_INT] * 4]
         self._attend = long.attend
-        self._attend.argtypes = [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, *[_INT] * 5, _FLOAT, *[_INT] * 2]
+        self._attend.argtypes = [
+            _POINTER,
+            _INT,
+            *[_POINTER] * 2,
+            _INT,
+            *[_POINTER] * 3,
+            *[_INT] * 5,
+            _FLOAT,
+            *[_INT] * 2,
+        ]
         for function in (self._rms_norm, self._silu_mul, self._attend):
             function.restype = None
         self._rotate_and_write.restype = _INT
@@ -97,6 +106,7 @@ class NativeKernels:
     def attend(
         self,
         slices: Tensor,
+        positions: Tensor,
         q: Tensor,
         layer: int,
         window: int | None,
@@ -106,13 +116,15 @@ class NativeKernels:
         parts: int = 1,
     ) -> None:
         """Attention of q [N, heads, head_dim] (rows may be strided) into `out` [N, heads * head_dim]. `slices` int64
-        [S, 4] are first row, rows, position of the first, and address of the request's int64 block ids. The work is
-        split into pieces; every `parts`th from `part` is done."""
-        if not (slices.is_contiguous() and out.is_contiguous() and q.stride()[1:] == (q.shape[2], 1)):
-            raise ValueError("slices, heads and out must be dense")
+        [S, 3] are first row, rows, and address of the request's int64 block ids; `positions` int64 [N] ascend in each.
+        The work is split into pieces; every `parts`th from `part` is done."""
+        dense = slices.is_contiguous() and positions.is_contiguous() and out.is_contiguous()
+        if not (dense and q.stride()[1:] == (q.shape[2], 1)):
+            raise ValueError("slices, positions, heads and out must be dense")
         self._attend(
             slices.data_ptr(),
             slices.shape[0],
+            positions.data_ptr(),
             q.data_ptr(),
             q.stride(0),
             pool.k[layer].data_ptr(),

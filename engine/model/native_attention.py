@@ -40,7 +40,7 @@ class NativeAttention:
             self._slices = _slices(batch)
             self._parts = max(1, min(self._most_parts, _work(batch) * pool.num_kv_heads // _WORK_OF_A_THREAD))
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype)
-        work = (self._slices, q, layer, self._windows[layer], pool, out)
+        work = (self._slices, batch.positions, q, layer, self._windows[layer], pool, out)
         others = [
             self._threads.submit(self._kernels.attend, *work, part, self._parts) for part in range(1, self._parts)
         ]
@@ -57,17 +57,15 @@ def _slices(batch: ForwardBatch) -> Tensor:
     decodes, tables = batch.num_decode, batch.block_tables
     rows = torch.arange(decodes)
     addresses = rows * (tables.shape[1] * tables.itemsize) + tables.data_ptr()
-    slices = torch.stack((rows, torch.ones_like(rows), batch.context_lens - 1, addresses), dim=1)
+    slices = torch.stack((rows, torch.ones_like(rows), addresses), dim=1)
     if not batch.prefills:
         return slices
     if not all(piece.block_ids.is_contiguous() for piece in batch.prefills):
         raise ValueError("block ids must be dense")
-    prompts = [[p.row, p.num_tokens, p.context_len, p.block_ids.data_ptr()] for p in batch.prefills]
+    prompts = [[piece.row, piece.num_tokens, piece.block_ids.data_ptr()] for piece in batch.prefills]
     return torch.cat((slices, torch.tensor(prompts)))
 
 
 def _work(batch: ForwardBatch) -> int:
     """Query rows times keys, about."""
-    return batch.num_decode * batch.max_context_len + sum(
-        piece.num_tokens * (piece.context_len + piece.num_tokens) for piece in batch.prefills
-    )
+    return batch.num_decode * batch.max_context_len + sum(piece.num_tokens * piece.end for piece in batch.prefills)

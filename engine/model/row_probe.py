@@ -179,7 +179,7 @@ class _Probe:
         slices, row = [], decodes
         for segment in segments[decodes:]:
             used = self._table[: -(-segment.stop // _BLOCK_SIZE)]
-            slices.append(PrefillSlice(row, segment.stop - segment.start, segment.start, used))
+            slices.append(PrefillSlice(row, segment.stop - segment.start, segment.stop, used))
             row += segment.stop - segment.start
         lengths = positions[:decodes] + 1
         longest = int(lengths.max()) if decodes else 0

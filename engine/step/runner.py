@@ -172,7 +172,7 @@ class Runner:
             positions.append(where)
             slots.append(_slots(table, where, self._blocks.block_size))
             block_ids = self._on_device(torch.from_numpy(table))
-            prefills.append(PrefillSlice(row, chunk.num_tokens, start, block_ids))
+            prefills.append(PrefillSlice(row, chunk.num_tokens, stop, block_ids))
             if sequence.pooler is not None:
                 pooled.extend(range(row + chunk.num_tokens - pooled_rows(chunk), row + chunk.num_tokens))
             elif samples(chunk):

@@ -69,6 +69,6 @@ def _prompt(rows: int, block_size: int, device: torch.device) -> ForwardBatch:
         block_tables=torch.zeros((0, 1), dtype=torch.int64, device=device),
         context_lens=torch.zeros(0, dtype=torch.int64, device=device),
         max_context_len=0,
-        prefills=[PrefillSlice(0, rows, 0, blocks)],
+        prefills=[PrefillSlice(0, rows, rows, blocks)],
         logit_rows=torch.tensor([rows - 1], device=device),
     )

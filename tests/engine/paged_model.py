@@ -49,7 +49,7 @@ class PagedModel:
             place = torch.arange(start, start + len(new))
             if len(positions) >= len(decodes):
                 used = self.tables[request, : -(-(start + len(new)) // BLOCK_SIZE)]
-                slices.append(PrefillSlice(len(tokens), len(new), start, used))
+                slices.append(PrefillSlice(len(tokens), len(new), start + len(new), used))
             slots.append(self.tables[request, place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE)
             tokens += new
             positions.append(place)

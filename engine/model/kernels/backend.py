@@ -20,7 +20,7 @@ class _PrefillArguments:
     block_tables: Tensor
     """int64 [sum of blocks]"""
     slices: Tensor
-    """int32 [S, 4]: row, tokens, context, start in block_tables."""
+    """int32 [S, 3]: row, tokens, start in block_tables."""
     max_tokens: int
 
 
@@ -71,6 +71,7 @@ class TritonAttention:
                     v,
                     prefill.block_tables,
                     prefill.slices,
+                    batch.positions,
                     max_tokens=prefill.max_tokens,
                     scale=scale,
                     window=window,
@@ -82,20 +83,20 @@ class TritonAttention:
 
 def _prefill_arguments(batch: ForwardBatch, with_decodes: bool, device: torch.device) -> _PrefillArguments | None:
     """None where there is no slice."""
-    rows: list[tuple[int, int, int, int]] = []
+    rows: list[tuple[int, int, int]] = []
     tables = [piece.block_ids for piece in batch.prefills]
     start = 0
     for piece in batch.prefills:
-        rows.append((piece.row, piece.num_tokens, piece.context_len, start))
+        rows.append((piece.row, piece.num_tokens, start))
         start += piece.block_ids.numel()
     # Pinned, so that the copy does not wait for the work already on the stream.
-    slices = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").view(-1, 4)
+    slices = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").view(-1, 3)
     slices = slices.to(device, non_blocking=True)
     longest = max((piece.num_tokens for piece in batch.prefills), default=0)
     if with_decodes and batch.num_decode:
         decodes, width = torch.arange(batch.num_decode, device=device), batch.block_tables.shape[1]
         one = torch.ones_like(decodes)
-        ours = torch.stack((decodes, one, batch.context_lens - 1, start + decodes * width), dim=1)
+        ours = torch.stack((decodes, one, start + decodes * width), dim=1)
         slices = torch.cat((slices, ours.to(torch.int32)))
         tables.append(batch.block_tables.flatten())
         longest = max(longest, 1)

@@ -3,7 +3,8 @@
 
 A tile of query rows is token x head of one KV head's group (row m: token m // group, head m % group), so each K and V
 tile is read once for the whole group, whatever its size. Cached context and new tokens are both read from the pool: the
-new rows were written first. The mask is exact: a query at position p sees the keys at positions <= p.
+new rows were written first. The mask is exact: a query at position p sees the keys at positions <= p, and the positions
+of a slice's rows are given: they ascend, and need not follow one another.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def _prefill_kernel(
     v: tl.tensor,
     tables: tl.tensor,
     slices: tl.tensor,
+    positions: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     scale_log2: tl.tensor,
@@ -50,11 +52,10 @@ def _prefill_kernel(
     ALWAYS_MASKED: all keys go through one loop, so that where a tile of rows begins does not choose the code."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
-    fields = slices + tl.program_id(2) * 4
+    fields = slices + tl.program_id(2) * 3
     first_row = tl.load(fields)
     num_tokens = tl.load(fields + 1)
-    context = tl.load(fields + 2)
-    table = tables + tl.load(fields + 3)
+    table = tables + tl.load(fields + 2)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     tile_start = tile * TOKENS
     if tile_start < num_tokens:
@@ -67,14 +68,16 @@ def _prefill_kernel(
         stored = real[:, None] & (dims < HEAD_DIM)[None, :]
         source = (first_row + tokens).to(tl.int64) * stride_q + heads * HEAD_DIM
         q_tile = tl.load(q + source[:, None] + dims[None, :], mask=stored, other=0.0)
-        last_visible = tl.where(real, context + tokens, -1)
+        lowest = tl.load(positions + first_row + tile_start).to(tl.int32)
+        highest = tl.load(positions + first_row + tile_stop - 1).to(tl.int32)
+        last_visible = tl.load(positions + first_row + tokens, mask=real, other=-1).to(tl.int32)
         first_visible = tl.zeros([BLOCK_M], dtype=tl.int32)
         start = 0
         # Keys that every row of the tile sees need no mask: all whole tiles up to the first row's position.
-        masked_start = (context + tile_start + 1) // BLOCK_N * BLOCK_N
+        masked_start = (lowest + 1) // BLOCK_N * BLOCK_N
         if WINDOW > 0:
-            first_visible = context + tokens - (WINDOW - 1)
-            start = tl.maximum(context + tile_start - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+            first_visible = last_visible - (WINDOW - 1)
+            start = tl.maximum(lowest - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
         if WINDOW > 0 or ALWAYS_MASKED:
             masked_start = start
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -109,7 +112,7 @@ def _prefill_kernel(
             row_max,
             row_sum,
             masked_start,
-            context + tile_stop,
+            highest + 1,
             first_visible,
             last_visible,
             k_base,
@@ -141,6 +144,7 @@ def paged_prefill(
     v: Tensor,
     block_tables: Tensor,
     slices: Tensor,
+    positions: Tensor,
     *,
     max_tokens: int,
     scale: float,
@@ -152,11 +156,11 @@ def paged_prefill(
 
     q: [N, heads, head_dim], the heads of a row contiguous. k, v: one layer of the pool, [num_blocks, block_size,
     kv_heads, head_dim], of q's dtype. block_tables: int64 or int32 [sum of blocks], the tables of all slices one after
-    another. slices: int32 [S, 4], per slice: first row in q, number of rows, keys in the pool before them, start of its
-    table in `block_tables`. `max_tokens` is a bound on the rows of one slice known to the host. window: the number of
-    latest keys each query sees, itself included. out: contiguous, of q's shape, any float dtype; made in q's dtype
-    where it is not given. always_masked: for `batch_invariant`, a few percent slower. Rows of q in no slice are left as
-    they are in `out`, and undefined in lse.
+    another. slices: int32 [S, 3], per slice: first row in q, number of rows, start of its table in `block_tables`.
+    positions: int64 [N], where each row stands in its request; they ascend in a slice. `max_tokens` is a bound on the
+    rows of one slice known to the host. window: the number of latest keys each query sees, itself included. out:
+    contiguous, of q's shape, any float dtype; made in q's dtype where it is not given. always_masked: for
+    `batch_invariant`, a few percent slower. Rows of q in no slice are left as they are in `out`, and undefined in lse.
 
     Raises ValueError if the layouts do not fit together.
     """
@@ -167,8 +171,10 @@ def paged_prefill(
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     if out.shape != q.shape or not out.is_contiguous():
         raise ValueError("out must be contiguous and of q's shape")
-    if slices.dtype != torch.int32 or slices.shape[1:] != (4,) or not slices.is_contiguous():
-        raise ValueError(f"slices must be contiguous int32 [S, 4], got {slices.dtype} {tuple(slices.shape)}")
+    if slices.dtype != torch.int32 or slices.shape[1:] != (3,) or not slices.is_contiguous():
+        raise ValueError(f"slices must be contiguous int32 [S, 3], got {slices.dtype} {tuple(slices.shape)}")
+    if positions.dtype != torch.int64 or positions.shape != (rows,) or not positions.is_contiguous():
+        raise ValueError(f"positions must be contiguous int64 [{rows}], got {positions.dtype} {tuple(positions.shape)}")
     lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
     if slices.shape[0] == 0 or max_tokens == 0:
         return out, lse
@@ -181,6 +187,7 @@ def paged_prefill(
         v,
         block_tables,
         slices,
+        positions,
         out,
         lse,
         scale * LOG2_E,

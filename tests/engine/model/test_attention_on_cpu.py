@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import pytest
 import torch
 
@@ -18,8 +20,11 @@ def make_pool(block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype)
     return pool
 
 
-def make_batch(pool: KvPool, decodes: list[int], prefills: list[tuple[int, int]]) -> ForwardBatch:
-    """`decodes` are context lengths, `prefills` (context, tokens). Only what attention reads is filled in."""
+def make_batch(
+    pool: KvPool, decodes: list[int], prefills: list[tuple[int, int]], scattered: Seq[Seq[int]] = ()
+) -> ForwardBatch:
+    """`decodes` are context lengths, `prefills` (context, tokens), `scattered` the positions of further slices. Only
+    what attention reads is filled in."""
     free = (torch.randperm(pool.num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist()
 
     def blocks(tokens: int) -> list[int]:
@@ -31,13 +36,15 @@ def make_batch(pool: KvPool, decodes: list[int], prefills: list[tuple[int, int]]
         own = torch.tensor(blocks(length))
         table[: len(own)] = own
     slices, row = [], len(decodes)
-    for context, tokens in prefills:
-        slices.append(PrefillSlice(row, tokens, context, torch.tensor(blocks(context + tokens))))
-        row += tokens
+    positions = [length - 1 for length in decodes]
+    for place in (*(range(context, context + tokens) for context, tokens in prefills), *scattered):
+        slices.append(PrefillSlice(row, len(place), place[-1] + 1, torch.tensor(blocks(place[-1] + 1))))
+        positions += place
+        row += len(place)
     nothing = torch.zeros(row, dtype=torch.int64)
     return ForwardBatch(
-        nothing, nothing, nothing, len(decodes), tables, torch.tensor(decodes, dtype=torch.int64), longest, slices,
-        nothing,
+        nothing, torch.tensor(positions), nothing, len(decodes), tables, torch.tensor(decodes, dtype=torch.int64),
+        longest, slices, nothing,
     )  # fmt: skip
 
 
@@ -65,6 +72,18 @@ def test_it_agrees_with_the_reference(name: str, window: int | None, dtype: torc
         reference = ReferenceAttention((window,)).attend(0, q, batch, pool)
         assert ours.shape == (q.shape[0], q.shape[1] * q.shape[2])
         assert (ours.float() - reference.float()).abs().max().item() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 3, 64])
+def test_rows_that_do_not_follow_one_another_see_what_is_before_each(window: int | None, dtype: torch.dtype) -> None:
+    pool = make_pool(16, 2, 16, dtype)
+    places = ([0, 1, 2, 60, 61, 64, 65, 700], [*range(5, 145), *range(400, 690)], [199], [3, 5])
+    batch = make_batch(pool, [37], [(16, 5)], places)
+    q = torch.randn(len(batch.token_ids), 6, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
+    ours = CpuAttention((window,)).attend(0, q, batch, pool)
+    reference = ReferenceAttention((window,)).attend(0, q, batch, pool)
+    assert (ours.float() - reference.float()).abs().max().item() <= TOLERANCE[dtype]
 
 
 def test_layers_with_and_without_a_window_share_a_step() -> None:

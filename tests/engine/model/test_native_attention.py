@@ -70,10 +70,18 @@ class Requests:
     def attend(
         self, decodes: Sequence[tuple[int, int]], prefills: Sequence[tuple[int, int, int]], seed: int = 0
     ) -> list[Tensor]:
-        """One step: `decodes` are (request, position), `prefills` (request, first position, tokens). The pool holds
-        what such a step would find: keys of later positions are noise, as are all blocks that belong to nobody."""
+        """One step: `decodes` are (request, position), `prefills` (request, first position, tokens)."""
+        return self.attend_at(
+            decodes, [(request, range(first, first + count)) for request, first, count in prefills], seed
+        )
+
+    def attend_at(
+        self, decodes: Sequence[tuple[int, int]], prefills: Sequence[tuple[int, Sequence[int]]], seed: int = 0
+    ) -> list[Tensor]:
+        """One step: `decodes` are (request, position), `prefills` (request, positions). The pool holds what such a step
+        would find: keys of later positions are noise, as are all blocks that belong to nobody."""
         shape = self.shape
-        ends = dict(decodes) | {request: first + count - 1 for request, first, count in prefills}
+        ends = dict(decodes) | {request: place[-1] for request, place in prefills}
         need = {request: -(-(end + 1) // shape.block) for request, end in ends.items()}
         generator = torch.Generator().manual_seed(seed)
         pool = KvPool(1, sum(need.values()) + 3, shape.block, shape.kv_heads, shape.dim, shape.dtype, CPU)
@@ -88,21 +96,25 @@ class Requests:
             pool.write(0, slots, self.k[request][: len(place)], self.v[request][: len(place)])
         rows = [self.q[request][position][None] for request, position in decodes]
         slices, row = [], len(decodes)
-        for request, first, count in prefills:
-            rows.append(self.q[request][first : first + count])
-            slices.append(PrefillSlice(row, count, first, tables[request]))
-            row += count
+        positions = [position for _, position in decodes]
+        for request, place in prefills:
+            rows.append(self.q[request][list(place)])
+            slices.append(PrefillSlice(row, len(place), place[-1] + 1, tables[request]))
+            positions += place
+            row += len(place)
         table = torch.zeros(len(decodes), max((need[request] for request, _ in decodes), default=0), dtype=torch.int64)
         for index, (request, _) in enumerate(decodes):
             table[index, : need[request]] = tables[request]
         lengths = torch.tensor([position + 1 for _, position in decodes], dtype=torch.int64)
         unused = torch.zeros(row, dtype=torch.int64)
         longest = max(lengths.tolist(), default=0)
-        batch = ForwardBatch(unused, unused, unused, len(decodes), table, lengths, longest, slices, unused)
+        batch = ForwardBatch(
+            unused, torch.tensor(positions), unused, len(decodes), table, lengths, longest, slices, unused
+        )
         wider = torch.cat(rows)
         q = torch.cat((wider, wider[:, : shape.kv_heads]), dim=1)[:, : wider.shape[1]]  # rows of q lie apart
         out = NativeAttention((shape.window,), self.kernels).attend(0, q, batch, pool)
-        return list(out.split([1] * len(decodes) + [count for _, _, count in prefills]))
+        return list(out.split([1] * len(decodes) + [len(place) for _, place in prefills]))
 
 
 def assert_close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -185,17 +197,22 @@ def test_a_row_has_the_same_bits_on_every_path(data: st.DataObject) -> None:
     requests = Requests(shape, lengths)
     whole = [requests.attend([], [(request, 0, length)])[0] for request, length in enumerate(lengths)]
     for step in range(3):
-        decodes, prefills = [], []
+        decodes: list[tuple[int, int]] = []
+        prefills: list[tuple[int, Sequence[int]]] = []
         for request, length in enumerate(lengths):
             first = data.draw(st.integers(0, length - 1))
-            if data.draw(st.booleans()):
+            path = data.draw(st.sampled_from(["decoded", "a run", "scattered"]))
+            if path == "decoded":
                 decodes.append((request, first))
+            elif path == "a run":
+                prefills.append((request, range(first, data.draw(st.integers(first + 1, length)))))
             else:
-                prefills.append((request, first, data.draw(st.integers(1, length - first))))
-        parts = requests.attend(decodes, prefills, seed=step + 1)
-        places = [(request, first, 1) for request, first in decodes] + prefills
-        for ours, (request, first, count) in zip(parts, places, strict=True):
-            assert torch.equal(ours, whole[request][first : first + count])
+                chosen = data.draw(st.sets(st.integers(0, length - 1), min_size=1))
+                prefills.append((request, sorted(chosen)))
+        parts = requests.attend_at(decodes, prefills, seed=step + 1)
+        places = [(request, [first]) for request, first in decodes] + prefills
+        for ours, (request, place) in zip(parts, places, strict=True):
+            assert torch.equal(ours, whole[request][list(place)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -131,12 +131,23 @@ def test_chunked_prefill_is_bit_identical_to_whole_prefill(window: int | None) -
     whole, whole_lse = scene.prefill(window)
     blocks = scene.batch.prefills[0].block_ids
     bounds = [0, 1, 38, 77, 90]
-    scene.batch.prefills = [PrefillSlice(start, stop - start, 10 + start, blocks) for start, stop in pairwise(bounds)]
+    scene.batch.prefills = [PrefillSlice(start, stop - start, 10 + stop, blocks) for start, stop in pairwise(bounds)]
     chunked, chunked_lse = scene.prefill(window)
     # Under the interpreter a product is the processor's BLAS, which may add up a tile's rows in different ways.
     tolerance = 0.0 if torch.cuda.is_available() else 2e-3
     torch.testing.assert_close(chunked, whole, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(chunked_lse, whole_lse, rtol=tolerance, atol=tolerance)
+
+
+SCATTERED = ([0, 1, 2, 60, 61, 63, 64, 65, 130], [*range(5, 25), *range(90, 140)], [199])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_that_do_not_follow_one_another_see_what_is_before_each(window: int | None, dtype: torch.dtype) -> None:
+    scene = Scene([17], [(9, 4)], scattered=SCATTERED, group=3, dtype=dtype)
+    found = TritonAttention((window,)).attend(0, scene.q, scene.batch, scene.pool)
+    assert_agree((found,), (scene.expected(window)[0].flatten(1),), dtype)
 
 
 def test_rows_of_no_slice_are_left_alone() -> None:
@@ -148,7 +159,8 @@ def test_rows_of_no_slice_are_left_alone() -> None:
         scene.pool.k[0],
         scene.pool.v[0],
         first.block_ids,
-        torch.tensor([[first.row, first.num_tokens, first.context_len, 0]], dtype=torch.int32, device=DEVICE),
+        torch.tensor([[first.row, first.num_tokens, 0]], dtype=torch.int32, device=DEVICE),
+        scene.batch.positions,
         max_tokens=300,
         scale=1.0,
         out=out,
@@ -188,11 +200,12 @@ def test_blocks_beyond_two_to_the_31_elements_are_reached() -> None:
     table = torch.tensor([[num_blocks - 1, num_blocks - 2]], device=DEVICE)
     rows = k[[-1, -2]].flatten(0, 1)[:30]
     lens = torch.tensor([30], device=DEVICE)
-    expected = reference(q, rows, rows, 29, None)
+    expected = reference(q, rows, rows, [29], None)
     found = paged_decode(q, k, v, table, lens, max_context_len=30, scale=head_dim**-0.5)
     assert_agree(found, expected, torch.float16)
-    piece = torch.tensor([[0, 1, 29, 0]], dtype=torch.int32, device=DEVICE)
-    assert_agree(paged_prefill(q, k, v, table[0], piece, max_tokens=1, scale=head_dim**-0.5), expected, torch.float16)
+    piece = torch.tensor([[0, 1, 0]], dtype=torch.int32, device=DEVICE)
+    found = paged_prefill(q, k, v, table[0], piece, lens - 1, max_tokens=1, scale=head_dim**-0.5)
+    assert_agree(found, expected, torch.float16)
 
 
 def test_layouts_that_do_not_fit_are_refused() -> None:

@@ -64,21 +64,27 @@ def test_attention_of_a_step_agrees_with_the_reference(window: int | None) -> No
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_row_has_the_same_bits_in_any_chunk_and_decoded(window: int | None) -> None:
+def test_a_row_has_the_same_bits_in_any_chunk_with_gaps_and_decoded(window: int | None) -> None:
     scene = Scene([], [(70, 10)], group=3, dtype=HALF)
     backend = TritonAttention((window,), batch_invariant=True)
     whole = backend.attend(0, scene.q, scene.batch, scene.pool)
     blocks = scene.batch.prefills[0].block_ids
     for start, stop in ((0, 1), (1, 38), (69, 70)):
-        part = replace(scene.batch, prefills=[PrefillSlice(0, stop - start, 10 + start, blocks)])
+        positions = torch.arange(10 + start, 10 + stop, device=DEVICE)
+        part = replace(scene.batch, positions=positions, prefills=[PrefillSlice(0, stop - start, 10 + stop, blocks)])
         found = backend.attend(0, scene.q[start:stop], part, scene.pool)
         torch.testing.assert_close(found, whole[start:stop], atol=BITS, rtol=BITS)
     rows = [0, 5, 69]
+    positions = torch.tensor(rows, device=DEVICE) + 10
+    apart = replace(scene.batch, positions=positions, prefills=[PrefillSlice(0, len(rows), 80, blocks)])
+    found = backend.attend(0, scene.q[rows], apart, scene.pool)
+    torch.testing.assert_close(found, whole[rows], atol=BITS, rtol=BITS)
     decoded = replace(
         scene.batch,
+        positions=positions,
         num_decode=len(rows),
         block_tables=blocks.repeat(len(rows), 1),
-        context_lens=torch.tensor(rows, device=DEVICE) + 11,
+        context_lens=positions + 1,
         max_context_len=80,
         prefills=[],
     )

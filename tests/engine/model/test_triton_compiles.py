@@ -39,6 +39,7 @@ POINTERS = {
     "tables": "*i64",
     "context_lens": "*i64",
     "slices": "*i32",
+    "positions": "*i64",
     "partial": "*fp32",
     "partial_lse": "*fp32",
     "out": "*fp32",

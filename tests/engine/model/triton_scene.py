@@ -6,6 +6,7 @@ Importing this skips the module that does, where there is neither a GPU nor Trit
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence as Seq
 
 import pytest
 import torch
@@ -28,13 +29,12 @@ HALF = torch.float16 if INTERPRETED else torch.bfloat16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, first_position: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """q [n, heads, dim] at first_position.., k and v [keys, kv_heads, dim] from position 0: float32 o and lse."""
+def reference(q: Tensor, k: Tensor, v: Tensor, positions: Seq[int], window: int | None) -> tuple[Tensor, Tensor]:
+    """q [n, heads, dim] at `positions`, k and v [keys, kv_heads, dim] from position 0: float32 o and lse."""
     n, heads, dim = q.shape
     group = heads // k.shape[1]
     o, lse = torch.zeros(n, heads, dim), torch.zeros(n, heads)
-    for i in range(n):
-        position = first_position + i
+    for i, position in enumerate(positions):
         start = 0 if window is None else max(0, position - window + 1)
         for head in range(heads):
             keys, values = k[start : position + 1, head // group], v[start : position + 1, head // group]
@@ -52,16 +52,19 @@ class Scene:
         decode: list[int],
         prefill: list[tuple[int, int]],
         *,
+        scattered: Seq[Seq[int]] = (),
         group: int = 2,
         head_dim: int = 32,
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         num_layers: int = 1,
     ) -> None:
-        """decode: context lengths. prefill: (new tokens, context) of each slice."""
+        """decode: context lengths. prefill: (new tokens, context) of each slice. scattered: the positions of each
+        further slice, ascending."""
+        places = [range(context, context + n) for n, context in prefill] + list(scattered)
         generator = torch.Generator().manual_seed(len(decode) * 1000 + sum(decode) + sum(n for n, _ in prefill))
         kv_heads = 2
-        totals = [*decode, *(n + context for n, context in prefill)]
+        totals = [*decode, *(place[-1] + 1 for place in places)]
         counts = [-(-total // block_size) for total in totals]
         num_blocks = sum(counts) + 3
         shuffled = torch.randperm(num_blocks - 1, generator=generator) + 1
@@ -79,13 +82,14 @@ class Scene:
         for row, blocks in enumerate(free[: len(decode)]):
             tables[row, : len(blocks)] = blocks
         slices, row = [], len(decode)
-        for (n, context), blocks in zip(prefill, free[len(decode) :], strict=False):
-            slices.append(PrefillSlice(row, n, context, blocks.to(DEVICE)))
-            row += n
+        for place, blocks in zip(places, free[len(decode) :], strict=False):
+            slices.append(PrefillSlice(row, len(place), place[-1] + 1, blocks.to(DEVICE)))
+            row += len(place)
+        positions = [length - 1 for length in decode] + [position for place in places for position in place]
         unused = torch.empty(0, dtype=torch.int64, device=DEVICE)
         self.batch = ForwardBatch(
             token_ids=unused,
-            positions=unused,
+            positions=torch.tensor(positions, dtype=torch.int64, device=DEVICE),
             slots=unused,
             num_decode=len(decode),
             block_tables=tables.to(DEVICE),
@@ -97,13 +101,11 @@ class Scene:
         self.q = torch.randn(row, kv_heads * group, head_dim, generator=generator).to(DEVICE, dtype)
 
     def expected(self, window: int | None) -> tuple[Tensor, Tensor]:
+        rows = [slice(row, row + 1) for row in range(self.batch.num_decode)]
+        rows += [slice(s.row, s.row + s.num_tokens) for s in self.batch.prefills]
+        positions = self.batch.positions.tolist()
         parts = [
-            reference(self.q[row : row + 1], k, v, len(k) - 1, window)
-            for row, (k, v) in enumerate(self.kv[: self.batch.num_decode])
-        ]
-        parts += [
-            reference(self.q[s.row : s.row + s.num_tokens], k, v, s.context_len, window)
-            for s, (k, v) in zip(self.batch.prefills, self.kv[self.batch.num_decode :], strict=True)
+            reference(self.q[own], k, v, positions[own], window) for own, (k, v) in zip(rows, self.kv, strict=True)
         ]
         return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts])
 
@@ -122,9 +124,9 @@ class Scene:
 
     def prefill(self, window: int | None = None) -> tuple[Tensor, Tensor]:
         tables: list[Tensor] = []
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, int, int]] = []
         for piece in self.batch.prefills:
-            rows.append((piece.row, piece.num_tokens, piece.context_len, sum(len(table) for table in tables)))
+            rows.append((piece.row, piece.num_tokens, sum(len(table) for table in tables)))
             tables.append(piece.block_ids)
         return paged_prefill(
             self.q,
@@ -132,6 +134,7 @@ class Scene:
             self.pool.v[0],
             torch.cat(tables),
             torch.tensor(rows, dtype=torch.int32, device=DEVICE),
+            self.batch.positions,
             max_tokens=max(piece.num_tokens for piece in self.batch.prefills),
             scale=self.q.shape[-1] ** -0.5,
             window=window,

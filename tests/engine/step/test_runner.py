@@ -48,9 +48,8 @@ class Bench:
             assert got == own + [0] * (len(got) - len(own))
         assert [p.num_tokens for p in batch.prefills] == [c.num_tokens for c in plan.chunks]
         for piece, chunk in zip(batch.prefills, plan.chunks, strict=True):
-            assert piece.context_len == chunk.sequence.num_computed
-            assert rows[piece.row] == (chunk.sequence, piece.context_len)
-            count = -(-(piece.context_len + piece.num_tokens) // BLOCK)
+            assert rows[piece.row + piece.num_tokens - 1] == (chunk.sequence, piece.end - 1)
+            count = -(-piece.end // BLOCK)
             assert piece.block_ids.tolist() == self.blocks.table(chunk.sequence.key)[:count]
         wanted = [(s, len(s.tokens) - 1) for s in sampled]
         assert [rows[row] for row in batch.logit_rows.tolist()[: len(sampled)]] == wanted

@@ -93,7 +93,7 @@ def _texts(batch: ForwardBatch, block_size: int) -> Any:
     for row in range(batch.num_decode):
         yield row, 1, _slots(batch.block_tables[row], int(batch.context_lens[row]), block_size)
     for part in batch.prefills:
-        yield part.row, part.num_tokens, _slots(part.block_ids, part.context_len + part.num_tokens, block_size)
+        yield part.row, part.num_tokens, _slots(part.block_ids, part.end, block_size)
 
 
 def _slots(blocks: Tensor, count: int, block_size: int) -> Tensor:
