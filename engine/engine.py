@@ -49,7 +49,9 @@ from tandem.engine.request import (
 from tandem.engine.reservation import Reservation
 from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
 from tandem.engine.schedule.cache_events import CacheLog
-from tandem.engine.schedule.scheduler import Scheduler, StepPlan
+from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.ranges import TokenRanges
+from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.settings import EXPORT_LEASE_S, MAX_WAITING, EngineConfig
 from tandem.engine.status import EngineStatus, StepMeter
@@ -740,7 +742,7 @@ class Engine:
         if inexact_from is not None:  # what was here before is exact; what came was computed after rows that are not
             inexact_from = max(inexact_from, sequence.num_computed)
         sequence.reservation = None
-        self.scheduler.join(sequence, len(sequence.tokens), inexact_from=inexact_from)
+        self.scheduler.join(sequence, TokenRanges.up_to(len(sequence.tokens)), inexact_from=inexact_from)
         self.scheduler.publish(sequence)
         start_index = sequence.num_output
         for token in first.token_ids:
@@ -760,7 +762,7 @@ class Engine:
         logger.info("request %s computes its prompt here: %s", sequence.key, reason)
         if sequence.report is not None:
             sequence.report.recompute_reason = reason
-        self.scheduler.join(sequence, sequence.reservation.skip_tokens)
+        self.scheduler.join(sequence, TokenRanges.up_to(sequence.reservation.skip_tokens))
         sequence.reservation = None
         self._start(sequence)
 

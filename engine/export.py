@@ -6,7 +6,7 @@ import logging
 from collections.abc import Container
 
 from tandem.engine.request import KvExport
-from tandem.engine.schedule.scheduler import StepPlan
+from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.schedule.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class LayerAnnouncer:
         for chunk in plan.chunks:
             if (export := chunk.sequence.request.kv_export) is not None:
                 sequence, start = chunk.sequence, chunk.sequence.num_computed
-                stop = start + chunk.num_tokens
+                stop = sequence.ahead.first_gap(chunk.end)
                 if sequence.gated and sequence.announced is not None:
                     start = sequence.announced  # rows that come from the store while the step runs
                 self._rows.append((sequence, export, start, stop))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tandem.engine.request import Pooling
 
 if TYPE_CHECKING:
-    from tandem.engine.schedule.scheduler import Chunk
+    from tandem.engine.schedule.plan import Chunk
 
 
 class Pooler:

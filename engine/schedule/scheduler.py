@@ -28,65 +28,20 @@ Rules, in order:
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter
-from collections.abc import Callable, Collection, Container
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container
 
 from tandem.common.errors import TandemError
-from tandem.common.fairness import LAST_BAND, ServiceCounters
-from tandem.engine.request import Preemption, RequestKey
+from tandem.common.fairness import LAST_BAND
+from tandem.engine.request import Preemption
+from tandem.engine.schedule.admission import Admission
 from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
 from tandem.engine.schedule.last_band import PROMPT_TOKENS, ROWS, LastBand, Room
+from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.ranges import TokenRanges
+from tandem.engine.schedule.roster import Roster, order_of
 from tandem.engine.schedule.sequence import Phase, Sequence
-from tandem.engine.schedule.slot_shares import SlotShares, held_by
-from tandem.engine.schedule.waiting import WaitingQueue
-from tandem.kvstore.identity import BlockHash, extend_chain
-from tandem.kvstore.interfaces import TierName
-
-MAX_DISPLACED = 3
-"""Times that a request is preempted for others: each time costs its recompute."""
-DEAR_SHARE = 4
-"""One slot in so many is for sequences whose masks take long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `num_tokens` of a sequence's prompt (or of what a preemption lost)."""
-
-    sequence: Sequence
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class StepPlan:
-    decodes: list[Sequence] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    """Got their blocks in this step: RUNNING, IMPORTING or LOADING, cached tokens in `num_computed`."""
-    preempted: list[Sequence] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """Those that it computes."""
-        return [*self.decodes, *(chunk.sequence for chunk in self.chunks)]
-
-    def drop(self, gone: Collection[Sequence]) -> None:
-        """Computes nothing of `gone`."""
-        if gone:
-            self.decodes = [sequence for sequence in self.decodes if sequence not in gone]
-            self.chunks = [chunk for chunk in self.chunks if chunk.sequence not in gone]
-
-    def halves(self) -> tuple[StepPlan, StepPlan]:
-        """What it computes, in two plans of about as many sequences."""
-        half = (len(self.decodes) + len(self.chunks) + 1) // 2
-        decodes, chunks = self.decodes, self.chunks
-        rest = max(half - len(decodes), 0)
-        return StepPlan(decodes[:half], chunks[:rest]), StepPlan(decodes[half:], chunks[rest:])
+from tandem.kvstore.identity import extend_chain
 
 
 class Scheduler:
@@ -107,18 +62,12 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._piece_tokens = max(PROMPT_TOKENS, blocks.block_size)
         self._last_band = LastBand()
-        self._shares = SlotShares(max_num_seqs)
         self._last_row = (LAST_BAND, -1)
         """The order of the last band's row that was decoded last: those behind it are next."""
         self.on_full_blocks: Callable[[Sequence], None] | None = None
         """Called where blocks of a sequence have become full and computed in all layers."""
-        self._looking_up: dict[RequestKey, Sequence] = {}
-        self._waiting = WaitingQueue(ServiceCounters())
-        self._running: list[Sequence] = []
-        """Sorted by order."""
-        self._importing: dict[RequestKey, Sequence] = {}
-        self._loading: dict[RequestKey, Sequence] = {}
-        self._holding: dict[RequestKey, Sequence] = {}
+        self.roster = Roster(blocks, max_num_seqs)
+        self._admission = Admission(blocks, self.roster, max_num_seqs)
         self._deadlines: list[tuple[float, int, Sequence]] = []
         """A heap; entries of finished sequences are dropped when they come up."""
         self._arrivals = 0
@@ -140,56 +89,45 @@ class Scheduler:
             raise TandemError("overloaded", f"{self.num_waiting} requests are waiting already", retry_after_s=1.0)
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        if look_up:
-            sequence.phase = Phase.LOOKUP
-            self._looking_up[sequence.key] = sequence
-        else:
-            self._waiting.add(sequence)
+        self.roster.enter(sequence, Phase.LOOKUP if look_up else Phase.WAITING)
         if sequence.deadline is not None:
             heapq.heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
 
     def looked_up(self, sequence: Sequence) -> None:
         """The store has answered (`Sequence.stored`) or was too slow: `sequence` waits where it would have waited."""
-        self._leave(sequence)
-        sequence.phase = Phase.WAITING
-        self._waiting.add(sequence)
+        self.roster.move(sequence, Phase.WAITING)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends `sequence` in whatever phase it is, and takes its blocks back."""
-        self._leave(sequence)
-        sequence.phase = Phase.FINISHED
+        self.roster.move(sequence, Phase.FINISHED)
         if self.blocks.holds(sequence.key):
             self.blocks.free(sequence.key)
 
     def hold(self, sequence: Sequence) -> None:
         """Out of the steps, but the blocks stay: until `finish`."""
-        self._leave(sequence)
-        sequence.phase = Phase.HOLDING
-        self._holding[sequence.key] = sequence
+        self.roster.move(sequence, Phase.HOLDING)
 
-    def join(self, sequence: Sequence, num_computed: int, gated: bool = False, inexact_from: int | None = None) -> None:
-        """An import or a load ended: `num_computed` tokens of `sequence` are in its blocks, the rest is computed here.
+    def join(
+        self, sequence: Sequence, there: TokenRanges, gated: bool = False, inexact_from: int | None = None
+    ) -> None:
+        """An import or a load ended: the tokens `there` of `sequence` are in its blocks, the rest is computed here.
 
         `gated`: the last layers of these tokens are still on their way. Such a sequence is not preempted.
         `inexact_from`: the first of them that is not exact.
         """
-        self._leave(sequence)
         sequence.wants_import = False
         sequence.gated = gated
-        sequence.num_computed = num_computed
+        sequence.there = there
         sequence.inexact_from = inexact_from
-        sequence.phase = Phase.RUNNING
-        insort(self._running, sequence, key=_order)
+        self.roster.move(sequence, Phase.RUNNING)
 
-    def suspend(self, sequence: Sequence, num_computed: int) -> None:
-        """A gated sequence waits outside the steps again: only `num_computed` tokens are certainly in its blocks, those
-        that were there before its load."""
-        self._leave(sequence)
+    def suspend(self, sequence: Sequence, there: TokenRanges) -> None:
+        """A gated sequence waits outside the steps again: only the tokens `there` are certainly in its blocks, those
+        that were before its load."""
         sequence.gated = False
-        sequence.num_computed = num_computed
+        sequence.there = there
         sequence.inexact_from = None
-        sequence.phase = Phase.LOADING
-        self._loading[sequence.key] = sequence
+        self.roster.move(sequence, Phase.LOADING)
 
     def expired(self, now: float) -> list[Sequence]:
         """The sequences whose deadline has passed. Each is returned once; the caller finishes it."""
@@ -210,21 +148,21 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """The next step; `now` (s) becomes the time at which sequences were first scheduled."""
         plan = StepPlan()
-        self._admit_urgent(plan, now)
-        self._admit_crowded_out(plan, now)
+        self._admission.admit_urgent(plan, now)
+        self._admission.admit_crowded_out(plan, now)
         displaced = len(plan.preempted)
         room = self._room_of_last_band(now)
         self._plan_decodes(plan, room)
         left = self._budget - len(plan.decodes)
         if plan.decodes and plan.decodes[0].priority < LAST_BAND:
             left = min(left, self._beside_decodes)
-        for sequence in self._running:
+        for sequence in self.roster.running:
             if left <= 0:
                 break
-            if _prefills(sequence):
-                left -= self._plan_chunk(plan, sequence, left, room)
+            if sequence.prefills:
+                left -= plan.add_chunk(sequence, left, room, self.blocks.block_size)
         if len(plan.preempted) == displaced:
-            self._admit(plan, left, now, room)
+            self._admission.admit(plan, left, now, room)
         return plan
 
     def computed(self, plan: StepPlan) -> None:
@@ -238,13 +176,11 @@ class Scheduler:
                 self.publish(sequence)
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            sequence.num_computed += chunk.num_tokens
+            sequence.computed_to(chunk.end)
             if sequence.num_output and not sequence.remaining and sequence.account is not None:
                 sequence.account.charge(sequence.output_cost)  # it goes on with its next token
-            if sequence.num_computed <= sequence.num_prompt and (
-                not sequence.chunk_ends or sequence.chunk_ends[-1] < sequence.num_computed
-            ):
-                sequence.chunk_ends.append(sequence.num_computed)
+            if chunk.end <= sequence.num_prompt and (not sequence.chunk_ends or sequence.chunk_ends[-1] < chunk.end):
+                sequence.chunk_ends.append(chunk.end)
             self.publish(sequence)
 
     def took(self, plan: StepPlan, seconds: float) -> None:
@@ -274,27 +210,28 @@ class Scheduler:
             self.on_full_blocks(sequence)
 
     def _room_of_last_band(self, now: float) -> Room:
-        bands = self._waiting.bands
-        live = (*self._live, *self._looking_up.values())
+        bands, running = self.roster.waiting.bands, self.roster.running
+        live = (*self.roster.live, *self.roster.looking_up)
         if LAST_BAND not in bands and not any(each.priority == LAST_BAND for each in live):
             self._last_band.has_no_work()
             return Room(0, 0)
         earlier = [each for each in live if each.priority < LAST_BAND]
         waits = any(band < LAST_BAND for band in bands)
-        if not earlier and (not waits or self._running):  # who still waits does so for what those running hold
+        if not earlier and (not waits or running):  # who still waits does so for what those running hold
             self._last_band.is_alone(now)
-            exports = any(each.request.kv_export is not None for each in self._running)
+            exports = any(each.request.kv_export is not None for each in running)
             return Room(self._max_num_seqs, self._piece_tokens if exports else self._beside_decodes)
-        waits = waits or any(each.phase is not Phase.RUNNING or _prefills(each) for each in earlier)
+        waits = waits or any(each.phase is not Phase.RUNNING or each.prefills for each in earlier)
         return Room(ROWS, self._piece_tokens) if self._last_band.is_due(now, waits) else Room(0, 0)
 
     def _resting(self, room: Room) -> Container[Sequence]:
         """Decodes of the last band that are not in this step: all but `room.rows`, which take turns."""
-        first = bisect_left(self._running, (LAST_BAND, -1), key=_order)
-        rows = [each for each in self._running[first:] if not _prefills(each)]
+        running = self.roster.running
+        first = bisect_left(running, (LAST_BAND, -1), key=order_of)
+        rows = [each for each in running[first:] if not each.prefills]
         if len(rows) <= room.rows:
             return ()
-        start = bisect_right(rows, self._last_row, key=_order)
+        start = bisect_right(rows, self._last_row, key=order_of)
         in_turn = rows[start:] + rows[:start]
         if room.rows:
             self._last_row = in_turn[room.rows - 1].order
@@ -302,16 +239,16 @@ class Scheduler:
 
     def _plan_decodes(self, plan: StepPlan, room: Room) -> None:
         block_size, resting = self.blocks.block_size, self._resting(room)
-        for sequence in tuple(self._running):
-            if sequence.phase is not Phase.RUNNING or _prefills(sequence) or sequence in resting:
+        for sequence in tuple(self.roster.running):
+            if sequence.phase is not Phase.RUNNING or sequence.prefills or sequence in resting:
                 continue
             if sequence.waits_for_mask:
                 continue
             if sequence.num_computed % block_size == 0:
                 last_band = sequence.priority == LAST_BAND
                 while not self.blocks.extend(sequence.key, sequence.num_computed + 1, last_band):
-                    victim = self._victim()
-                    self._preempt(plan, victim, Preemption.MEMORY)
+                    victim = self.roster.victim()
+                    self.roster.preempt(plan, victim, Preemption.MEMORY)
                     if victim is sequence:
                         break
                 if sequence.phase is not Phase.RUNNING:
@@ -320,312 +257,28 @@ class Scheduler:
         if plan.preempted:
             plan.decodes = [sequence for sequence in plan.decodes if sequence.phase is Phase.RUNNING]
 
-    def _plan_chunk(self, plan: StepPlan, sequence: Sequence, left: int, room: Room) -> int:
-        """Returns how many tokens it got of the `left` ones."""
-        if sequence.waits_for_mask:
-            return 0
-        if sequence.priority == LAST_BAND:
-            left = min(left, room.prompt_tokens)
-        num_tokens = sequence.remaining
-        if sequence.num_computed < sequence.num_prompt:
-            # Output that is computed again goes separately: the prompt keeps the shapes that it had the first time.
-            num_tokens = sequence.num_prompt - sequence.num_computed
-        ends = (end for end in sequence.chunk_ends if end > sequence.num_computed)
-        if (end := next(ends, None)) is not None:
-            num_tokens = min(num_tokens, end - sequence.num_computed)
-        if num_tokens > left:
-            end = (sequence.num_computed + left) // self.blocks.block_size * self.blocks.block_size
-            num_tokens = max(end - sequence.num_computed, 0)
-        if num_tokens:
-            plan.chunks.append(Chunk(sequence, num_tokens))
-            if sequence.priority == LAST_BAND:
-                room.prompt_tokens -= num_tokens
-        return num_tokens
-
-    def _admit(self, plan: StepPlan, left: int, now: float, room: Room) -> None:
-        if not self._waiting or self._free_slots <= 0:
-            return
-        pending: dict[BlockHash, tuple[int, int]] | None = None
-        dear_slots, reserved = self._dear_slots, self._shares.reserved(now)
-        for sequence in self._waiting.in_turn():
-            if self._free_slots <= 0 or left <= 0 or sequence in plan.preempted:
-                break
-            if sequence.has_dear_masks and dear_slots <= 0:
-                continue
-            if self._free_slots <= reserved and self._shares.is_large(self._slots_of(sequence)):
-                continue
-            if sequence.priority == LAST_BAND and not room.prompt_tokens and not sequence.wants_import:
-                continue
-            if pending is None:
-                pending = self._pending_blocks()
-            if self._waits_for_block(sequence, pending):
-                continue
-            if not self._take_in(plan, sequence, pending, now):
-                break
-            dear_slots -= sequence.has_dear_masks
-            if sequence.phase is Phase.RUNNING:
-                left -= self._plan_chunk(plan, sequence, left, room)
-
-    def _admit_urgent(self, plan: StepPlan, now: float) -> None:
-        """Those of an earlier band than somebody running. Who is displaced joins the queue behind them, in a band that
-        `in_turn` has not reached."""
-        band = self._waiting.first_band
-        if band is None or not self._running or band >= self._running[-1].priority:
-            return
-        pending = self._pending_blocks(before=self._running[-1].priority)
-        dear_slots = self._dear_slots
-        for sequence in self._waiting.in_turn():
-            if not self._running or sequence.priority >= self._running[-1].priority:
-                break
-            if sequence.has_dear_masks and dear_slots <= 0:
-                continue
-            if self._waits_for_block(sequence, pending):
-                continue
-            later = [each for each in reversed(self._running) if each.priority > sequence.priority]
-            victims = [each for each in later if _displaceable(each)]
-            if not self._make_room(plan, sequence, victims) or not self._take_in(plan, sequence, pending, now):
-                break
-            dear_slots -= sequence.has_dear_masks
-
-    def _admit_crowded_out(self, plan: StepPlan, now: float) -> None:
-        """One of each tenant that has far fewer slots than another, where there is no room left."""
-        band = self._waiting.first_band
-        if band is None or band == LAST_BAND:
-            return
-        heads = self._waiting.heads(band)
-        if len(heads) == 1 and all(each.request.tenant == heads[0].request.tenant for each in self._running):
-            return
-        pending: dict[BlockHash, tuple[int, int]] | None = None
-        for sequence in heads:
-            victims = self._shares.victims(sequence, filter(_displaceable, reversed(self._running)), self._live)
-            if not victims or self._fits_without([], sequence) or (sequence.has_dear_masks and self._dear_slots <= 0):
-                continue
-            pending = self._pending_blocks() if pending is None else pending
-            if self._waits_for_block(sequence, pending):
-                continue
-            before = len(plan.preempted)
-            if self._make_room(plan, sequence, victims) and self._take_in(plan, sequence, pending, now):
-                self._shares.reserve(len(plan.preempted) - before, now)
-
-    def _make_room(self, plan: StepPlan, sequence: Sequence, victims: list[Sequence]) -> bool:
-        """Displaces as few as it takes, the first of `victims` first. False, with nobody displaced, where all of them
-        would not be enough."""
-        if not self._fits_without(victims, sequence):
-            return False
-        count = next(count for count in range(len(victims) + 1) if self._fits_without(victims[:count], sequence))
-        for victim in victims[:count]:
-            victim.displaced += 1
-            self._preempt(plan, victim, Preemption.PRIORITY)
-        return True
-
-    def _fits_without(self, victims: list[Sequence], sequence: Sequence) -> bool:
-        if self._free_slots + len(victims) <= 0:
-            return False
-        keys = [victim.key for victim in victims]
-        spare = self.blocks.spare_blocks(len(sequence.tokens), _usable(sequence), without=keys)
-        return spare >= len(self._running) - len(victims)
-
-    def _take_in(
-        self, plan: StepPlan, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]], now: float
-    ) -> bool:
-        """Gives it its blocks. False, with nothing changed, where there are too few."""
-        # A few blocks stay for those who decode, or the newcomer would be the next one preempted.
-        cached = self.blocks.allocate(
-            sequence.key,
-            len(sequence.tokens),
-            _usable(sequence),
-            reserve=len(self._running),
-            last_band=sequence.priority == LAST_BAND,
-        )
-        if cached is None:
-            return False
-        sequence.num_computed = cached
-        if self._shares.reserved(now) and not self._shares.is_large(self._slots_of(sequence)):
-            self._shares.reserve(0, now)
-        self._waiting.admit(sequence, 0 if sequence.wants_import else sequence.to_compute)
-        sequence.published = cached // self.blocks.block_size
-        if sequence.first_scheduled is None:
-            sequence.first_scheduled = now
-            if sequence.report is not None:
-                of_prompt = min(cached, sequence.num_prompt)
-                sequence.report.cached_tokens = of_prompt
-                sequence.report.cached_by_tier = {TierName.DEVICE: of_prompt} if of_prompt else {}
-        plan.admitted.append(sequence)
-        if sequence.wants_import:
-            sequence.phase = Phase.IMPORTING
-            self._importing[sequence.key] = sequence
-            return True
-        if sequence.stored[0] <= cached < sequence.stored[1]:
-            sequence.phase = Phase.LOADING
-            self._loading[sequence.key] = sequence
-        else:
-            sequence.phase = Phase.RUNNING
-            insort(self._running, sequence, key=_order)
-        if self.blocks.caching:
-            for block_hash in sequence.chain[sequence.published :]:
-                pending.setdefault(block_hash, sequence.order)
-        return True
-
-    @property
-    def _free_slots(self) -> int:
-        return self._max_num_seqs - len(self._running) - len(self._importing) - len(self._loading)
-
-    @property
-    def _live(self) -> list[Sequence]:
-        """Those that have a slot."""
-        return [*self._running, *self._importing.values(), *self._loading.values()]
-
-    def _slots_of(self, sequence: Sequence) -> int:
-        """Those that its tenant has in its band."""
-        return held_by(sequence.priority, self._live)[sequence.request.tenant]
-
-    @property
-    def _dear_slots(self) -> int:
-        """Slots that sequences with dear masks may still take: they hold them for long without a step."""
-        most = max(1, self._max_num_seqs // DEAR_SHARE)
-        return most - sum(each.has_dear_masks for each in self._live)
-
-    def _waits_for_block(self, sequence: Sequence, pending: dict[BlockHash, tuple[int, int]]) -> bool:
-        return not sequence.wants_import and self._computed_elsewhere(sequence, _usable(sequence), pending)
-
-    def _computed_elsewhere(
-        self, sequence: Sequence, chain: list[BlockHash], pending: dict[BlockHash, tuple[int, int]]
-    ) -> bool:
-        """Whether the first block that `sequence` misses is being computed, or loaded, by somebody before it."""
-        reusable = chain[: (len(sequence.tokens) - 1) // self.blocks.block_size]
-        hits = self.blocks.cached_prefix(reusable, len(sequence.tokens))
-        return hits < len(reusable) and pending.get(reusable[hits], sequence.order) < sequence.order
-
-    def _pending_blocks(self, before: int = LAST_BAND + 1) -> dict[BlockHash, tuple[int, int]]:
-        """Blocks that running and loading prompts of the bands before `before` will publish, with the order of the
-        first that will."""
-        pending: dict[BlockHash, tuple[int, int]] = {}
-        if not self.blocks.caching:
-            return pending
-        for sequence in (*self._running, *self._loading.values()):
-            if sequence.priority < before and _prefills(sequence):
-                exact = sequence.inexact_from
-                end = len(sequence.chain) if exact is None else exact // self.blocks.block_size
-                for block_hash in sequence.chain[sequence.published : end]:
-                    pending.setdefault(block_hash, sequence.order)
-        return pending
-
-    def _victim(self) -> Sequence:
-        """The last in order among those whose blocks nobody else reads or writes."""
-        for sequence in reversed(self._running):
-            if sequence.request.kv_export is None and not sequence.gated:
-                return sequence
-        raise IntegrityError("a decode needs a block and there is nobody to preempt")
-
-    def _preempt(self, plan: StepPlan, sequence: Sequence, reason: Preemption) -> None:
-        self._running.remove(sequence)
-        self.blocks.free(sequence.key)
-        sequence.restart()
-        sequence.preempted = reason
-        self._waiting.add(sequence)
-        plan.preempted.append(sequence)
-        if sequence in plan.admitted:  # a step may not both give and take
-            plan.admitted.remove(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        match sequence.phase:
-            case Phase.LOOKUP:
-                del self._looking_up[sequence.key]
-            case Phase.WAITING:
-                self._waiting.remove(sequence)
-            case Phase.RUNNING:
-                self._running.remove(sequence)
-            case Phase.IMPORTING:
-                del self._importing[sequence.key]
-            case Phase.LOADING:
-                del self._loading[sequence.key]
-            case Phase.HOLDING:
-                del self._holding[sequence.key]
-            case Phase.FINISHED:
-                pass
-
-    # What is going on (readable from any thread: each property copies before it looks)
+    # What is going on (from any thread; see `Roster`)
 
     @property
     def num_running(self) -> int:
-        """Requests with blocks: computed, importing, loading or held for a hand-over."""
-        return len(self._running) + len(self._importing) + len(self._loading) + len(self._holding)
+        return self.roster.num_running
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._looking_up)
+        return self.roster.num_waiting
 
     @property
     def pending_prefill_tokens(self) -> int:
-        """Prompt tokens that are to be computed here, as far as known: cache hits of waiting requests unknown."""
-        waiting = sum(each.to_compute for each in self._waiting.sequences() if not each.wants_import)
-        waiting += sum(sequence.to_compute for sequence in tuple(self._looking_up.values()))
-        waiting += sum(sequence.to_compute for sequence in tuple(self._loading.values()))
-        return waiting + sum(sequence.remaining for sequence in tuple(self._running) if _prefills(sequence))
+        return self.roster.pending_prefill_tokens
 
     def by_band(self) -> dict[int, int]:
-        """Requests by priority: with blocks, and waiting."""
-        groups = (self._running, self._importing.values(), self._loading.values(), self._holding.values())
-        live = [each for group in groups for each in tuple(group)]
-        return Counter(each.priority for each in (*live, *self._waiting.sequences(), *tuple(self._looking_up.values())))
+        return self.roster.by_band()
 
     def decode_load(self) -> tuple[int, int]:
-        """Decoding requests, and the tokens whose KV they read in a step."""
-        lengths = [sequence.num_computed for sequence in tuple(self._running) if not _prefills(sequence)]
-        return len(lengths), sum(lengths)
+        return self.roster.decode_load()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError with what is wrong here or in the blocks."""
         self.blocks.check_integrity()
-        wrong = self._waiting.problems()
-        phases = (
-            (Phase.LOOKUP, list(self._looking_up.values())),
-            (Phase.WAITING, self._waiting.sequences()),
-            (Phase.RUNNING, self._running),
-            (Phase.IMPORTING, list(self._importing.values())),
-            (Phase.LOADING, list(self._loading.values())),
-            (Phase.HOLDING, list(self._holding.values())),
-        )
-        keys: list[RequestKey] = []
-        for phase, sequences in phases:
-            for sequence in sequences:
-                keys.append(sequence.key)
-                if sequence.phase is not phase:
-                    wrong.append(f"{sequence.key} is {sequence.phase} among the {phase.value}")
-                if sequence.gated and phase is not Phase.RUNNING:
-                    wrong.append(f"{sequence.key} is {phase.value} and gated")
-                has_blocks = phase not in (Phase.LOOKUP, Phase.WAITING)
-                if self.blocks.holds(sequence.key) != has_blocks:
-                    wrong.append(f"{sequence.key} is {phase.value} and has blocks: {self.blocks.holds(sequence.key)}")
-                elif has_blocks:
-                    capacity = len(self.blocks.table(sequence.key)) * self.blocks.block_size
-                    if capacity < sequence.num_computed:
-                        wrong.append(f"{sequence.key} computed {sequence.num_computed} tokens in {capacity} slots")
-                if sequence.published * self.blocks.block_size > sequence.exact_tokens:
-                    wrong.append(
-                        f"{sequence.key} published more than the {sequence.exact_tokens} tokens that are exact"
-                    )
-        if len(set(keys)) != len(keys):
-            wrong.append("a request is in two phases")
-        if self.blocks.num_owners != sum(1 for key in keys if self.blocks.holds(key)):
-            wrong.append("blocks are owned by a request that is gone")
-        if wrong:
+        if wrong := self.roster.problems():
             raise IntegrityError("; ".join(wrong))
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
-
-
-def _usable(sequence: Sequence) -> list[BlockHash]:
-    """What of its chain may come from the cache."""
-    return [] if sequence.computes_all else sequence.chain
-
-
-def _displaceable(sequence: Sequence) -> bool:
-    """Nobody else reads or writes its blocks, and it has not yielded too often."""
-    return sequence.request.kv_export is None and not sequence.gated and sequence.displaced < MAX_DISPLACED
-
-
-def _prefills(sequence: Sequence) -> bool:
-    return sequence.num_computed < sequence.num_prompt or len(sequence.tokens) - sequence.num_computed > 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tandem.engine.request import EngineRequest, Pooling, Preemption, PromptReport, RequestKey, TokenLogprobs
 from tandem.engine.schedule.pooling import Pooler
+from tandem.engine.schedule.ranges import EMPTY, TokenRanges
 from tandem.kvstore.identity import BlockHash
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Phase(enum.Enum):
 
 
 class Sequence:
-    """`num_computed` chases `len(tokens)`: the KV of tokens below it is in the pool.
+    """`num_computed` chases `len(tokens)`: the KV of all tokens below it is in the pool. That of some tokens behind may
+    be, too (`ahead`): they are not computed when their turn comes.
 
     A sequence with one token left beyond its prompt decodes; one with more, or with prompt tokens left, prefills.
     After a preemption the output so far is computed again like a prompt, and no token is emitted twice because only a
@@ -45,6 +47,7 @@ class Sequence:
 
     __slots__ = (
         "account",
+        "ahead",
         "announced",
         "arrival",
         "chain",
@@ -106,6 +109,8 @@ class Sequence:
         self.max_total = min(self.num_prompt + request.sampling.max_tokens, max_model_len)
         """Tokens at which it ends with `length`."""
         self.num_computed = 0
+        self.ahead = EMPTY
+        """Tokens behind `num_computed` whose KV is in the pool: they came from elsewhere. Never the last known one."""
         self.preempted: Preemption | None = None
         """Why it was the last time."""
         self.displaced = 0
@@ -143,9 +148,8 @@ class Sequence:
         self.wants_import = request.kv_import is not None
         """Until the import has succeeded, failed or been preempted."""
         self.reservation: Reservation | None = None
-        self.stored = (0, 0)
-        """Tokens [first, end) that the KV store fills once there are blocks; the last known token is not among
-        them."""
+        self.stored = EMPTY
+        """Tokens that the KV store fills once there are blocks; the last known token is not among them."""
         self.gated = False
         """RUNNING, though its last layers are still being filled from the KV store."""
         self.announced: int | None = None
@@ -173,19 +177,49 @@ class Sequence:
         return self.num_computed if self.inexact_from is None else min(self.inexact_from, self.num_computed)
 
     @property
+    def there(self) -> TokenRanges:
+        """Tokens whose KV is in the pool."""
+        computed = TokenRanges.up_to(self.num_computed)
+        return computed.union(self.ahead) if self.ahead else computed
+
+    @there.setter
+    def there(self, tokens: TokenRanges) -> None:
+        self.num_computed = tokens.first_gap()
+        self.ahead = tokens.within(self.num_computed, tokens.end)
+
+    @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        missing = len(self.tokens) - self.num_computed
+        return missing - self.ahead.count if self.ahead else missing
 
     @property
     def to_compute(self) -> int:
-        """Tokens that will be computed here before the next one can be sampled, as far as known."""
-        return len(self.tokens) - max(self.num_computed, self.stored[1])
+        """Tokens that will be computed here before the next one can be sampled, as far as known. What the KV store was
+        not asked for was on the device then; whether it still is turns out when there are blocks."""
+        if self.phase in (Phase.LOOKUP, Phase.WAITING):
+            return len(self.tokens) - max(self.num_computed, self.stored.end)
+        return len(self.tokens) - self.there.union(self.stored).count
 
     @property
     def order(self) -> tuple[int, int]:
         """Lower goes first; the highest is preempted first."""
         return self.priority, self.arrival
+
+    @property
+    def prefills(self) -> bool:
+        """Whether its next step computes a chunk; else it decodes."""
+        return self.num_computed < self.num_prompt or len(self.tokens) - self.num_computed > 1
+
+    @property
+    def owns_its_blocks(self) -> bool:
+        """Whether nobody else reads or writes them: no exporter, no load."""
+        return self.request.kv_export is None and not self.gated
+
+    @property
+    def usable_chain(self) -> list[BlockHash]:
+        """What of its chain may come from the cache."""
+        return [] if self.computes_all else self.chain
 
     @property
     def waits_for_mask(self) -> bool:
@@ -210,6 +244,12 @@ class Sequence:
         """Whether it needs what only computing every prompt token gives, whatever is cached."""
         return self.scores_prompt or (self.pooler is not None and self.pooler.every_row)
 
+    def computed_to(self, end: int) -> None:
+        """All tokens below `end` that had no KV are computed now."""
+        self.num_computed = end
+        if self.ahead:
+            self.there = self.there
+
     def append(self, token: int) -> None:
         self.tokens.append(token)
         self.last_token = token
@@ -217,10 +257,10 @@ class Sequence:
     def restart(self) -> None:
         """Its blocks are gone: everything is computed again."""
         self.phase = Phase.WAITING
-        self.num_computed = 0
+        self.there = EMPTY
         self.inexact_from = None
         self.published = 0
-        self.stored = (0, 0)
+        self.stored = EMPTY
         if self.report is not None:
             self.report.near_tokens = 0
         self.prompt_logprobs.clear()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tandem.engine.model.batch import ForwardBatch, PrefillSlice
 from tandem.engine.schedule.block_manager import BlockManager
+from tandem.engine.schedule.plan import Chunk, StepPlan
 from tandem.engine.schedule.pooling import pooled_rows
-from tandem.engine.schedule.scheduler import Chunk, StepPlan
 from tandem.engine.schedule.sequence import Sequence
 
 Ints = npt.NDArray[np.int64]
@@ -164,23 +164,22 @@ class Runner:
         pooled: list[int] = []
         row = len(sampled)
         for chunk in plan.chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed
-            stop = start + chunk.num_tokens
-            where = np.arange(start, stop)
-            table = self._tables[sequence.row, : self._blocks.blocks_for(stop)]
-            tokens.append(np.array(sequence.tokens[start:stop], dtype=np.int64))
+            sequence = chunk.sequence
+            where = np.concatenate([np.arange(first, end) for first, end in chunk.tokens])
+            table = self._tables[sequence.row, : self._blocks.blocks_for(chunk.end)]
+            tokens.extend(np.array(sequence.tokens[first:end], dtype=np.int64) for first, end in chunk.tokens)
             positions.append(where)
             slots.append(_slots(table, where, self._blocks.block_size))
             block_ids = self._on_device(torch.from_numpy(table))
-            prefills.append(PrefillSlice(row, chunk.num_tokens, stop, block_ids))
+            prefills.append(PrefillSlice(row, len(where), chunk.end, block_ids))
             if sequence.pooler is not None:
-                pooled.extend(range(row + chunk.num_tokens - pooled_rows(chunk), row + chunk.num_tokens))
+                pooled.extend(range(row + len(where) - pooled_rows(chunk), row + len(where)))
             elif samples(chunk):
                 sampled.append(sequence)
-                last_rows.append(row + chunk.num_tokens - 1)
+                last_rows.append(row + len(where) - 1)
             if sequence.scores_prompt:
-                scored_rows.extend(range(row, row + chunk.num_tokens))
-            row += chunk.num_tokens
+                scored_rows.extend(range(row, row + len(where)))
+            row += len(where)
         joined = (np.concatenate(tokens), np.concatenate(positions), np.concatenate(slots))
         logit_rows = np.array(last_rows + scored_rows + pooled, dtype=np.int64)
         tokens_t, positions_t, slots_t, logit_rows_t = map(torch.from_numpy, (*joined, logit_rows))

@@ -32,7 +32,7 @@ from torch import Tensor
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.engine.request import TokenLogprobs
-from tandem.engine.schedule.scheduler import Chunk
+from tandem.engine.schedule.plan import Chunk
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.step.constraint import TokenMasks, allows_only
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tandem.engine.export import LayerAnnouncer
 from tandem.engine.model.batch import ForwardBatch, KvPool
 from tandem.engine.request import TokenLogprobs
+from tandem.engine.schedule.plan import Chunk, StepPlan
 from tandem.engine.schedule.pooling import pool_rows, pooled_rows
-from tandem.engine.schedule.scheduler import Chunk, StepPlan
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.step.sampler import score_prompts
 from tandem.engine.store.loading import Gate

@@ -22,7 +22,9 @@ from tandem.engine.model.batch import KvPool
 from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import RequestKey
 from tandem.engine.schedule.block_manager import BlockManager
-from tandem.engine.schedule.scheduler import Scheduler, StepPlan
+from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.ranges import EMPTY, TokenRanges
+from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.settings import MAX_WAITING, EngineConfig
 from tandem.engine.status import StepMeter
@@ -136,8 +138,9 @@ class StoreFlow:
         rate = self._meter.prefill_tokens_per_s
         limit_s, step_s = UNKNOWN_LOAD_S, 0.0
         if rate > 0:
-            limit_s = min(max((sequence.stored[1] - sequence.num_computed) / rate, LEAST_LOAD_S), MOST_LOAD_S)
-            if self._store.overlap and (sequence.stored[1] < sequence.num_prompt or sequence.to_compute > 1):
+            missing = sequence.stored.within(sequence.num_computed, sequence.stored.end)
+            limit_s = min(max(missing.count / rate, LEAST_LOAD_S), MOST_LOAD_S)
+            if self._store.overlap and (sequence.stored.end < sequence.num_prompt or sequence.to_compute > 1):
                 # Only chunks wait for layers in a step: where all that is left is to decode, the load has to be over.
                 step_s = min(sequence.to_compute, self._max_step_tokens) / rate
         state.load = Load(
@@ -197,7 +200,7 @@ class StoreFlow:
             load, state.load = state.load, None
             load.close()
             self._store.counters.load("stuck", 0.0, {})
-            self._go_on(sequence, load.start, None)
+            self._go_on(sequence, load.before, None)
 
     # Answers of the workers
 
@@ -228,7 +231,7 @@ class StoreFlow:
     def _joinable(self, sequence: Sequence, load: Load) -> None:
         if _state(sequence).load is load and sequence.phase is Phase.LOADING:
             _report_wait(sequence)
-            self._scheduler.join(sequence, load.stop, inexact_from=load.inexact_from, gated=True)
+            self._scheduler.join(sequence, load.planned, inexact_from=load.inexact_from, gated=True)
             self._resume(sequence)
 
     def _ended(self, sequence: Sequence, load: Load) -> None:
@@ -236,7 +239,7 @@ class StoreFlow:
             self._known.discard(load.located[index].key)
         if _state(sequence).load is load:
             self._settle(sequence, load)
-            self._go_on(sequence, load.tokens, load.inexact_from)
+            self._go_on(sequence, load.there, load.inexact_from)
 
     def _settle(self, sequence: Sequence, load: Load) -> None:
         """The load is over and counted; the report says what it brought."""
@@ -245,22 +248,22 @@ class StoreFlow:
         tokens = load.tokens_by_tier()
         self._store.counters.load(load.outcome, load.seconds, tokens)
         if sequence.report is not None and tokens:
-            sequence.report.cached_tokens = min(load.tokens, sequence.num_prompt)
+            sequence.report.cached_tokens = load.there.within(0, sequence.num_prompt).count
             sequence.report.near_tokens = load.near_tokens(sequence.num_prompt)
             for tier, count in load.tokens_by_tier(sequence.num_prompt).items():
                 sequence.report.cached_by_tier[tier] = sequence.report.cached_by_tier.get(tier, 0) + count
 
-    def _go_on(self, sequence: Sequence, num_computed: int, inexact_from: int | None) -> None:
-        """`num_computed` tokens are there, exact below `inexact_from`; the rest is computed."""
-        sequence.stored = (0, 0)
+    def _go_on(self, sequence: Sequence, there: TokenRanges, inexact_from: int | None) -> None:
+        """The tokens `there` are, exact below `inexact_from`; the rest is computed."""
+        sequence.stored = EMPTY
         if sequence.phase is Phase.LOADING:
             _report_wait(sequence)
-            self._scheduler.join(sequence, num_computed, inexact_from=inexact_from)
+            self._scheduler.join(sequence, there, inexact_from=inexact_from)
             self._scheduler.publish(sequence)
             self._resume(sequence)
         elif sequence.gated:
             sequence.gated = False
-            sequence.num_computed = num_computed
+            sequence.there = there
             sequence.inexact_from = inexact_from
             self._scheduler.publish(sequence)
             self._resume(sequence)
@@ -286,12 +289,12 @@ class StoreFlow:
             if sequence.report is not None:
                 sequence.report.load_s += gate.waited_s
             sequence.gated = False
-            sequence.stored = (0, 0)
+            sequence.stored = EMPTY
         for sequence in gate.broken:
             self._store.counters.gate_missed()
             load = _state(sequence).load
             _state(sequence).load_began = time.monotonic()
-            self._scheduler.suspend(sequence, load.start if load is not None else 0)
+            self._scheduler.suspend(sequence, load.before if load is not None else EMPTY)
 
     # Saving
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tandem.engine.model.batch import KvPool, all_finite
-from tandem.engine.schedule.scheduler import StepPlan
+from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.ranges import TokenRanges
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.lookup import LookUp
@@ -43,7 +44,8 @@ def arrives_in_time(ready: int, num_layers: int, layer_s: float, step_s: float) 
 
 
 class Load:
-    """The objects of one look-up on their way into the blocks of one sequence.
+    """The objects of one look-up on their way into the blocks of one sequence. Tokens between those that were there and
+    the first object are not loaded.
 
     It loads the leading objects that can be had: one that is missing, late or wrong ends the run there. Rows are
     written under a lock that `close` takes, so blocks never go back while bytes arrive.
@@ -80,12 +82,16 @@ class Load:
         self.located = lookup.located
         self.first_chunk = lookup.first_chunk
         self.start = start
-        self.stop = lookup.stored[1]
+        self.before = TokenRanges.up_to(start)
+        """Tokens that were there."""
+        self.planned = self.before.union(lookup.stored)
+        """Tokens that are there if all comes."""
+        self._stored = lookup.stored
         self._fetch: Fetch | None = lookup.take_fetch() if lookup.fetch is not None else None
         self._fetch_began = lookup.fetch_began if self._fetch is not None else 0.0
         self._began = time.monotonic()
         self._deadline = self._began + limit_s
-        self._skipped = start // store.chunk_tokens - lookup.first_chunk
+        self._skipped = max(start // store.chunk_tokens - lookup.first_chunk, 0)
         """Leading objects that are on the device by now."""
         self._objects = len(self.located)
         """Length of the run that can be had."""
@@ -114,10 +120,10 @@ class Load:
     # Engine thread
 
     @property
-    def tokens(self) -> int:
-        """Once it has ended: tokens below this one are in the pool in all layers."""
+    def there(self) -> TokenRanges:
+        """Once it has ended: tokens that are in the pool in all layers."""
         end = (self.first_chunk + self._objects) * self._store.chunk_tokens
-        return max(self.start, min(end, self.stop))
+        return self.before.union(self._stored.within(0, end))
 
     @property
     def inexact_from(self) -> int | None:
@@ -262,7 +268,7 @@ class Load:
         """Tokens [first, end) that object `index` fills."""
         chunk_tokens = self._store.chunk_tokens
         first = (self.first_chunk + index) * chunk_tokens
-        return max(first, self.start), max(min(first + chunk_tokens, self.stop), self.start)
+        return max(first, self.start), max(min(first + chunk_tokens, self._stored.end), self.start)
 
     def _wrong(self, index: int, outcome: str, why: str) -> None:
         key = self.located[index].key

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from tandem.engine.schedule.ranges import TokenRanges
 from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.cost import choose_fetch
 from tandem.kvstore.identity import Namespace, prefix_chain
@@ -52,11 +53,11 @@ class LookUp:
         """Set by the engine thread: nobody waits for the answer."""
 
     @property
-    def stored(self) -> tuple[int, int]:
-        """Tokens [first, end) that `located` fills. The last known token has to be computed for its logits."""
+    def stored(self) -> TokenRanges:
+        """Tokens that `located` fills. The last known token has to be computed for its logits."""
         chunk_tokens = self._store.chunk_tokens
         end = (self.first_chunk + len(self.located)) * chunk_tokens
-        return self.first_chunk * chunk_tokens, min(end, len(self._tokens) - 1)
+        return TokenRanges.of((self.first_chunk * chunk_tokens, min(end, len(self._tokens) - 1)))
 
     def run(self) -> None:
         try:

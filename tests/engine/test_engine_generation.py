@@ -48,7 +48,7 @@ def test_chunked_prefill_gives_the_same_tokens(folder: Path, engine: EngineUnder
     whole = engine.generate("a", PROMPT, max_tokens=30)
     with EngineUnderTest(folder, max_num_batched_tokens=48, max_num_seqs=8) as chunked:
         assert chunked.generate("a", PROMPT, max_tokens=30) == whole
-        assert len(chunked.engine.scheduler._waiting) == 0
+        assert len(chunked.engine.scheduler.roster.waiting) == 0
 
 
 def test_a_cached_prefix_gives_the_same_tokens(engine: EngineUnderTest) -> None:

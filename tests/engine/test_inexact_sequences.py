@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tandem.engine.schedule.block_manager import IntegrityError
+from tandem.engine.schedule.ranges import TokenRanges
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tests.engine.schedule.test_scheduler import BLOCK, Play
 
@@ -12,11 +13,11 @@ from tests.engine.schedule.test_scheduler import BLOCK, Play
 def loaded(play: Play, name: str, length: int, inexact_from: int | None) -> Sequence:
     """Its first 48 tokens came from the store."""
     sequence = play.add(name, 0, tokens=list(range(3, 3 + length)), max_tokens=60, look_up=True)
-    sequence.stored = (0, 48)
+    sequence.stored = TokenRanges.up_to(48)
     play.scheduler.looked_up(sequence)
     play.scheduler.schedule(0.0)
     assert sequence.phase is Phase.LOADING
-    play.scheduler.join(sequence, 48, inexact_from=inexact_from)
+    play.scheduler.join(sequence, TokenRanges.up_to(48), inexact_from=inexact_from)
     play.scheduler.publish(sequence)
     return sequence
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tandem.common.constraint_limits import DEAR_S
 from tandem.common.sampling import Constraint
 from tandem.engine.masks.guide import Guide, Work
-from tandem.engine.schedule.scheduler import DEAR_SHARE
+from tandem.engine.schedule.admission import DEAR_SHARE
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.step.constraint import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Patience
 from tests.engine.schedule.test_scheduler import Play

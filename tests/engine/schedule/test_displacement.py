@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.request import Preemption
-from tandem.engine.schedule.scheduler import MAX_DISPLACED
+from tandem.engine.schedule.admission import MAX_DISPLACED
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tests.engine.schedule.test_scheduler import BLOCK, Play
 from tests.engine_harness import EngineUnderTest, tiny_llama

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tandem.common.errors import TandemError
 from tandem.common.fairness import INPUT_COST, OUTPUT_COST, ServiceCounters
 from tandem.engine.schedule.block_manager import BlockManager
-from tandem.engine.schedule.scheduler import Scheduler, StepPlan
+from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.schedule.waiting import WaitingQueue
 from tandem.proto import worker_pb2
@@ -153,7 +154,7 @@ def test_waiting_tenants_never_differ_by_more_than_what_runs_can_still_cost(
     for _ in range(3000):
         if not floor.scheduler.num_waiting and not floor.scheduler.num_running:
             break
-        waiting = {sequence.request.tenant: sequence.account for sequence in floor.scheduler._waiting.sequences()}
+        waiting = {sequence.request.tenant: sequence.account for sequence in floor.scheduler.roster.waiting.sequences()}
         counters = [account.counter for account in waiting.values() if account is not None]
         apart = max(apart, max(counters, default=0.0) - min(counters, default=0.0))
         floor.step()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tandem.common.fairness import LAST_BAND
 from tandem.engine.request import FinishReason
 from tandem.engine.schedule.last_band import MAX_PIECE_S, PATIENCE_S, PROMPT_TOKENS, ROWS, SHARE
-from tandem.engine.schedule.scheduler import StepPlan
+from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tests.engine.schedule.test_scheduler import Play
 from tests.engine_harness import DirectImport, EngineUnderTest, tiny_llama

@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from tandem.common.errors import TandemError
 from tandem.common.fairness import LAST_BAND
 from tandem.engine.request import Preemption, RequestKey
+from tandem.engine.schedule.admission import MAX_DISPLACED
 from tandem.engine.schedule.block_manager import BlockManager
-from tandem.engine.schedule.scheduler import MAX_DISPLACED, Scheduler, StepPlan
+from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.ranges import EMPTY, TokenRanges
+from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tests.engine_harness import make_sequence
 
 BLOCK = 16
+up_to = TokenRanges.up_to
 
 
 class Play:
@@ -56,8 +60,8 @@ class Play:
 
     def step(self) -> StepPlan:
         """Plans and plays one step, and checks what must hold for every step."""
-        running = [s for s in self.scheduler._running if s.num_computed >= s.num_prompt and s.remaining == 1]
-        waiting = {s.key: s.priority for s in self.scheduler._waiting.sequences()}
+        running = [s for s in self.scheduler.roster.running if s.num_computed >= s.num_prompt and s.remaining == 1]
+        waiting = {s.key: s.priority for s in self.scheduler.roster.waiting.sequences()}
         plan = self.scheduler.schedule(self.now)
         self.check_displaced(plan, waiting)
         assert plan.num_tokens <= self.budget
@@ -227,7 +231,7 @@ def test_a_recompute_ends_its_chunks_where_the_first_computation_did() -> None:
     assert ends[0] == 48
     for sequence in others:
         play.scheduler.finish(sequence)
-    play.scheduler._preempt(StepPlan(), victim, Preemption.MEMORY)
+    play.scheduler.roster.preempt(StepPlan(), victim, Preemption.MEMORY)
     evictor = RequestKey("evictor", 1)
     assert play.blocks.allocate(evictor, play.blocks.available_blocks * play.blocks.block_size, []) == 0
     play.blocks.free(evictor)
@@ -323,7 +327,7 @@ def test_an_import_holds_blocks_outside_the_steps_and_joins() -> None:
     assert plan.num_tokens == 0
     assert waiting.phase is Phase.IMPORTING
     assert len(play.blocks.table(waiting.key)) == 3
-    play.scheduler.join(waiting, 40)
+    play.scheduler.join(waiting, up_to(40))
     waiting.append(7)
     play.emitted["import"] = 1
     assert play.step().decodes == [waiting]
@@ -335,7 +339,7 @@ def test_a_failed_import_is_computed_here_from_what_was_cached() -> None:
     play = Play()
     waiting = play.add("import", 40, kv_import=object())
     play.step()
-    play.scheduler.join(waiting, 0)
+    play.scheduler.join(waiting, up_to(0))
     assert [chunk.num_tokens for chunk in play.step().chunks] == [40]
     play.run()
     assert play.emitted == {"import": 4}
@@ -385,37 +389,87 @@ def test_those_that_are_looked_up_count_as_waiting() -> None:
 def test_what_the_store_has_is_loaded_outside_the_steps() -> None:
     play = Play()
     loaded = play.add("load", 100)
-    loaded.stored = (0, 64)
+    loaded.stored = up_to(64)
     assert play.scheduler.pending_prefill_tokens == 36
     plan = play.step()
     assert plan.admitted == [loaded]
     assert (plan.chunks, loaded.phase) == ([], Phase.LOADING)
-    play.scheduler.join(loaded, 64)
+    play.scheduler.join(loaded, up_to(64))
     play.scheduler.publish(loaded)
     assert [chunk.num_tokens for chunk in play.step().chunks] == [36]
     play.run()
     assert play.emitted == {"load": 4}
 
 
-@pytest.mark.parametrize("stored", [(0, 48), (64, 96)])
-def test_what_the_device_has_or_does_not_reach_is_not_loaded(stored: tuple[int, int]) -> None:
+def test_what_the_device_has_is_not_loaded() -> None:
     play = Play()
     tokens = [hash_free("same", i) for i in range(100)]
     play.add("before", 0, tokens=tokens[:50])
     play.run()
     after = play.add("after", 0, tokens=tokens)
-    after.stored = stored
+    after.stored = up_to(48)
     assert [chunk.num_tokens for chunk in play.step().chunks] == [52]
+
+
+def test_what_lies_between_device_and_store_is_computed_and_what_is_there_is_not() -> None:
+    play = Play()
+    tokens = [hash_free("same", i) for i in range(100)]
+    play.add("before", 0, tokens=tokens[:50])
+    play.run()
+    after = play.add("after", 0, tokens=tokens)
+    after.stored = TokenRanges.of((64, 96))
+    assert (play.step().chunks, after.phase) == ([], Phase.LOADING)
+    assert play.scheduler.pending_prefill_tokens == 20
+    play.scheduler.join(after, after.there.union(after.stored))
+    assert play.scheduler.pending_prefill_tokens == after.remaining == 20
+    assert [chunk.tokens.parts for chunk in play.step().chunks] == [((48, 64), (96, 100))]
+    assert (after.num_computed, after.ahead, after.remaining) == (100, EMPTY, 1)
+    play.run()
+    assert play.emitted == {"before": 4, "after": 4}
+
+
+def test_gaps_are_computed_in_order_as_far_as_the_budget_goes() -> None:
+    play = Play(budget=2 * BLOCK)
+    sequence = play.add("a", 10 * BLOCK)
+    sequence.stored = TokenRanges.of((BLOCK, 4 * BLOCK), (6 * BLOCK, 7 * BLOCK + 5))
+    play.step()
+    play.scheduler.join(sequence, sequence.stored)
+    computed = [chunk.tokens.parts for _ in range(4) for chunk in play.step().chunks]
+    assert computed == [
+        ((0, BLOCK), (4 * BLOCK, 5 * BLOCK)),
+        ((5 * BLOCK, 6 * BLOCK), (7 * BLOCK + 5, 8 * BLOCK)),
+        ((8 * BLOCK, 10 * BLOCK),),
+    ]
+    assert sequence.chunk_ends == [5 * BLOCK, 8 * BLOCK, 10 * BLOCK]
+
+
+def test_pending_prefill_tokens_are_all_that_will_be_computed_here() -> None:
+    """Each group of sequences has a number of its own, so that none can be left out, or counted against another."""
+    play = Play(num_blocks=1000, max_num_seqs=4)
+    play.add("decodes", 5, max_tokens=40)
+    play.step()
+    imports = play.add("imports", 10, kv_import=object())
+    loads = play.add("loads", 1000)
+    loads.stored = up_to(64)
+    begun = play.add("half computed", 2000)
+    while begun.num_computed == 0:
+        play.step()
+    assert (imports.phase, loads.phase, begun.phase) == (Phase.IMPORTING, Phase.LOADING, Phase.RUNNING)
+    play.add("looked up", 3000, look_up=True)
+    play.add("waits", 5000).stored = up_to(128)
+    play.add("waits for an import", 7000, kv_import=object())
+    pending = (1000 - 64) + (2000 - begun.num_computed) + 3000 + (5000 - 128)
+    assert play.scheduler.pending_prefill_tokens == pending
 
 
 def test_equal_prompts_wait_for_the_one_that_loads() -> None:
     play = Play()
     tokens = [hash_free("same", i) for i in range(100)]
     first, second = (play.add(name, 0, tokens=tokens) for name in ("first", "second"))
-    first.stored = second.stored = (0, 96)
+    first.stored = second.stored = up_to(96)
     assert play.step().admitted == [first]
     assert not play.step().admitted
-    play.scheduler.join(first, 96)
+    play.scheduler.join(first, up_to(96))
     play.scheduler.publish(first)
     plan = play.step()
     assert [(chunk.sequence, chunk.num_tokens) for chunk in plan.chunks] == [(first, 4), (second, 4)]
@@ -426,14 +480,14 @@ def test_a_gated_sequence_is_not_preempted_and_can_be_suspended() -> None:
     decoding = play.add("decoding", 31, max_tokens=40)
     play.step()
     gated = play.add("gated", 64)
-    gated.stored = (0, 48)
+    gated.stored = up_to(48)
     play.step()
-    play.scheduler.join(gated, 48, gated=True)
-    assert play.scheduler._victim() is decoding
-    play.scheduler.suspend(gated, 0)
+    play.scheduler.join(gated, up_to(48), gated=True)
+    assert play.scheduler.roster.victim() is decoding
+    play.scheduler.suspend(gated, up_to(0))
     play.scheduler.check_integrity()
     assert play.step().decodes == [decoding]
-    play.scheduler.join(gated, 16)
+    play.scheduler.join(gated, up_to(16))
     play.run()
     assert play.emitted == {"decoding": 40, "gated": 4}
 
@@ -451,17 +505,17 @@ def shuffled_loads(rng: random.Random, play: Play, sequences: Seq[Sequence]) -> 
     for sequence in sequences:
         if sequence.phase is Phase.LOOKUP and rng.random() < 0.5:
             end = min(rng.randint(0, 80), sequence.num_prompt - 1)
-            sequence.stored = (rng.randrange(0, end + 1, BLOCK), end)
+            sequence.stored = TokenRanges.of((rng.randrange(0, end + 1, BLOCK), end))
             scheduler.looked_up(sequence)
         elif sequence.phase is Phase.LOADING and rng.random() < 0.3:
-            loaded = rng.choice((sequence.num_computed, sequence.stored[1]))
+            loaded = rng.choice((sequence.there, sequence.there.union(sequence.stored)))
             gated = rng.random() < 0.3
             scheduler.join(sequence, loaded, gated)
             if not gated:
                 scheduler.publish(sequence)
         elif sequence.gated and sequence.phase is Phase.RUNNING:
             if rng.random() < 0.5:
-                scheduler.suspend(sequence, 0)
+                scheduler.suspend(sequence, up_to(0))
             else:
                 sequence.gated = False
 
@@ -470,9 +524,9 @@ def shuffled_imports(rng: random.Random, play: Play, imports: Seq[Sequence]) -> 
     for sequence in imports:
         if sequence.phase is Phase.IMPORTING and rng.random() < 0.3:
             if rng.random() < 0.5:
-                play.scheduler.join(sequence, sequence.num_computed)
+                play.scheduler.join(sequence, sequence.there)
             else:
-                play.scheduler.join(sequence, sequence.num_prompt)
+                play.scheduler.join(sequence, up_to(sequence.num_prompt))
                 play.scheduler.publish(sequence)
                 sequence.append(7)
                 name = sequence.key.request_id

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tandem.common.fairness import LAST_BAND
 from tandem.common.slot_shares import LARGE, SHARE
 from tandem.engine.request import Preemption
-from tandem.engine.schedule.scheduler import MAX_DISPLACED
+from tandem.engine.schedule.admission import MAX_DISPLACED
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.schedule.slot_shares import KEPT_S, KEPT_SHARE
 from tests.engine.schedule.test_fair_scheduling import Floor

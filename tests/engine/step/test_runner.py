@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from tandem.engine.schedule.block_manager import BlockManager
-from tandem.engine.schedule.scheduler import Chunk, Scheduler, StepPlan
+from tandem.engine.schedule.plan import Chunk, StepPlan
+from tandem.engine.schedule.ranges import TokenRanges
+from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.step.runner import Runner
 from tests.engine_harness import make_sequence
@@ -32,8 +34,7 @@ class Bench:
         batch, sampled = self.runner.build(plan)
         rows: list[tuple[Sequence, int]] = [(s, s.num_computed) for s in plan.decodes]
         for chunk in plan.chunks:
-            start = chunk.sequence.num_computed
-            rows += [(chunk.sequence, position) for position in range(start, start + chunk.num_tokens)]
+            rows += [(chunk.sequence, position) for first, end in chunk.tokens for position in range(first, end)]
         assert batch.token_ids.tolist() == [s.tokens[position] for s, position in rows]
         assert batch.positions.tolist() == [position for _, position in rows]
         assert batch.slots.tolist() == [
@@ -124,6 +125,6 @@ def test_a_chunk_that_stops_short_samples_nothing() -> None:
     sequence = make_sequence("a", range(40))
     bench.scheduler.add(sequence)
     bench.plan()
-    batch, sampled = bench.runner.build(StepPlan(chunks=[Chunk(sequence, 16)]))
+    batch, sampled = bench.runner.build(StepPlan(chunks=[Chunk(sequence, TokenRanges.up_to(16))]))
     assert sampled == []
     assert batch.logit_rows.tolist() == []

@@ -73,14 +73,15 @@ class ChainedDecoder:
             if before_attention is not None:
                 before_attention(layer)
             for row, count, slots in texts:
-                chain = _Chain(layer, channels)
-                chain.read(read_rows(pool, layer, slots[:-count]))
-                made = []
-                for index in range(row, row + count):
+                chain, place, made = _Chain(layer, channels), 0, []
+                positions = batch.positions[row : row + count]
+                for index, position in enumerate(positions.tolist(), row):
+                    chain.read(read_rows(pool, layer, slots[place:position]))
                     made.append(chain.make(int(batch.token_ids[index])))
                     chosen[index] = chain.choose(self._vocab_size)
+                    place = position + 1
                 payload = np.ascontiguousarray(np.stack(made, axis=1))
-                pool.write_rows(layer, slots[-count:], memoryview(payload).cast("B"))
+                pool.write_rows(layer, slots[positions], memoryview(payload).cast("B"))
             on_layer(layer)
         logits = torch.zeros(len(batch.logit_rows), self._vocab_size)
         for place, row in enumerate(batch.logit_rows.tolist()):

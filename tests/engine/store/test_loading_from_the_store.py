@@ -133,13 +133,13 @@ def test_a_preempted_request_that_was_loaded_gives_the_same_tokens(make: MakeEng
     block_bytes = 2 * 3 * 16 * 32 * 4
     small = make(kv_cache_bytes=24 * block_bytes, max_model_len=300, max_num_seqs=4)
     preempted: list[object] = []
-    original = small.engine.scheduler._preempt
+    original = small.engine.scheduler.roster.preempt
 
     def preempt(plan: Any, sequence: Any, why: Any) -> None:
         preempted.append(sequence.key)
         original(plan, sequence, why)
 
-    small.engine.scheduler._preempt = preempt  # type: ignore[method-assign]
+    small.engine.scheduler.roster.preempt = preempt  # type: ignore[method-assign]
     keys = [small.submit(f"p{i}", prompt, max_tokens=80) for i, prompt in enumerate(prompts)]
     expected = [plain.generate(f"p{i}", prompt, max_tokens=80) for i, prompt in enumerate(prompts)]
     assert [small.tokens(key) for key in keys] == expected

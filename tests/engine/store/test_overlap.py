@@ -141,7 +141,7 @@ def test_without_overlap_nobody_is_gated(make: MakeEngine, home: ScriptedHome, e
     home.free_layers = 2
     home.layers_may_come.clear()
     key = second.submit("plain", PROMPT)
-    wait_for(lambda: second.engine.scheduler._loading)
+    wait_for(lambda: second.engine.scheduler.roster.loading)
     load = next(iter(second.engine._sequences.values())).store.load  # type: ignore[union-attr]
     assert load is not None
     wait_for(lambda: load._layers == 2)

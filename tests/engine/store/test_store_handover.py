@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tandem.engine.request import FinishReason, RequestKey
-from tandem.engine.schedule.scheduler import StepPlan
+from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.store import loading
 from tests.engine.store.conftest import CHUNK, MakeEngine, assert_same, fill, report_of
 from tests.engine.store.scripted_home import ScriptedHome
@@ -129,13 +129,13 @@ def test_a_load_that_ends_before_the_first_step_is_announced_at_once(
 
     def without_steps(now: float) -> StepPlan:
         plan = schedule(now)
-        if any(sequence.gated for sequence in scheduler._running):
+        if any(sequence.gated for sequence in scheduler.roster.running):
             plan.chunks.clear()  # as if others had used up the budget
         return plan
 
     monkeypatch.setattr(scheduler, "schedule", without_steps)
     key, export = hand_over(prefill, decode, "idle")
-    wait_for(lambda: any(sequence.gated for sequence in list(scheduler._running)))
+    wait_for(lambda: any(sequence.gated for sequence in list(scheduler.roster.running)))
     home.layers_may_come.set()
     assert_same(decode, key, plain, plain.submit("idle", PROMPT, max_tokens=50, logprobs=0))
     assert export.announced[:3] == [(0, 0, 128), (1, 0, 128), (2, 0, 128)]
