@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import xxhash
 
-_START = struct.Struct("<4sH")
-_HEADER = struct.Struct("<4sHHQQQII")
+START = struct.Struct("<4sHH")
+_CHECKED = struct.Struct("<4sHHQQQII")
+_HEADER = struct.Struct("<4sHHQQQIII")
 _TAIL = struct.Struct("<I")
-START_BYTES = 8
-HEADER_BYTES = _HEADER.size + _TAIL.size
+HEADER_BYTES = _HEADER.size
 
 
 class ProtocolError(Exception):
@@ -52,25 +52,12 @@ def checksum(raw: bytes | bytearray | memoryview) -> int:
 def pack(magic: bytes, version: int, header: Header) -> bytes:
     """The 44 bytes of `header`."""
     kind, frame_id, body_length, payload_length, sequence, body_checksum = header
-    head = _HEADER.pack(magic, version, kind, frame_id, sequence, payload_length, body_length, body_checksum)
+    head = _CHECKED.pack(magic, version, kind, frame_id, sequence, payload_length, body_length, body_checksum)
     return head + _TAIL.pack(checksum(head))
 
 
-def unpack(raw: bytes | bytearray | memoryview) -> tuple[int, int, int, int, int, int]:
-    """Kind, id, sequence, payload length, body length and body checksum of 44 bytes whose start is checked. Raises
-    ProtocolError for a wrong checksum."""
-    view = memoryview(raw)
-    _, _, *numbers = _HEADER.unpack(view[: _HEADER.size])
-    if _TAIL.unpack(view[_HEADER.size :])[0] != checksum(view[: _HEADER.size]):
-        raise ProtocolError("header checksum does not match")
-    kind, frame_id, sequence, payload_length, body_length, body_checksum = numbers
-    return kind, frame_id, sequence, payload_length, body_length, body_checksum
-
-
-def check_start(raw: bytes | bytearray | memoryview, magic: bytes, version: int, name: str) -> None:
-    """Looks at the first 8 bytes of a frame. Raises ProtocolError for another protocol, VersionMismatch."""
-    found, theirs = _START.unpack_from(raw)
-    if found != magic:
-        raise ProtocolError(f"not a {name} connection: wrong magic")
-    if theirs != version:
-        raise VersionMismatch(name, theirs, version)
+def unpack(raw: bytes | bytearray | memoryview) -> tuple[bytes, int, int, int, int, int, int, int, bool]:
+    """Magic, version, kind, id, sequence, payload length, body length and body checksum of 44 bytes, and whether their
+    own checksum is right."""
+    *fields, digest = _HEADER.unpack(raw)
+    return *fields, digest == checksum(raw[: _CHECKED.size])

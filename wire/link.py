@@ -17,7 +17,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from tandem.wire.header import HEADER_BYTES, START_BYTES, Header, ProtocolError
+from tandem.wire.header import HEADER_BYTES, START, Header, ProtocolError
 from tandem.wire.protocol import Body, Protocol
 
 MAX_UNSENT_BYTES = 1 << 20
@@ -129,14 +129,17 @@ class Link:
         return raw
 
     def _send_all(self, parts: list[memoryview]) -> None:
-        pace = _Pace(self._stall_s)
+        pace: _Pace | None = None
         while parts:
             try:
                 sent = self.sock.sendmsg(parts)
             except BlockingIOError:
-                sent = 0
+                raise TimeoutError(f"the peer took nothing for {self._stall_s:g} s") from None
             parts = _without(parts, sent)
-            if parts and not pace.is_kept(sent):
+            if not parts:
+                return
+            pace = pace or _Pace(self._stall_s)
+            if not pace.is_kept(sent):
                 raise TimeoutError(f"the peer took too little for {self._stall_s:g} s")
 
     def _flush(self) -> None:
@@ -216,7 +219,8 @@ class Link:
             raise ProtocolError(f"frame {header.sequence} where {self._received} was due")
         self._received += 1
         raw = bytearray(header.body_length)
-        self.read_into(memoryview(raw))
+        if raw:
+            self.read_into(memoryview(raw))
         return header, self.protocol.decode(header, raw)
 
     def _read_header(self) -> Header:
@@ -225,9 +229,9 @@ class Link:
             self._ahead_from += HEADER_BYTES
             return self.protocol.parse(self._ahead[start : self._ahead_from])
         raw = bytearray(HEADER_BYTES)
-        self.read_into(memoryview(raw)[:START_BYTES])
+        self.read_into(memoryview(raw)[: START.size])
         self.protocol.check_start(raw)  # the whole header of another version may be shorter than ours
-        self.read_into(memoryview(raw)[START_BYTES:])
+        self.read_into(memoryview(raw)[START.size :])
         return self.protocol.parse(raw)
 
     def read_into(self, target: memoryview) -> None:
@@ -236,16 +240,17 @@ class Link:
         target[:count] = self._ahead[self._ahead_from : self._ahead_from + count]
         self._ahead_from += count
         target = target[count:]
-        if not target:
-            return
-        pace = _Pace(self._stall_s)
+        pace: _Pace | None = None
         while target:
             try:
                 count = self._receive_some(target, socket.MSG_WAITALL)
             except BlockingIOError:
                 count = 0
             target = target[count:]
-            if target and not pace.is_kept(count):
+            if not target:
+                return
+            pace = pace or _Pace(self._stall_s)
+            if not pace.is_kept(count):
                 raise TimeoutError(f"the peer stopped in the middle of a frame for {self._stall_s:g} s")
 
     def _receive_some(self, target: memoryview, flags: int) -> int:

@@ -15,8 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from tandem.common.secret import derive
-from tandem.wire import header as wire_header
-from tandem.wire.header import HEADER_BYTES, START_BYTES, Header, ProtocolError, checksum
+from tandem.wire.header import HEADER_BYTES, START, Header, ProtocolError, VersionMismatch, checksum, pack, unpack
 
 HELLO = 1
 """The first frame of both directions, in every protocol."""
@@ -89,41 +88,42 @@ class Protocol:
         self.name = name
         self.hello, self.refuse = kinds(HELLO), kinds(REFUSE)
         self._magic, self._version = magic, version
-        self._kinds = {int(kind): kind for kind in kinds}
         self._bodies: dict[enum.IntEnum, type[Body]] = {self.hello: Hello, self.refuse: Reason, **bodies}
         self._decoders = {kind: msgspec.msgpack.Decoder(body) for kind, body in self._bodies.items()}
-        self._max_body = (
-            dict.fromkeys(kinds, 0) | dict.fromkeys(self._bodies, max_body_bytes) | dict(larger_bodies or {})
-        )
-        self._max_payload = dict.fromkeys(kinds, 0) | dict(max_payload_bytes)
+        max_body = dict.fromkeys(self._bodies, max_body_bytes) | dict(larger_bodies or {})
+        self._limits = {int(kind): (kind, max_body.get(kind, 0), max_payload_bytes.get(kind, 0)) for kind in kinds}
 
     def key(self, secret: bytes) -> bytes:
         """What both ends prove that they have; empty without a secret."""
         return derive(secret, self.name) if secret else b""
 
     def pack(self, header: Header) -> bytes:
-        return wire_header.pack(self._magic, self._version, header)
+        return pack(self._magic, self._version, header)
 
     def check_start(self, raw: bytes | bytearray | memoryview) -> None:
         """Looks at the first 8 bytes of a frame. Raises ProtocolError, VersionMismatch."""
-        wire_header.check_start(raw, self._magic, self._version, self.name)
+        magic, version, _ = START.unpack_from(raw)
+        if magic != self._magic:
+            raise ProtocolError(f"not a {self.name} connection: wrong magic")
+        if version != self._version:
+            raise VersionMismatch(self.name, version, self._version)
 
     def parse(self, raw: bytes | bytearray | memoryview) -> Header:
         """The header in 44 bytes. Raises ProtocolError, VersionMismatch, if it is not one or goes beyond a limit."""
-        if len(raw) < START_BYTES:
-            raise ProtocolError(f"a header has {HEADER_BYTES} bytes, not {len(raw)}")
-        self.check_start(raw)
         if len(raw) != HEADER_BYTES:
             raise ProtocolError(f"a header has {HEADER_BYTES} bytes, not {len(raw)}")
-        number, frame_id, sequence, payload_length, body_length, body_checksum = wire_header.unpack(raw)
-        kind = self._kinds.get(number)
-        if kind is None:
+        magic, version, number, frame_id, sequence, payload_length, body_length, body_checksum, is_sound = unpack(raw)
+        if magic != self._magic or version != self._version:
+            self.check_start(raw)
+        if not is_sound:
+            raise ProtocolError("header checksum does not match")
+        if number not in self._limits:
             raise ProtocolError(f"unknown frame kind {number}")
-        if body_length > self._max_body[kind]:
-            raise ProtocolError(f"{kind.name} with a body of {body_length} bytes, the limit is {self._max_body[kind]}")
-        if payload_length > self._max_payload[kind]:
-            limit = self._max_payload[kind]
-            raise ProtocolError(f"{kind.name} with a payload of {payload_length} bytes, the limit is {limit}")
+        kind, max_body, max_payload = self._limits[number]
+        if body_length > max_body:
+            raise ProtocolError(f"{kind.name} with a body of {body_length} bytes, the limit is {max_body}")
+        if payload_length > max_payload:
+            raise ProtocolError(f"{kind.name} with a payload of {payload_length} bytes, the limit is {max_payload}")
         return Header(kind, frame_id, body_length, payload_length, sequence, body_checksum)
 
     def frame(
@@ -143,8 +143,9 @@ class Protocol:
         if type(body) is not wanted:
             raise ValueError(f"{type(body).__name__} is not the body of {kind.name}")
         raw = _encode(body.sendable() if isinstance(body, Reason) else body)
-        if len(raw) > self._max_body[kind]:
-            raise ValueError(f"a {kind.name} of {len(raw)} bytes, the limit is {self._max_body[kind]}")
+        max_body = self._limits[kind][1]
+        if len(raw) > max_body:
+            raise ValueError(f"a {kind.name} of {len(raw)} bytes, the limit is {max_body}")
         return self.pack(Header(kind, frame_id, len(raw), payload_length, sequence, checksum(raw))) + raw
 
     def decode(self, header: Header, raw: bytes | bytearray | memoryview) -> Body:

@@ -180,7 +180,7 @@ def test_a_peer_that_takes_nothing_or_drips_is_not_waited_for_long() -> None:
 
             sipping = threading.Thread(target=sip)
             sipping.start()
-            with pytest.raises(TimeoutError, match="took too little"):
+            with pytest.raises(TimeoutError, match="took"):
                 link.send(Kind.BYTES, 1, None, bytes(16 << 20))
             over.set()
             sipping.join()
