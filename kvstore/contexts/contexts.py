@@ -166,7 +166,7 @@ class ContextShelf:
         chunks: Counter[TierName] = Counter()
         leading = 0
         for index, key in enumerate(keys):
-            tiers = self._node.contains(key)
+            tiers = self._node.lookups.contains(key)
             chunks.update(tiers)
             leading += bool(tiers) and leading == index
         return Residency(leading * context.chunk_tokens, dict(chunks))
@@ -182,7 +182,7 @@ class ContextShelf:
                 place, held = next(iter(self._held.items()))
                 keys = held.keys[held.pinned : held.pinned + budget]
                 for key in keys:
-                    self._node.pin(key, _pin_owner(held.context), held.context.expires_at - now, hard=True)
+                    self._node.commands.pin(key, _pin_owner(held.context), held.context.expires_at - now, hard=True)
                 budget -= len(keys)
                 held.pinned += len(keys)
                 if held.pinned < len(held.keys):
@@ -259,7 +259,7 @@ class ContextShelf:
 
     def _unpin(self, held: _Held, keys: Sequence[ObjectKey]) -> None:
         for key in keys:
-            self._node.unpin(key, _pin_owner(held.context))
+            self._node.commands.unpin(key, _pin_owner(held.context))
 
 
 def open_shelf(node: KvNode, kv_disk: str, chunk_tokens: int, key: bytes) -> ContextShelf:

@@ -38,10 +38,10 @@ class HostObject(Resident):
     moved: bool = False
     """Left for a lower tier, which keeps it."""
     place: Located = field(init=False)
-    """Made once: every look-up hands it out."""
+    """Made once, as every look-up hands it out. While the object is on its way: where it comes from."""
 
     def __post_init__(self) -> None:
-        self.place = Located(self.key, TierName.HOST, TierName.HOST.value, self.info.size)
+        self.place = _here(self.key, self.info)
 
 
 class HostTier:
@@ -99,7 +99,7 @@ class HostTier:
         """What is being written becomes another object. `info` has the size and owner that `reserve` was told."""
         del self._pending[item.key]
         item.key, item.info = key, info
-        item.place = Located(key, TierName.HOST, TierName.HOST.value, info.size)
+        item.place = _here(key, info)
         self._pending[key] = item
 
     def complete(self, item: HostObject, info: ObjectInfo, now: float) -> bool:
@@ -113,7 +113,7 @@ class HostTier:
                 self.detach(item)
                 return False
         del self._pending[item.key]
-        item.info, item.phase = info, Phase.COMPLETE
+        item.info, item.phase, item.place = info, Phase.COMPLETE, _here(item.key, info)
         self.shelf.add(item, now)
         self._complete[item.key] = item
         return True
@@ -147,10 +147,6 @@ class HostTier:
     def living(self) -> list[HostObject]:
         """Everything that has memory."""
         return [*self._complete.values(), *self._pending.values(), *self._gone]
-
-    @property
-    def num_loading(self) -> int:
-        return sum(1 for item in self._pending.values() if item.phase is Phase.LOADING)
 
     @property
     def num_gone(self) -> int:
@@ -193,3 +189,7 @@ class HostTier:
         self._gone.remove(item)
         self.shelf.quotas.unreserve(item.info.owner, item.info.size)
         self.arena.free(item.offset)
+
+
+def _here(key: ObjectKey, info: ObjectInfo) -> Located:
+    return Located(key, TierName.HOST, TierName.HOST.value, info.size)

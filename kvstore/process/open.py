@@ -22,7 +22,6 @@ from tandem.kvstore.directory import open_directory
 from tandem.kvstore.eviction import DEFAULT_POLICY, Shares, make_policy
 from tandem.kvstore.interfaces import Directory, HomeNode, ObjectInfo, ObjectKey, Tier
 from tandem.kvstore.node import KvNode, NodeSettings, NodeStats
-from tandem.kvstore.node.core import OnLoad
 from tandem.kvstore.node.link_codecs import AUTO
 from tandem.kvstore.replication.replication import Replicator
 from tandem.kvstore.settings import StoreSettings, split_address
@@ -72,16 +71,16 @@ class OpenStore:
             self.home.close()
 
 
-def open_home(settings: StoreSettings, node_id: str, epoch: int, *, on_load: OnLoad | None = None) -> OpenStore | None:
-    """The store that a worker's settings ask for; None if they ask for none. `node_id` is the worker's id; `on_load` is
-    told (link, bytes, objects, seconds) of everything that an embedded node reads. Raises ConfigError."""
+def open_home(settings: StoreSettings, node_id: str, epoch: int) -> OpenStore | None:
+    """The store that a worker's settings ask for; None if they ask for none. `node_id` is the worker's id. Raises
+    ConfigError."""
     if settings.kv_store_socket:
         return OpenStore(
             RemoteHomeNode(settings.kv_store_socket, node_id, secret=read_secret(settings.secret_file)), None
         )
     if not settings.kv_host_bytes:
         return None
-    embedded = open_node(settings, node_id, epoch, on_load=on_load)
+    embedded = open_node(settings, node_id, epoch)
     return OpenStore(embedded.node, embedded)
 
 
@@ -93,7 +92,6 @@ def open_node(
     unix_path: str = "",
     grpc_address: str = "",
     directory: Directory | None = None,
-    on_load: OnLoad | None = None,
 ) -> OpenNode:
     """A started node. Takes over `directory`, else opens the one of the settings. Raises ConfigError."""
     with contextlib.ExitStack() as opened:  # closed in reverse, also when one of the next steps fails
@@ -131,7 +129,6 @@ def open_node(
                 tiers=tiers,
                 directory=directory,
                 peers=peers,
-                on_load=on_load,
             )
             unowned.pop_all()  # the node closes them
         opened.callback(node.close)
@@ -174,15 +171,15 @@ class _Replicas:
 
     def __init__(self, node: KvNode) -> None:
         self._node = node
-        self.info = node.info
+        self.info = node.lookups.info
         self.view = node.view
         self.read_range = node.read_range
 
     def hot(self, threshold: int) -> list[tuple[ObjectKey, int]]:
-        return list(self._node.hot(threshold).items())
+        return list(self._node.lookups.hot(threshold).items())
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
-        return ((stored.key, stored.info) for stored in self._node.objects())
+        return ((stored.key, stored.info) for stored in self._node.lookups.objects())
 
 
 def _serve(

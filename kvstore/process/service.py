@@ -84,10 +84,10 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         )
 
     def _found(self, key: ObjectKey, places: Sequence[Location]) -> kvnode_pb2.FoundObject:
-        info = self._node.info(key)
+        info = self._node.lookups.info(key)
         found = kvnode_pb2.FoundObject(
             key=key,
-            tiers=[_TIERS[tier] for tier in self._node.contains(key)],
+            tiers=[_TIERS[tier] for tier in self._node.lookups.contains(key)],
             elsewhere=[
                 kvnode_pb2.Location(node_id=place.node_id, tier=place.tier, size=place.size) for place in places
             ],
@@ -102,21 +102,21 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         if not 0 < request.ttl_s < float("inf"):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"ttl_s {request.ttl_s}: must be a positive time")
         key = _key(request.key, context)
-        return kvnode_pb2.PinResponse(pinned=self._node.pin(key, request.owner, request.ttl_s, request.hard))
+        return kvnode_pb2.PinResponse(pinned=self._node.commands.pin(key, request.owner, request.ttl_s, request.hard))
 
     def Unpin(self, request: kvnode_pb2.UnpinRequest, context: grpc.ServicerContext) -> kvnode_pb2.UnpinResponse:
-        return kvnode_pb2.UnpinResponse(unpinned=self._node.unpin(_key(request.key, context), request.owner))
+        return kvnode_pb2.UnpinResponse(unpinned=self._node.commands.unpin(_key(request.key, context), request.owner))
 
     def Clear(self, request: kvnode_pb2.ClearRequest, context: grpc.ServicerContext) -> kvnode_pb2.ClearResponse:
         owner = request.owner if request.HasField("owner") else None
         model = request.model if request.HasField("model") else None
-        return kvnode_pb2.ClearResponse(objects=self._node.clear(owner, model))
+        return kvnode_pb2.ClearResponse(objects=self._node.commands.clear(owner, model))
 
     def Move(self, request: kvnode_pb2.MoveRequest, context: grpc.ServicerContext) -> kvnode_pb2.MoveResponse:
         tier = _TIER_NAMES.get(request.tier)
         if tier is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"tier {request.tier}: use host, disk or remote")
-        return kvnode_pb2.MoveResponse(moved=self._node.move(_key(request.key, context), tier))
+        return kvnode_pb2.MoveResponse(moved=self._node.commands.move(_key(request.key, context), tier))
 
     def Check(self, request: kvnode_pb2.CheckRequest, context: grpc.ServicerContext) -> kvnode_pb2.CheckResponse:
         error = ""
@@ -124,7 +124,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
             self._node.check_integrity()
         except StoreIntegrityError as failure:
             error = str(failure)
-        report = self._node.scrub(min(request.max_objects, MAX_CHECKED))
+        report = self._node.scrub.run(min(request.max_objects, MAX_CHECKED))
         return kvnode_pb2.CheckResponse(
             integrity_error=error,
             checked=report.checked,

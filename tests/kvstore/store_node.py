@@ -26,7 +26,7 @@ CHUNK = 16
 def arrive(node: KvNode, keys: Iterable[ObjectKey]) -> None:
     """As if a worker had saved them."""
     for key in keys:
-        assert node.contains(key) or put(node, replace(spec_of(0), key=key))
+        assert node.lookups.contains(key) or put(node, replace(spec_of(0), key=key))
 
 
 def hard_pins(node: KvNode) -> int:

@@ -35,7 +35,7 @@ def test_through_host_memory_and_disk(folder: Path, tmp_path: Path, plain: Engin
                 assert report_of(engine, key).cached_by_tier == ({} if tier is None else {tier: 128})
                 assert engine.engine.wait_saved(10)
         chunks = (150 + 39) // CHUNK
-        wait_for(lambda: sum(TierName.DISK in stored.tiers for stored in node.objects()) == chunks)
+        wait_for(lambda: sum(TierName.DISK in stored.tiers for stored in node.lookups.objects()) == chunks)
         node.check_integrity()
     finally:
         node.close()

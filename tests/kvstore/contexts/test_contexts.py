@@ -41,7 +41,7 @@ def noise(node: KvNode, count: int) -> None:
 
 
 def here(node: KvNode, keys: list[ObjectKey]) -> list[bool]:
-    return [bool(node.contains(key)) for key in keys]
+    return [bool(node.lookups.contains(key)) for key in keys]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_is_lost_is_pinned_when_it_comes_again(node: KvNode) -> None:
     keys = keys_of(TOKENS)
     arrive(node, keys)
     shelf.keep()
-    node.clear()
+    node.commands.clear()
     assert shelf.residency(context).resident_tokens == 0
     arrive(node, keys[:1] + keys[2:])
     assert shelf.residency(context).resident_tokens == CHUNK  # what comes after a gap is of no use

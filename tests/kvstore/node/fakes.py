@@ -66,10 +66,14 @@ PLACE = -(-SIZE // 4096) * 4096
 
 
 def put(node: KvNode, spec: ChunkSpec) -> bool:
-    ticket = node.begin_put(ObjectKey(spec.key), info_of(spec))
+    return put_content(node, ObjectKey(spec.key), info_of(spec), memoryview(bundle_of(spec)))
+
+
+def put_content(node: KvNode, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+    ticket = node.begin_put(key, info)
     if not isinstance(ticket, Ticket):
         return False
-    ticket.buffer[:] = bundle_of(spec)
+    ticket.buffer[:] = content
     return ticket.commit()
 
 
@@ -202,4 +206,4 @@ class DirectPeers:
 
     def push(self, node_id: str, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
         node = self.nodes.get(node_id)
-        return node is not None and node.put_replica(key, info, content)
+        return node is not None and put_content(node, key, info, content)

@@ -151,18 +151,18 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(number=numbers, hard=st.booleans(), owner=st.sampled_from(OWNERS))
     def pin(self, number: int, hard: bool, owner: str) -> None:
-        self.node.pin(key_of(number), owner, 50.0, hard)
+        self.node.commands.pin(key_of(number), owner, 50.0, hard)
 
     @rule(number=numbers, owner=st.sampled_from(OWNERS))
     def unpin(self, number: int, owner: str) -> None:
-        self.node.unpin(key_of(number), owner)
+        self.node.commands.unpin(key_of(number), owner)
 
     @rule(seconds=st.sampled_from((1.0, PUT_LEASE_S, READ_LEASE_S + 1, ZOMBIE_GRACE_S, 400.0)))
     def time_passes(self, seconds: float) -> None:
         for fetch in self.fetches:
             self.read(fetch)
         self.clock.now += seconds
-        self.node.reap()
+        self.node.janitor.reap()
 
     @rule(number=numbers)
     def quarantine(self, number: int) -> None:
@@ -170,12 +170,12 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from((*OWNERS, None)))
     def clear(self, owner: str | None) -> None:
-        self.node.clear(owner=owner)
+        self.node.commands.clear(owner=owner)
 
     @rule(number=numbers, tier=st.sampled_from((TierName.HOST, TierName.DISK, TierName.REMOTE)))
     def move(self, number: int, tier: TierName) -> None:
-        if self.node.move(key_of(number), tier) and not self.failing:
-            assert tier in self.node.contains(key_of(number))
+        if self.node.commands.move(key_of(number), tier) and not self.failing:
+            assert tier in self.node.lookups.contains(key_of(number))
 
     @rule(share=st.sampled_from((0.0, 0.0, 0.3, 1.0)))
     def faults(self, share: float) -> None:
@@ -183,7 +183,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def scrub(self) -> None:
-        assert self.node.scrub(4).bad == ()
+        assert self.node.scrub.run(4).bad == ()
 
     @rule()
     def reopen(self) -> None:
@@ -223,7 +223,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.node.check_integrity()
         told = {(event.key, event.tier): event.size for event in self.node.snapshot()}
         eventually(lambda: self.directory.held["a"] == told)
-        self.node.clear()
+        self.node.commands.clear()
         assert self.node.arena.used_bytes == 0
         assert self.node.arena.largest_free == self.node.arena.capacity_bytes
         assert self.directory.held["a"] == {}

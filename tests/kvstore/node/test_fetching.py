@@ -103,7 +103,7 @@ def test_what_was_fetched_stays_in_host_memory_and_is_announced() -> None:
         assert [source.tier for source in fetch.sources] == [TierName.DISK]
         assert fetch.wait(LAYERS, 60)
         eventually(lambda: fetch.intact() == 1)
-    assert node.contains(key_of(1)) == [TierName.HOST, TierName.DISK]
+    assert node.lookups.contains(key_of(1)) == [TierName.HOST, TierName.DISK]
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE, (key_of(1), TierName.HOST): SIZE}
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert fetch.intact() == 1
@@ -146,7 +146,7 @@ def test_a_load_that_nobody_waits_for_stops_and_gives_its_memory_back(gate: thre
     gate.set()
     eventually(lambda: node.arena.used_bytes == 0)
     assert sum(operation == "read" for operation, *_ in disk.log) == 1
-    assert node.contains(key_of(1)) == [TierName.DISK]
+    assert node.lookups.contains(key_of(1)) == [TierName.DISK]
     node.check_integrity()
     node.close()
 
@@ -183,7 +183,7 @@ def test_bytes_that_are_no_object_are_quarantined(damage: str) -> None:
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert not fetch.wait(0, 60)
     eventually(lambda: node.stats().quarantined == 1)
-    assert node.contains(key_of(1)) == []
+    assert node.lookups.contains(key_of(1)) == []
     assert disk.content == {}
     assert node.arena.used_bytes == 0
     node.close()
@@ -262,7 +262,7 @@ def test_an_object_comes_from_another_node_with_what_its_header_says() -> None:
     with a.fetch(places) as fetch:
         assert fetch.wait(LAYERS, 60)
         assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1, owner="tenant"))
-    eventually(lambda: a.info(key_of(1)) == info_of(spec_of(1, owner="tenant")))
+    eventually(lambda: a.lookups.info(key_of(1)) == info_of(spec_of(1, owner="tenant")))
     assert (a.stats().peer_hits, a.stats().peer_hit_bytes) == (1, SIZE)
     for node in (a, b):
         node.flush(60)
@@ -339,7 +339,7 @@ def test_damaged_bytes_of_a_peer_are_not_asked_for_again() -> None:
     with a.fetch(a.locate([key_of(1)])) as fetch:
         assert fetch.wait(LAYERS, 60)
     a.quarantine(key_of(1), "checksum")
-    assert a.contains(key_of(1)) == []
+    assert a.lookups.contains(key_of(1)) == []
     assert a.locate([key_of(1)]) == []
     a.close()
     b.close()
@@ -357,23 +357,9 @@ def test_objects_of_a_shared_remote_tier_are_found_and_fetched() -> None:
     assert [(place.tier, place.link) for place in places] == [(TierName.REMOTE, "remote")]
     with reader.fetch(places) as fetch:
         assert fetch.wait(LAYERS, 60)
-    assert TierName.HOST in reader.contains(key_of(1))
+    assert TierName.HOST in reader.lookups.contains(key_of(1))
     writer.close()
     reader.close()
-
-
-def test_times_are_reported_by_link() -> None:
-    seen: list[tuple[str, int, int, float]] = []
-    node = KvNode(make_settings(), tiers=[disk_with(1, 2, 3)], on_load=lambda *load: seen.append(load))
-    node.start()
-    started = time.monotonic()
-    with node.fetch(located(1, 2, 3)) as fetch:
-        assert fetch.wait(LAYERS, 60)
-    eventually(lambda: len(seen) == 1)
-    link, num_bytes, num_objects, seconds = seen[0]
-    assert (link, num_bytes, num_objects) == ("disk", 3 * SIZE, 3)
-    assert 0 < seconds <= time.monotonic() - started
-    node.close()
 
 
 def test_a_fetch_that_nobody_looks_at_lapses_and_its_memory_rests_before_it_is_used() -> None:
@@ -383,11 +369,11 @@ def test_a_fetch_that_nobody_looks_at_lapses_and_its_memory_rests_before_it_is_u
     fetch = node.fetch(node.locate([key_of(1)]))
     for _ in range(3):
         clock.now += READ_LEASE_S - 1
-        node.reap()
+        node.janitor.reap()
         assert fetch.intact() == 1, "looking at it renews it"
     kept = node.fetch(node.locate([key_of(1)]), lease_s=None)
     clock.now += READ_LEASE_S + 1
-    node.reap()
+    node.janitor.reap()
     assert fetch.intact() == 0
     assert not fetch.wait(0, 0)
     with pytest.raises(ValueError, match="lapsed"):
@@ -396,7 +382,7 @@ def test_a_fetch_that_nobody_looks_at_lapses_and_its_memory_rests_before_it_is_u
     kept.close()
     assert not put(node, spec_of(2)), "its reader may be in the middle of a copy"
     clock.now += 2 * READ_LEASE_S
-    node.reap()
+    node.janitor.reap()
     assert node.stats().fetches_open == 0
     assert put(node, spec_of(2))
     assert node.stats().reaped == 1

@@ -45,7 +45,7 @@ def test_what_is_committed_goes_to_disk_and_then_to_the_remote_tier() -> None:
     assert node.flush(60)
     assert order == ["disk", "remote"]
     assert disk.content[key_of(1)] == remote.content[key_of(1)] == (info_of(spec_of(1)), bundle_of(spec_of(1)))
-    assert node.contains(key_of(1)) == [TierName.HOST, TierName.DISK, TierName.REMOTE]
+    assert node.lookups.contains(key_of(1)) == [TierName.HOST, TierName.DISK, TierName.REMOTE]
     assert set(directory.held["a"]) == {(key_of(1), TierName.HOST), (key_of(1), TierName.DISK)}
     assert node.stats().leases == 0
     node.check_integrity()
@@ -58,7 +58,7 @@ def test_an_object_that_left_host_memory_is_read_from_disk() -> None:
     for number in range(12):
         assert put(node, spec_of(number))
         assert node.flush(60)
-    assert node.contains(key_of(0)) == [TierName.DISK]
+    assert node.lookups.contains(key_of(0)) == [TierName.DISK]
     with node.fetch(node.locate([key_of(number) for number in range(4)])) as fetch:
         assert fetch.wait(LAYERS, 60)
         assert [bytes(fetch.buffer(i)) for i in range(4)] == [bundle_of(spec_of(i)) for i in range(4)]
@@ -135,8 +135,8 @@ def test_a_disk_that_fails_loses_nothing_else() -> None:
     assert put(node, spec_of(0))
     assert put(node, spec_of(1))
     assert node.flush(60)
-    assert node.contains(key_of(0)) == [TierName.HOST, TierName.DISK, TierName.REMOTE]
-    assert node.contains(key_of(1)) == [TierName.HOST, TierName.REMOTE], "a fault does not make others leave"
+    assert node.lookups.contains(key_of(0)) == [TierName.HOST, TierName.DISK, TierName.REMOTE]
+    assert node.lookups.contains(key_of(1)) == [TierName.HOST, TierName.REMOTE], "a fault does not make others leave"
     stats = node.stats().tiers[1]
     assert (stats.writes_dropped, stats.faults, stats.evictions) == (1, 1, 0)
     node.close()
@@ -154,7 +154,7 @@ def test_every_operation_of_a_tier_may_raise() -> None:
     assert node.flush(60)
     assert node.locate([key_of(99)]) == []
     node.quarantine(key_of(7), "test")
-    assert node.clear() > 0
+    assert node.commands.clear() > 0
     assert node.stats().tiers[1].faults > 0
     node.check_integrity()
     node.close()
@@ -206,7 +206,7 @@ def test_the_disk_may_hold_another_codec() -> None:
     assert node.flush(60)
     info, content = disk.content[key_of(1)]
     assert info.size == len(content) < info_of(spec_of(1, tokens=64)).size
-    node.move(key_of(1), TierName.DISK)
+    node.commands.move(key_of(1), TierName.DISK)
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert fetch.wait(LAYERS, 60)
         found = parse(fetch.buffer(0))
@@ -231,7 +231,7 @@ def test_an_object_that_is_dropped_while_it_is_written_does_not_come_back(gate: 
     quarantine.join(60)
     assert node.flush(60)
     eventually(lambda: disk.content == {})
-    assert node.contains(key_of(1)) == []
+    assert node.lookups.contains(key_of(1)) == []
     node.check_integrity()
     node.close()
 
@@ -245,7 +245,7 @@ def test_objects_leave_the_disk_when_their_time_is_up() -> None:
     assert node.flush(60)
     clock.now += 11
     assert node.locate([key_of(1)]) == []
-    node.reap()
+    node.janitor.reap()
     eventually(lambda: set(disk.content) == {key_of(2)})
     node.check_integrity()
     node.close()

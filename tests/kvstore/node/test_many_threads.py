@@ -78,10 +78,10 @@ def test_readers_writers_and_operators_at_once() -> None:
                 rng.choice(
                     (
                         lambda node=node, key=key: node.quarantine(key, "test"),
-                        lambda node=node, key=key: node.pin(key, "me", 0.05, rng.random() < 0.5),
-                        lambda node=node, key=key: node.move(key, TierName.DISK),
-                        lambda node=node: node.scrub(2),
-                        lambda node=node: node.reap(),
+                        lambda node=node, key=key: node.commands.pin(key, "me", 0.05, rng.random() < 0.5),
+                        lambda node=node, key=key: node.commands.move(key, TierName.DISK),
+                        lambda node=node: node.scrub.run(2),
+                        lambda node=node: node.janitor.reap(),
                         lambda node=node: node.stats(),
                         lambda node=node: node.check_integrity(),
                     )

@@ -67,14 +67,14 @@ def test_memory_is_filled_with_another_object_than_it_was_begun_for(node: KvNode
     ticket = begin(node, 1)
     ticket.buffer[:] = bundle_of(spec_of(2))
     assert ticket.commit_as(key_of(2), info_of(spec_of(2)))
-    assert node.contains(key_of(1)) == []
+    assert node.lookups.contains(key_of(1)) == []
     with node.view(key_of(2)) as view:
         assert view is not None
         assert bytes(view) == bundle_of(spec_of(2))
     assert [(place.key, place.size) for place in node.locate([key_of(2)])] == [(key_of(2), SIZE)]
     assert put(node, spec_of(1))
     assert not ticket.commit_as(key_of(3), info_of(spec_of(3)))
-    assert node.contains(key_of(3)) == []
+    assert node.lookups.contains(key_of(3)) == []
 
 
 @pytest.mark.parametrize("committed", [True, False])
@@ -97,9 +97,9 @@ def test_the_first_to_put_a_key_has_it_and_the_other_gives_its_memory_back(node:
 def test_held_memory_that_lapsed_becomes_nothing(node: KvNode, clock: Clock) -> None:
     ticket = begin(node, 1)
     clock.now += PUT_LEASE_S
-    node.reap()
+    node.janitor.reap()
     assert not ticket.commit_as(key_of(2), info_of(spec_of(2)))
-    assert node.contains(key_of(2)) == []
+    assert node.lookups.contains(key_of(2)) == []
     assert node.arena.used_bytes == 0
 
 
@@ -111,7 +111,7 @@ def test_abort_gives_key_and_memory_back_and_may_be_repeated(node: KvNode) -> No
     assert node.arena.used_bytes == 0
     assert put(node, spec_of(1))
     ticket.abort()
-    assert node.contains(key_of(1)) == [TierName.HOST]
+    assert node.lookups.contains(key_of(1)) == [TierName.HOST]
 
 
 def test_abort_after_commit_does_nothing(node: KvNode) -> None:
@@ -119,7 +119,7 @@ def test_abort_after_commit_does_nothing(node: KvNode) -> None:
     assert ticket.commit()
     ticket.abort()
     assert not ticket.commit()
-    assert node.contains(key_of(1)) == [TierName.HOST]
+    assert node.lookups.contains(key_of(1)) == [TierName.HOST]
 
 
 def test_a_late_write_through_the_buffer_of_a_finished_put_fails(node: KvNode) -> None:
@@ -133,7 +133,7 @@ def test_a_late_write_through_the_buffer_of_a_finished_put_fails(node: KvNode) -
 def test_a_lapsed_put_frees_the_key_at_once_and_the_memory_when_its_writer_is_gone(node: KvNode, clock: Clock) -> None:
     ticket = begin(node, 1)
     clock.now += PUT_LEASE_S
-    node.reap()
+    node.janitor.reap()
     assert node.stats().zombies == 1
     again = begin(node, 1)
     assert again.offset != ticket.offset
@@ -152,13 +152,13 @@ def test_a_lapsed_put_frees_the_key_at_once_and_the_memory_when_its_writer_is_go
 def test_a_zombie_that_is_never_heard_of_again_keeps_its_memory_for_the_grace_time(node: KvNode, clock: Clock) -> None:
     tickets = [begin(node, number) for number in range(4)]
     clock.now += PUT_LEASE_S
-    node.reap()
+    node.janitor.reap()
     assert node.begin_put(key_of(9), info_of(spec_of(9))) is Refusal.NO_SPACE
     clock.now += ZOMBIE_GRACE_S - 1
-    node.reap()
+    node.janitor.reap()
     assert node.begin_put(key_of(9), info_of(spec_of(9))) is Refusal.NO_SPACE
     clock.now += 1
-    node.reap()
+    node.janitor.reap()
     assert put(node, spec_of(9))
     assert not any(ticket.commit() for ticket in tickets)
     assert node.stats().detached == 0
@@ -167,7 +167,7 @@ def test_a_zombie_that_is_never_heard_of_again_keeps_its_memory_for_the_grace_ti
 def test_a_full_host_makes_room_and_refuses_what_cannot_fit(node: KvNode) -> None:
     for number in range(6):
         assert put(node, spec_of(number))
-    assert [len(node.contains(key_of(number))) for number in range(6)] == [0, 0, 1, 1, 1, 1]
+    assert [len(node.lookups.contains(key_of(number))) for number in range(6)] == [0, 0, 1, 1, 1, 1]
     assert node.begin_put(key_of(9), ObjectInfo(size=1 << 30, num_tokens=1)) is Refusal.NO_SPACE
     assert node.stats().tiers[0].objects == 4, "nothing left for an object that can never fit"
     held = node.fetch(node.locate([key_of(number) for number in range(2, 6)]))
@@ -182,8 +182,8 @@ def test_an_owner_over_its_quota_evicts_only_itself() -> None:
         assert put(node, spec_of(number, owner="quiet"))
     for number in range(10, 30):
         assert put(node, spec_of(number, owner="loud"))
-    assert all(node.contains(key_of(number)) for number in range(3))
-    loud = [stored for stored in node.objects() if stored.info.owner == "loud"]
+    assert all(node.lookups.contains(key_of(number)) for number in range(3))
+    loud = [stored for stored in node.lookups.objects() if stored.info.owner == "loud"]
     assert sum(stored.info.size for stored in loud) <= node.arena.capacity_bytes // 2
     fetch = node.fetch(node.locate([stored.key for stored in loud]))
     assert node.begin_put(key_of(99), info_of(spec_of(99, owner="loud"))) is Refusal.QUOTA
@@ -217,7 +217,7 @@ def test_an_object_leaves_when_its_time_is_up_and_its_reader_finishes(node: KvNo
     fetch = node.fetch(node.locate([key_of(1)]))
     clock.now += 10
     assert node.locate([key_of(1)]) == []
-    node.reap()
+    node.janitor.reap()
     assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1, ttl_s=10.0))
     assert node.stats().detached == 1
     fetch.close()
@@ -229,7 +229,7 @@ def test_a_put_over_an_expired_object_replaces_it(node: KvNode, clock: Clock) ->
     assert put(node, spec_of(1, ttl_s=10.0))
     clock.now += 11
     assert put(node, spec_of(1, ttl_s=10.0))
-    assert node.contains(key_of(1)) == [TierName.HOST]
+    assert node.lookups.contains(key_of(1)) == [TierName.HOST]
 
 
 def test_tiers_that_are_not_below_host_memory_are_refused() -> None:

@@ -113,8 +113,8 @@ def test_hot_objects_are_copied_to_another_host(open_on_own_host: Open, monkeypa
     assert put(first.node, 1)
     for _ in range(20):
         first.node.fetch(first.node.locate([key(0)])).close()
-    wait_for(lambda: second.node.contains(key(0)))
-    assert second.node.contains(key(1)) == []
+    wait_for(lambda: second.node.lookups.contains(key(0)))
+    assert second.node.lookups.contains(key(1)) == []
     with second.node.fetch(second.node.locate([key(0)])) as fetch:
         assert is_sound(fetch, 0, 0)
 
@@ -151,10 +151,7 @@ def test_what_is_on_disk_is_encrypted_and_survives(tmp_path: Path) -> None:
 
 def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> None:
     assert open_home(StoreSettings(), "w", 1) is None
-    observed: list[tuple[str, int, int, float]] = []
-    embedded = open_home(
-        StoreSettings(kv_host_bytes=HOST_BYTES), "w", 1, on_load=lambda *values: observed.append(values)
-    )
+    embedded = open_home(StoreSettings(kv_host_bytes=HOST_BYTES), "w", 1)
     assert embedded is not None
     assert embedded.embedded is not None
     assert embedded.embedded.server is None
@@ -168,7 +165,7 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
     assert worker.home.wait_connected(DEADLINE_S)
     assert worker.node_id == "n"
     assert put(worker.home, 0)
-    wait_for(lambda: served.node.contains(key(0)) == [TierName.HOST])
+    wait_for(lambda: served.node.lookups.contains(key(0)) == [TierName.HOST])
     worker.close()
     served.close()
 

@@ -23,6 +23,7 @@ from tandem.kvstore.replication.replication import (
     plan_copies,
 )
 from tandem.kvstore.replication.ring import Ring
+from tests.kvstore.node.fakes import eventually, put_content
 
 SIZE = 1_000
 
@@ -267,13 +268,13 @@ class Source:
 
     def __init__(self, node: KvNode) -> None:
         self.node = node
-        self.info, self.view, self.read_range = node.info, node.view, node.read_range
+        self.info, self.view, self.read_range = node.lookups.info, node.view, node.read_range
 
     def hot(self, threshold: int) -> list[tuple[ObjectKey, int]]:
-        return list(self.node.hot(threshold).items())
+        return list(self.node.lookups.hot(threshold).items())
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
-        return ((stored.key, stored.info) for stored in self.node.objects())
+        return ((stored.key, stored.info) for stored in self.node.lookups.objects())
 
 
 class DirectPeers:
@@ -284,10 +285,10 @@ class DirectPeers:
         return [self.stores[node_id].read_range(*it) for it in ranges]
 
     def push(self, node_id: str, wanted: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
-        return self.stores[node_id].put_replica(wanted, info, content)
+        return put_content(self.stores[node_id], wanted, info, content)
 
 
-def test_real_nodes_copy_a_hot_object_and_find_it_after_a_loss(eventually, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_real_nodes_copy_a_hot_object_and_find_it_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replication, "ROUND_S", 0.02)
     monkeypatch.setattr(replication, "SETTLE_S", 0.1)
     directory, stores = EmbeddedDirectory(), {}
@@ -300,15 +301,15 @@ def test_real_nodes_copy_a_hot_object_and_find_it_after_a_loss(eventually, monke
         replicators.append(Replicator(Source(stores[name]), directory, peers, 2, node_id=name))
         replicators[-1].start()
     try:
-        assert stores["a"].put_replica(key(1), ObjectInfo(size=SIZE, num_tokens=1), memoryview(b"1" * SIZE))
+        assert put_content(stores["a"], key(1), ObjectInfo(size=SIZE, num_tokens=1), memoryview(b"1" * SIZE))
         for _ in range(HOT_HITS):
             assert stores["a"].read_range(key(1), 0, memoryview(bytearray(10)))
         eventually(lambda: len(directory.lookup([key(1)])[0]) == 2)
-        other = next(name for name in "bc" if stores[name].contains(key(1)))
+        other = next(name for name in "bc" if stores[name].lookups.contains(key(1)))
         content = bytearray(SIZE)
         assert stores[other].read_range(key(1), 0, memoryview(content))
         assert content == b"1" * SIZE
-        assert stores["a"].info(key(1)) == stores[other].info(key(1))
+        assert stores["a"].lookups.info(key(1)) == stores[other].lookups.info(key(1))
     finally:
         for replicator in replicators:
             replicator.close()

@@ -99,7 +99,7 @@ async def test_create_use_list_and_drop(house: House, store: StoreNode) -> None:
 async def test_kv_that_was_lost_is_computed_from_the_recipe_saved_and_pinned(house: House, store: StoreNode) -> None:
     worker, client = await open_pair(house, store)
     await client.post("/v1/contexts", json={"name": "manual", "prompt": TOKENS})
-    store.node.clear()
+    store.node.commands.clear()
     assert (await client.get("/v1/contexts/manual")).json()["resident_tokens"] == 0
     assert hard_pins(store.node) == 0
     assert (await use(client)).status_code == 200

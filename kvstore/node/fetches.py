@@ -1,0 +1,236 @@
+"""Fetches: leases of what is here, and loads of what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, TierName
+from tandem.kvstore.node.books import AVOID_DAMAGED_S, AVOID_S, Books
+from tandem.kvstore.node.fetch import Load, NodeFetch, tell_watchers
+from tandem.kvstore.node.host import HostObject, Phase
+from tandem.kvstore.node.loader import Loader
+from tandem.kvstore.node.sources import Sources
+
+_UNKNOWN_OWNER = ""
+"""Charged for an object of another node until its header is here."""
+
+
+class Fetches:
+    """`fetch.FetchOffice` and `loader.LoadOffice`. Owns open fetches and running loads under the books' lock, and the
+    loader's threads."""
+
+    def __init__(self, books: Books, sources: Sources, num_threads: int) -> None:
+        self._books = books
+        self._sources = sources
+        self._loader = Loader(self, sources, num_threads)
+        self._open: set[NodeFetch] = set()
+        self._loads: dict[HostObject, Load] = {}
+
+    def start(self) -> None:
+        self._loader.start()
+
+    def stop_loading(self) -> None:
+        """Running reads end first; loads that wait for a thread fail."""
+        self._loader.close()
+
+    def close(self) -> None:
+        """Ends every fetch that is open."""
+        for fetch in list(self._open):
+            self.end_fetch(fetch)
+
+    def fetch(self, located: Sequence[Located], overlap_s: float, lease_s: float | None) -> NodeFetch:
+        """Starts to bring objects into host memory. `lease_s` None: leased until `close`."""
+        books = self._books
+        fresh: list[Load] = []
+        with books.lock:
+            sources, items, loads = self._attach([] if books.closed else located, fresh)
+            fetch = NodeFetch(self, sources, items, loads, lease_s, books.clock)
+            for load in loads:
+                if load is not None:
+                    load.watchers.append(fetch)
+            self._open.add(fetch)
+        self._loader.submit(fresh, overlap_s)
+        books.announcer.publish()
+        return fetch
+
+    def end_fetch(self, fetch: NodeFetch) -> None:
+        """Ends its leases, for `NodeFetch.close`; what nobody else waits for is not loaded further."""
+        with self._books.lock:
+            if fetch not in self._open:
+                return
+            self._open.remove(fetch)
+            for item in fetch.items:
+                self._books.host.release(item)
+                load = self._loads.get(item)
+                if load is not None and fetch in load.watchers:
+                    load.watchers.remove(fetch)
+        fetch.end()
+
+    def reap(self, now: float) -> None:
+        """Ends the fetches that nobody has looked at for their lease. The memory rests for as long again, because the
+        reader may be in the middle of a copy."""
+        with self._books.lock:
+            lapsed = [
+                (fetch, fetch.lease_s, now - fetch.touched_at)
+                for fetch in self._open
+                if fetch.lease_s is not None and now - fetch.touched_at > fetch.lease_s
+            ]
+        for fetch, lease_s, idle_s in lapsed:
+            if not fetch.ended:
+                fetch.end()
+                with self._books.lock:
+                    self._books.counters.reaped += 1
+            if idle_s > 2 * lease_s:
+                self.end_fetch(fetch)
+
+    def view_of(self, item: HostObject) -> memoryview:
+        """Its memory, writable. The caller has a lease."""
+        return self._books.host.view(item)
+
+    # What loader threads call
+
+    def still_wanted(self, loads: Sequence[Load]) -> list[Load]:
+        """Those that a fetch waits for; the others are dropped."""
+        with self._books.lock:
+            for load in loads:
+                if not load.watchers and not load.ended:
+                    self._give_up(load)
+            return [load for load in loads if not load.ended]
+
+    def finish_load(self, load: Load, info: ObjectInfo) -> None:
+        """All of it is in host memory: it can be found from now on. `info` is what its header says."""
+        books = self._books
+        with books.lock:
+            if load.ended:
+                return
+            item = load.item
+            known = load.resident.info if load.resident is not None else info
+            self._end_load(load)
+            lower = books.lower.get(load.source.tier)
+            if lower is not None:
+                books.count_hit(lower.shelf.counters, item)
+            else:
+                books.counters.peer_hits += 1
+                books.counters.peer_hit_bytes += item.info.size
+            if lower is not None and (resident := lower.shelf.get(item.key)) is not None:
+                lower.shelf.hit(resident)
+            if item.phase is Phase.LOADING and books.host.complete(item, known, books.clock()):
+                books.announcer.note(item.key, TierName.HOST, item.info.size)
+            load.complete = True
+            books.host.release(item)
+        tell_watchers([load])
+        books.announcer.publish()
+
+    def fail_load(self, load: Load, *, is_damaged: bool) -> None:
+        """It cannot be had from there: nobody is sent there again soon. `is_damaged`: its content is wrong."""
+        books = self._books
+        with books.lock:
+            if load.ended:
+                return
+            key, source = load.item.key, load.source
+            self._give_up(load)
+            books.counters.failed_loads += 1
+            if source.tier is TierName.PEER:
+                books.avoided.add(source.link, key, books.clock() + (AVOID_DAMAGED_S if is_damaged else AVOID_S))
+        tell_watchers([load])
+        lower = books.lower.get(source.tier)
+        if is_damaged:
+            books.quarantine(key, f"no object of the store ({source.link})")
+        elif lower is not None and lower.is_shared:
+            with books.lock:
+                lower.forget(key)
+        elif lower is not None and not books.closed:
+            lower.drop(key)  # it cannot be read: keeping it would fail the next fetch, too
+        books.announcer.publish()
+
+    # Under the lock
+
+    def held(self) -> Iterator[HostObject]:
+        """What fetches and loads have leases of, as often as they have."""
+        yield from (item for fetch in self._open for item in fetch.items)
+        yield from self._loads
+
+    def loading(self) -> set[HostObject]:
+        return set(self._loads)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def _attach(
+        self, located: Sequence[Located], fresh: list[Load]
+    ) -> tuple[list[Located], list[HostObject], list[Load | None]]:
+        """Leases the leading run of what is here or can be brought here. What is here comes first, so that making
+        room for the rest does not evict it."""
+        books = self._books
+        now = books.clock()
+        here = [self._lease_here(place.key, now) for place in located]
+        sources: list[Located] = []
+        items: list[HostObject] = []
+        loads: list[Load | None] = []
+        for place, found in zip(located, here, strict=True):
+            item = found or self._lease_here(place.key, now)  # twice in one fetch
+            load = None
+            if item is None:
+                load = self._begin_load(place)
+                if load is None:
+                    break
+                item = load.item
+                books.host.lease(item)  # beside the loader's own
+                fresh.append(load)
+            elif item.phase is Phase.LOADING:
+                load = self._loads[item]
+            else:
+                books.host.shelf.hit(item)
+                books.count_hit(books.host.shelf.counters, item)
+            books.hot.note(place.key)
+            sources.append(item.place)
+            items.append(item)
+            loads.append(load)
+        for found in here[len(items) :]:
+            if found is not None:
+                books.host.release(found)
+        return sources, items, loads
+
+    def _lease_here(self, key: ObjectKey, now: float) -> HostObject | None:
+        item = self._books.host.get(key, now)
+        if item is None:
+            item = self._books.host.pending(key)
+            if item is None or item.phase is Phase.WRITING:
+                return None
+        item.leases += 1
+        return item
+
+    def _begin_load(self, place: Located) -> Load | None:
+        """A place in host memory for an object, and where to get it from; the loader holds one lease of it."""
+        books = self._books
+        source, info = place, ObjectInfo(size=place.size, num_tokens=0, owner=_UNKNOWN_OWNER)
+        disk = books.lower.get(TierName.DISK)
+        resident = disk.peek(place.key) if disk is not None else None
+        if resident is not None:
+            info = resident.info
+            source = Located(place.key, TierName.DISK, TierName.DISK.value, info.size)
+        elif not self._sources.can_read(place):
+            return None
+        if source.size <= 0 or books.host.pending(place.key) is not None:
+            return None
+        books.drop_expired(place.key)
+        item = books.host.reserve(place.key, info, Phase.LOADING)
+        if isinstance(item, Refusal):
+            return None
+        item.origin, item.place = source.link, source
+        if resident is not None:
+            resident.leases += 1
+        load = self._loads[item] = Load(item, source, resident)
+        return load
+
+    def _give_up(self, load: Load) -> None:
+        self._end_load(load)
+        load.failed = True
+        self._books.host.detach(load.item)
+        self._books.host.release(load.item)
+
+    def _end_load(self, load: Load) -> None:
+        del self._loads[load.item]
+        if load.resident is not None:
+            load.resident.leases -= 1
