@@ -29,8 +29,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
+from bench.policies import POLICIES  # noqa: E402
 from bench.prompt_streams import SESSIONS, azure, servegen  # noqa: E402
-from tandem.kvstore.eviction import DEFAULT_POLICY, POLICIES, make_policy  # noqa: E402
+from tandem.kvstore.eviction import DEFAULT_POLICY  # noqa: E402
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey  # noqa: E402
 
 BLOCK_TOKENS = 512
@@ -92,7 +93,7 @@ def read_requests(stream: str | None, trace: Path | None) -> list[Request]:
 
 def replay(requests: Iterable[Request], policy_name: str, capacity_blocks: int | None) -> Result:
     """`capacity_blocks` None: nothing ever leaves, whatever the policy."""
-    policy = make_policy(policy_name, (capacity_blocks or 0) * BLOCK.size)
+    policy = POLICIES[policy_name]((capacity_blocks or 0) * BLOCK.size)
     resident: set[ObjectKey] = set()
     blocks = hits = tokens = token_hits = 0
     started = time.process_time()

@@ -183,6 +183,9 @@ class EvictionPolicy(Protocol):
     def evict(self, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
         """Chooses an object for which `may_leave` is true, forgets it as a resident, and returns its key."""
 
+    def remember(self, most: int) -> None:
+        """From now on it keeps no more than so many objects in mind that have left."""
+
     def __len__(self) -> int:
         """Residents."""
 

@@ -1,7 +1,7 @@
 """What leaves a full tier. `docs/eviction.md` has the measurements behind the default.
 
 Every policy implements `interfaces.EvictionPolicy`, counts in bytes, and remembers a bounded number of objects that
-have left. `Quotas` goes around any of them.
+have left. `Quotas` goes around any of them. Policies that are not worth choosing are in `bench/policies/`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tandem.common.errors import ConfigError
-from tandem.kvstore.eviction.arc import Arc
-from tandem.kvstore.eviction.cost_aware import CostAware
 from tandem.kvstore.eviction.lru import Lru
-from tandem.kvstore.eviction.marking import Marking
 from tandem.kvstore.eviction.quotas import Quotas, Shares
 from tandem.kvstore.eviction.reuse import Reuse
-from tandem.kvstore.eviction.s3fifo import S3Fifo
 from tandem.kvstore.interfaces import EvictionPolicy
 
 __all__ = ["DEFAULT_POLICY", "POLICIES", "Quotas", "Shares", "make_policy"]
 
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "lru": lambda capacity_bytes: Lru(),
-    "s3fifo": S3Fifo,
-    "arc": Arc,
-    "cost": CostAware,
     "reuse": Reuse,
-    "marking": Marking,
 }
 """Makes an empty policy for a tier of so many bytes."""
 

@@ -22,6 +22,7 @@ class Ghosts(Generic[Note]):
         bytes."""
         self.limit_bytes = limit_bytes
         self._least = least
+        self._most = MAX_GHOSTS
         self.used_bytes = 0
         self._forgotten = forgotten
         self._entries: OrderedDict[ObjectKey, tuple[int, Note]] = OrderedDict()
@@ -41,11 +42,17 @@ class Ghosts(Generic[Note]):
 
     def trim(self, limit_bytes: int) -> None:
         """Drops the oldest until they are within `limit_bytes`, but for the `least` latest."""
-        while len(self._entries) > (self._least if self.used_bytes > limit_bytes else MAX_GHOSTS):
+        least = min(self._least, self._most)
+        while len(self._entries) > (least if self.used_bytes > limit_bytes else self._most):
             _, (size, note) = self._entries.popitem(last=False)
             self.used_bytes -= size
             if self._forgotten is not None:
                 self._forgotten(note)
+
+    def bound(self, most: int) -> None:
+        """From now on there are no more than `most`, which may be raised again."""
+        self._most = most
+        self.trim(self.limit_bytes)
 
     def __contains__(self, key: ObjectKey) -> bool:
         return key in self._entries

@@ -1,18 +1,18 @@
-"""Bytes per owner in one tier, with isolated eviction: a tenant that is at its quota evicts only itself."""
+"""Bytes per owner in one tier: who has to make room, so that no tenant loses its KV to another's."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tandem.common.errors import ConfigError
+from tandem.kvstore.eviction.ghosts import MAX_GHOSTS
 from tandem.kvstore.interfaces import EvictionPolicy, ObjectInfo, ObjectKey
 
 EVERYBODY = "*"
 """Stands in `kv_quotas` for owners that it does not name."""
-_ONE_POLICY = ""
-"""Name of the one policy where there is no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +34,28 @@ class Shares:
 
     @classmethod
     def read(cls, quotas: Mapping[str, float]) -> Shares:
-        """From the setting `kv_quotas`. Raises ConfigError."""
+        """Reads the setting `kv_quotas`. Raises ConfigError."""
         return cls(quotas.get(EVERYBODY, 1.0), {owner: share for owner, share in quotas.items() if owner != EVERYBODY})
 
     def of(self, owner: str) -> float:
         return self.owners.get(owner, self.everybody)
 
-    @property
-    def limited(self) -> bool:
-        return self.everybody < 1.0 or any(share < 1.0 for share in self.owners.values())
-
 
 class Quotas:
-    """Counts bytes per owner and chooses victims; itself an `EvictionPolicy`, around any other.
-
-    Where no owner has a limit there is one policy for everybody. Otherwise no owner holds more than its share of
+    """Counts bytes per owner and chooses victims, with a policy for each owner. No owner holds more than its share of
     `capacity_bytes`, and
 
     - an owner whose new object does not fit into its quota evicts only its own objects;
-    - an owner within its quota may evict others when the tier is full, and then the owner with most bytes loses an
-      object: who holds less than all others is safe.
+    - an owner within its quota may evict others when the tier is full, and then the owner with most bytes, the new
+      object included, loses one: who holds no more than an equal part of the tier loses nothing to others.
 
-    Each owner then has a policy of its own, so that nobody's objects are searched for somebody else's victim.
+    Each owner has a policy of its own, so that nobody's objects are searched for somebody else's victim. All of them
+    together remember at most `MAX_GHOSTS` objects that have left.
 
     The caller's part: `insert`, `hit`, `remove` as with any policy; `reserve` and `unreserve` around a write that has
     its memory but is not inserted yet; `evict_for(owner, size, ...)` until `fits(owner, size)` and there is room.
-    Not thread-safe.
+    Not thread-safe. O(log owners) beside what the policy takes; a search through all owners where the largest has
+    nothing that may leave.
     """
 
     def __init__(
@@ -68,10 +64,12 @@ class Quotas:
         """`shares` None: no limits. `new_policy` gets the bytes that its objects may take."""
         self._capacity_bytes = capacity_bytes
         self._shares = shares or Shares()
-        self._limited = self._shares.limited
         self._new_policy = new_policy
         self._policies: dict[str, EvictionPolicy] = {}
+        self._ghosts_each = MAX_GHOSTS
         self._used: dict[str, int] = {}
+        self._largest: list[tuple[int, str]] = []
+        """A heap of (-bytes, owner): for each owner an entry with its bytes or more."""
         self._residents: dict[ObjectKey, tuple[str, int]] = {}
 
     @property
@@ -84,61 +82,86 @@ class Quotas:
         return int(self._capacity_bytes * self._shares.of(owner))
 
     def fits(self, owner: str, size: int) -> bool:
-        """Whether `owner` may hold `size` bytes more."""
-        return not self._limited or self._used.get(owner, 0) + size <= self.limit_bytes(owner)
+        """Whether `owner` may hold `size` bytes more, as far as its quota goes."""
+        share = self._shares.of(owner)
+        return share == 1.0 or self._used.get(owner, 0) + size <= int(self._capacity_bytes * share)
 
     def reserve(self, owner: str, size: int) -> None:
-        self._used[owner] = self._used.get(owner, 0) + size
+        """Charges `owner` for bytes that are not inserted."""
+        used = self._used[owner] = self._used.get(owner, 0) + size
+        heapq.heappush(self._largest, (-used, owner))
+        if len(self._largest) > 2 * len(self._used) + 64:  # most are of bytes that have left
+            self._largest = [(-used, owner) for owner, used in self._used.items()]
+            heapq.heapify(self._largest)
 
     def unreserve(self, owner: str, size: int) -> None:
+        """Takes a charge back. What its policy has learned goes with an owner's last byte, if there are others."""
         left = self._used.get(owner, 0) - size
         if left > 0:
             self._used[owner] = left
             return
         self._used.pop(owner, None)
-        if self._limited:
-            self._policies.pop(owner, None)
+        if len(self._policies) > 1 and self._policies.pop(owner, None) is not None:
+            self._share_ghosts()
 
     def insert(self, key: ObjectKey, info: ObjectInfo) -> None:
+        """The object entered the tier; one with its key is replaced."""
         self.remove(key)
         self._residents[key] = (info.owner, info.size)
         self.reserve(info.owner, info.size)
-        name = self._policy_name(info.owner)
-        policy = self._policies.get(name)
+        policy = self._policies.get(info.owner)
         if policy is None:
-            policy = self._policies[name] = self._new_policy(self.limit_bytes(info.owner))
+            policy = self._policies[info.owner] = self._new_policy(self.limit_bytes(info.owner))
+            policy.remember(self._ghosts_each)
+            self._share_ghosts()
         policy.insert(key, info)
 
     def hit(self, key: ObjectKey) -> None:
+        """It was read. Unknown keys are ignored."""
         resident = self._residents.get(key)
         if resident is not None:
-            self._policies[self._policy_name(resident[0])].hit(key)
+            self._policies[resident[0]].hit(key)
 
     def remove(self, key: ObjectKey) -> None:
+        """It left for another reason than `evict_for`. Unknown keys are ignored."""
         resident = self._residents.get(key)
         if resident is not None:
-            self._policies[self._policy_name(resident[0])].remove(key)
+            self._policies[resident[0]].remove(key)
             self._left(key)
 
-    def evict(self, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
-        """An object of the owner with most bytes, or of the next one if all of its objects have to stay."""
-        for name in sorted(self._policies, key=lambda owner: (-self._used.get(owner, 0), owner)):
-            victim = self._evict_from(name, may_leave)
-            if victim is not None:
+    def evict_for(self, owner: str, size: int, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
+        """Takes out what leaves so that `owner` can store `size` bytes: an object of its own if they exceed its quota,
+        else one of the owner with most bytes, or of the next one if all of its objects have to stay. None: nothing may
+        leave."""
+        if not self.fits(owner, size):
+            return self._evict_from(owner, may_leave)
+        largest = self._largest_owner(owner, size)
+        victim = self._evict_from(largest, may_leave)
+        if victim is not None:
+            return victim
+        for name in sorted(self._policies, key=lambda name: (-self._bytes_with(name, owner, size), name)):
+            if name != largest and (victim := self._evict_from(name, may_leave)) is not None:
                 return victim
         return None
-
-    def evict_for(self, owner: str, size: int, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
-        """Makes room for `size` bytes of `owner`: an object of its own if they exceed its quota, else of anybody."""
-        if self.fits(owner, size):
-            return self.evict(may_leave)
-        return self._evict_from(owner, may_leave)
 
     def __len__(self) -> int:
         return len(self._residents)
 
-    def _policy_name(self, owner: str) -> str:
-        return owner if self._limited else _ONE_POLICY
+    def _largest_owner(self, owner: str, size: int) -> str:
+        """The one with most bytes, counting `size` more of `owner`."""
+        while self._largest:
+            negative, name = self._largest[0]
+            used = self._used.get(name, 0)
+            if -negative == used:
+                return owner if self._used.get(owner, 0) + size > used else name
+            if used:
+                heapq.heapreplace(self._largest, (-used, name))
+            else:
+                heapq.heappop(self._largest)
+        return owner
+
+    def _bytes_with(self, name: str, owner: str, size: int) -> int:
+        return self._used.get(name, 0) + (size if name == owner else 0)
 
     def _evict_from(self, name: str, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
         policy = self._policies.get(name)
@@ -150,3 +173,11 @@ class Quotas:
     def _left(self, key: ObjectKey) -> None:
         owner, size = self._residents.pop(key)
         self.unreserve(owner, size)
+
+    def _share_ghosts(self) -> None:
+        """Halves what each policy remembers whenever their number doubles."""
+        each = MAX_GHOSTS >> (len(self._policies) - 1).bit_length()
+        if each != self._ghosts_each:
+            self._ghosts_each = each
+            for policy in self._policies.values():
+                policy.remember(each)

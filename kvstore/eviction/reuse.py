@@ -179,6 +179,9 @@ class Reuse:
             heapq.heappush(blocked, rank)
         return victim
 
+    def remember(self, most: int) -> None:
+        self._ghosts.bound(most)
+
     def __len__(self) -> int:
         return len(self._entries)
 

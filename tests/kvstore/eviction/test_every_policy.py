@@ -1,4 +1,5 @@
-"""Each policy against its slow reference, and what all of them promise."""
+"""Each policy against its slow reference, and what all of them promise: the product's, and those that `bench/` compares
+with them."""
 
 from __future__ import annotations
 
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bench.policies import POLICIES
 from tandem.common.errors import ConfigError
-from tandem.kvstore.eviction import DEFAULT_POLICY, POLICIES, make_policy
+from tandem.kvstore import eviction
+from tandem.kvstore.eviction import DEFAULT_POLICY
+from tandem.kvstore.eviction.ghosts import Ghosts
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
 from tests.kvstore.eviction.references import REFERENCES
 
@@ -41,7 +45,7 @@ STEP = st.tuples(
 
 
 def compare(name: str, steps: list[Step], capacity: int) -> None:
-    policy, reference = make_policy(name, capacity), REFERENCES[name](capacity)
+    policy, reference = POLICIES[name](capacity), REFERENCES[name](capacity)
     resident: dict[ObjectKey, int] = {}
     for operation, number, size, recompute_s, leased in steps:
         held = {key(each) for each in leased}
@@ -102,7 +106,7 @@ def test_it_decides_as_the_obvious_code_does_for_long(name: str, steps: list[Ste
 
 @every_policy
 def test_everything_leaves_once(name: str) -> None:
-    policy = make_policy(name, 100)
+    policy = POLICIES[name](100)
     for number in range(100):
         policy.insert(key(number), info(1))
         policy.hit(key(number // 2))
@@ -113,7 +117,7 @@ def test_everything_leaves_once(name: str) -> None:
 
 @every_policy
 def test_an_object_that_may_not_leave_stays_and_can_leave_later(name: str) -> None:
-    policy = make_policy(name, 10)
+    policy = POLICIES[name](10)
     for number in range(10):
         policy.insert(key(number), info(1))
     assert [policy.evict(lambda each: each == key(7)) for _ in range(2)] == [key(7), None]
@@ -122,7 +126,7 @@ def test_an_object_that_may_not_leave_stays_and_can_leave_later(name: str) -> No
 
 @every_policy
 def test_unknown_keys_are_ignored(name: str) -> None:
-    policy = make_policy(name, 10)
+    policy = POLICIES[name](10)
     policy.hit(key(1))
     policy.remove(key(1))
     assert policy.evict(anything) is None
@@ -131,7 +135,7 @@ def test_unknown_keys_are_ignored(name: str) -> None:
 @every_policy
 def test_memory_stays_bounded(name: str) -> None:
     """Two million bytes of churn through a tier of 2,000: what is remembered does not grow with it."""
-    policy, rng = make_policy(name, 2000), random.Random(1)
+    policy, rng = POLICIES[name](2000), random.Random(1)
     resident: set[int] = set()
 
     def churn(first: int, count: int) -> None:
@@ -159,7 +163,7 @@ def test_memory_stays_bounded(name: str) -> None:
 
 
 def test_cost_keeps_what_is_dear_to_compute() -> None:
-    policy = make_policy("cost", 100)
+    policy = POLICIES["cost"](100)
     for number in range(100):
         policy.insert(key(number), info(1, recompute_s=8.0 if number % 4 == 0 else 1.0))
     victims = [policy.evict(anything) for _ in range(75)]
@@ -167,7 +171,7 @@ def test_cost_keeps_what_is_dear_to_compute() -> None:
 
 
 def test_cost_lets_the_tail_of_a_chain_leave_before_its_head() -> None:
-    policy = make_policy("cost", 100)
+    policy = POLICIES["cost"](100)
     for number in range(40):
         policy.insert(key(number), info(1, start_position=256 * (number % 20)))
     assert [policy.evict(anything) for _ in range(4)] == [key(19), key(39), key(18), key(38)]
@@ -175,7 +179,7 @@ def test_cost_lets_the_tail_of_a_chain_leave_before_its_head() -> None:
 
 def test_cost_orders_chains_within_half_of_a_small_tier_and_an_eighth_of_a_large_one() -> None:
     for capacity, batch in ((100, 50), (800, 400), (2000, 512), (8000, 1000)):
-        policy = make_policy("cost", capacity)
+        policy = POLICIES["cost"](capacity)
         for number in range(batch + 40):
             policy.insert(key(number), info(1, start_position=number))
         assert [policy.evict(anything) for _ in range(batch)] == [key(number) for number in reversed(range(batch))]
@@ -185,7 +189,7 @@ def test_marking_survives_predictions_that_are_all_wrong() -> None:
     """Objects that look popular and never return against a loop that looks new: no worse than twice LRU's misses."""
 
     def misses(name: str) -> int:
-        policy, resident, count = make_policy(name, 20), set[ObjectKey](), 0
+        policy, resident, count = POLICIES[name](20), set[ObjectKey](), 0
         for turn in range(2000):
             for each in (key(turn % 12), *([key(1000 + turn)] * 3)):
                 if each in resident:
@@ -203,7 +207,23 @@ def test_marking_survives_predictions_that_are_all_wrong() -> None:
     assert misses("marking") <= 2 * misses("lru")
 
 
+@every_policy
+def test_what_is_remembered_can_be_bounded_at_any_time(name: str) -> None:
+    policy = POLICIES[name](20)
+    tables = [each for each in vars(policy).values() if isinstance(each, Ghosts)]
+    assert bool(tables) == (name != "lru")
+    for most in (100, 6, 0, 9):
+        policy.remember(most)
+        assert sum(map(len, tables)) <= most
+        for number in range(100):
+            policy.insert(key(number), info(1))
+            policy.hit(key(max(number - 3, 0)))
+            if len(policy) > 20:
+                assert policy.evict(anything) is not None
+            assert sum(map(len, tables)) <= most
+
+
 def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"kv_eviction is 'fifo'.*lru, s3fifo, arc, cost, reuse, marking"):
-        make_policy("fifo", 10)
-    assert DEFAULT_POLICY in POLICIES
+    with pytest.raises(ConfigError, match=r"kv_eviction is 'cost'.*lru, reuse"):
+        eviction.make_policy("cost", 10)
+    assert DEFAULT_POLICY in eviction.POLICIES

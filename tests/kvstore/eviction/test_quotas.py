@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tandem.common.errors import ConfigError
 from tandem.kvstore.eviction import POLICIES, Quotas, Shares, make_policy
+from tandem.kvstore.eviction.reuse import Reuse
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey
 
 CAPACITY = 40
@@ -90,11 +91,108 @@ def test_who_holds_least_is_safe_while_another_holds_more() -> None:
     assert victims == [key(number) for number in range(100, 120)]
 
 
-def test_without_a_limit_one_policy_orders_all_owners() -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(STEP, min_size=20, max_size=80), limits=st.booleans())
+def test_who_has_no_more_than_an_equal_part_loses_nothing_to_others(
+    policy: str, steps: list[tuple[str, int, int, str, set[int]]], limits: bool
+) -> None:
+    """Also without `kv_quotas`: whoever loses an object has most bytes, the new object included, of those who have one
+    that may leave."""
+    books = quotas(0.9 if limits else 1.0, policy)
+    resident: dict[ObjectKey, tuple[str, int]] = {}
+
+    def bytes_of(owner: str) -> int:
+        return sum(size for whose, size in resident.values() if whose == owner)
+
+    for operation, number, size, owner, leased in steps:
+        held = {key(each) for each in leased}
+        if operation != "put" or key(number) in resident:
+            books.hit(key(number))
+            continue
+        while not books.fits(owner, size) or sum(each for _, each in resident.values()) + size > CAPACITY:
+            within_quota = books.fits(owner, size)
+            victim = books.evict_for(owner, size, lambda candidate, held=held: candidate not in held)  # type: ignore[misc]
+            if victim is None:
+                break
+            loser = resident[victim][0]
+            if within_quota:
+                needed = {each: bytes_of(each) + (size if each == owner else 0) for each in "abcd"}
+                losers = {whose for each, (whose, _) in resident.items() if each not in held}
+                assert needed[loser] == max(needed[each] for each in losers)
+                if losers == {whose for whose, _ in resident.values()} | {owner}:
+                    owners = sum(1 for each in needed.values() if each)
+                    assert needed[loser] * owners > CAPACITY, "it had no more than an equal part"
+            del resident[victim]
+        else:
+            books.insert(key(number), info(owner, size))
+            resident[key(number)] = (owner, size)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(STEP, min_size=20, max_size=80))
+def test_a_single_owner_has_what_its_policy_alone_would_give_it(
+    policy: str, steps: list[tuple[str, int, int, str, set[int]]]
+) -> None:
+    books, alone = quotas(1.0, policy), make_policy(policy, CAPACITY)
+    resident: dict[ObjectKey, int] = {}
+    for operation, number, size, _, leased in steps:
+        held = {key(each) for each in leased}
+
+        def may_leave(candidate: ObjectKey, held: set[ObjectKey] = held) -> bool:
+            return candidate not in held
+
+        if operation == "remove":
+            books.remove(key(number))
+            alone.remove(key(number))
+            resident.pop(key(number), None)
+        elif operation == "hit" or key(number) in resident:
+            books.hit(key(number))
+            alone.hit(key(number))
+        else:
+            while sum(resident.values()) + size > CAPACITY:
+                victim = books.evict_for("a", size, may_leave)
+                assert victim == alone.evict(may_leave)
+                if victim is None:
+                    break
+                del resident[victim]
+            else:
+                books.insert(key(number), info("a", size))
+                alone.insert(key(number), info("a", size))
+                resident[key(number)] = size
+
+
+def test_a_load_whose_owner_is_not_known_yet_finds_room_among_the_others() -> None:
     books = quotas(1.0)
-    for number in range(6):
-        books.insert(key(number), info("ab"[number % 2]))
-    assert [books.evict(anything) for _ in range(6)] == [key(number) for number in range(6)]
+    for number in range(10):
+        books.insert(key(number), info("a"))
+    books.reserve("", 30)
+    assert books.evict_for("", 1, anything) == key(0)
+
+
+def test_all_owners_together_remember_no_more_than_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.kvstore.eviction.quotas.MAX_GHOSTS", 64)
+    books = quotas(1.0, "reuse")
+    for number in range(1000):
+        owner = f"owner-{number % (1 + number // 100)}"
+        while len(books) >= CAPACITY:
+            assert books.evict_for(owner, 1, anything) is not None
+        books.insert(key(number), info(owner))
+        policies = books._policies.values()
+        assert all(isinstance(each, Reuse) for each in policies)
+        assert sum(len(each._ghosts) for each in policies if isinstance(each, Reuse)) <= 64
+    assert len(policies) == 10
+
+
+def test_owners_that_come_and_go_leave_nothing_behind() -> None:
+    books = quotas(1.0, "reuse")
+    for number in range(5000):
+        books.insert(key(number), info(f"owner-{number}"))
+        if len(books) > 3:
+            books.remove(key(number - 3))
+    assert len(books._policies) == len(books.used) == 3
+    assert len(books._largest) < 100
 
 
 def test_a_write_under_way_is_charged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -191,6 +192,25 @@ def test_an_owner_over_its_quota_evicts_only_itself() -> None:
     fetch.close()
     node.check_integrity()
     node.close()
+
+
+def test_without_quotas_whoever_has_most_makes_room() -> None:
+    node = KvNode(make_settings(10))
+    for number in range(3):
+        assert put(node, spec_of(number, owner="quiet"))
+    for number in range(10, 60):
+        assert put(node, spec_of(number, owner="loud" if number % 5 else "other"))
+        node.check_integrity()
+    assert all(node.lookups.contains(key_of(number)) for number in range(3)), "less than a third of the tier"
+    owners = Counter(stored.info.owner for stored in node.lookups.objects())
+    assert max(owners.values()) - min(owners.values()) <= 1
+    node.close()
+
+
+def test_alone_an_owner_has_all_of_a_tier(node: KvNode) -> None:
+    for number in range(20):
+        assert put(node, spec_of(number, owner="only"))
+    assert node.stats().tiers[0].objects == 4
 
 
 def test_a_size_that_is_not_positive_names_the_field(node: KvNode) -> None:

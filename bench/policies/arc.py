@@ -82,6 +82,10 @@ class Arc:
                 return victim
         return None
 
+    def remember(self, most: int) -> None:
+        self._once_ghosts.bound(most // 2)
+        self._often_ghosts.bound(most // 2)
+
     def __len__(self) -> int:
         return len(self._once.sizes) + len(self._often.sizes)
 

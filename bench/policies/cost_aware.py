@@ -124,6 +124,9 @@ class CostAware:
             heapq.heappush(self._heap, item)
         return victim
 
+    def remember(self, most: int) -> None:
+        self._ghosts.bound(most)
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -60,6 +60,9 @@ class S3Fifo:
         # The main queue comes last again: the search of the small one may have moved objects there.
         return victim or self._evict_small(may_leave) or self._evict_main(may_leave)
 
+    def remember(self, most: int) -> None:
+        self._ghosts.bound(most)
+
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
 

@@ -67,6 +67,9 @@ class Marking:
             self._marked.clear()
         return None
 
+    def remember(self, most: int) -> None:
+        self._ghosts.bound(most)
+
     def __len__(self) -> int:
         return len(self._sizes)
 
