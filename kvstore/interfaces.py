@@ -46,8 +46,6 @@ class ObjectInfo:
     """Served model name."""
     recompute_s: float = 0.0
     """Measured time to compute it again; 0: unknown."""
-    ttl_s: float | None = None
-    """Dropped this long after it was written. None: when its place is needed."""
     start_position: int = 0
     """Of its first token on a prefix chain: what lies behind is of no use without it. 0 also where that is unknown."""
 

@@ -24,23 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/proto/bundle.proto\x12\x10tandem.bundle.v1\"\xb7\x02\n\x0c\x42undleHeader\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\tnamespace\x18\x02 \x01(\x0c\x12\x15\n\rtokens_digest\x18\x03 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12+\n\x08segments\x18\x05 \x03(\x0b\x32\x19.tandem.bundle.v1.Segment\x12,\n\x08\x66idelity\x18\x06 \x01(\x0e\x32\x1a.tandem.bundle.v1.Fidelity\x12\x17\n\x0fquery_dependent\x18\x07 \x01(\x08\x12\x18\n\x10token_preserving\x18\x08 \x01(\x08\x12\r\n\x05owner\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\x12\x12\n\x05ttl_s\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nprovenance\x18\x0c \x01(\tB\x08\n\x06_ttl_s\"\xa9\x02\n\x07Segment\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12+\n\x04kind\x18\x05 \x01(\x0e\x32\x1d.tandem.bundle.v1.SegmentKind\x12\x30\n\tpositions\x18\x06 \x03(\x0b\x32\x1d.tandem.bundle.v1.PositionRun\x12/\n\nrope_state\x18\x07 \x01(\x0e\x32\x1b.tandem.bundle.v1.RopeState\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x0f\n\x07offsets\x18\t \x03(\x04\x12\x0f\n\x07lengths\x18\n \x03(\x04\x12\x11\n\tchecksums\x18\x0b \x03(\x06\"+\n\x0bPositionRun\x12\r\n\x05start\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r*_\n\x08\x46idelity\x12\x18\n\x14\x46IDELITY_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46IDELITY_EXACT\x10\x01\x12\x11\n\rFIDELITY_NEAR\x10\x02\x12\x12\n\x0e\x46IDELITY_LOSSY\x10\x03*G\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEGMENT_KIND_KEY_VALUE\x10\x01*P\n\tRopeState\x12\x1a\n\x16ROPE_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eROPE_STATE_PRE\x10\x01\x12\x13\n\x0fROPE_STATE_POST\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/proto/bundle.proto\x12\x10tandem.bundle.v1\"\x9f\x02\n\x0c\x42undleHeader\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\tnamespace\x18\x02 \x01(\x0c\x12\x15\n\rtokens_digest\x18\x03 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12+\n\x08segments\x18\x05 \x03(\x0b\x32\x19.tandem.bundle.v1.Segment\x12,\n\x08\x66idelity\x18\x06 \x01(\x0e\x32\x1a.tandem.bundle.v1.Fidelity\x12\x17\n\x0fquery_dependent\x18\x07 \x01(\x08\x12\x18\n\x10token_preserving\x18\x08 \x01(\x08\x12\r\n\x05owner\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\x12\x12\n\nprovenance\x18\x0c \x01(\tJ\x04\x08\x0b\x10\x0c\"\xa9\x02\n\x07Segment\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12+\n\x04kind\x18\x05 \x01(\x0e\x32\x1d.tandem.bundle.v1.SegmentKind\x12\x30\n\tpositions\x18\x06 \x03(\x0b\x32\x1d.tandem.bundle.v1.PositionRun\x12/\n\nrope_state\x18\x07 \x01(\x0e\x32\x1b.tandem.bundle.v1.RopeState\x12\r\n\x05\x63odec\x18\x08 \x01(\t\x12\x0f\n\x07offsets\x18\t \x03(\x04\x12\x0f\n\x07lengths\x18\n \x03(\x04\x12\x11\n\tchecksums\x18\x0b \x03(\x06\"+\n\x0bPositionRun\x12\r\n\x05start\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r*_\n\x08\x46idelity\x12\x18\n\x14\x46IDELITY_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x46IDELITY_EXACT\x10\x01\x12\x11\n\rFIDELITY_NEAR\x10\x02\x12\x12\n\x0e\x46IDELITY_LOSSY\x10\x03*G\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEGMENT_KIND_KEY_VALUE\x10\x01*P\n\tRopeState\x12\x1a\n\x16ROPE_STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eROPE_STATE_PRE\x10\x01\x12\x13\n\x0fROPE_STATE_POST\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.proto.bundle_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FIDELITY']._serialized_start=706
-  _globals['_FIDELITY']._serialized_end=801
-  _globals['_SEGMENTKIND']._serialized_start=803
-  _globals['_SEGMENTKIND']._serialized_end=874
-  _globals['_ROPESTATE']._serialized_start=876
-  _globals['_ROPESTATE']._serialized_end=956
+  _globals['_FIDELITY']._serialized_start=682
+  _globals['_FIDELITY']._serialized_end=777
+  _globals['_SEGMENTKIND']._serialized_start=779
+  _globals['_SEGMENTKIND']._serialized_end=850
+  _globals['_ROPESTATE']._serialized_start=852
+  _globals['_ROPESTATE']._serialized_end=932
   _globals['_BUNDLEHEADER']._serialized_start=48
-  _globals['_BUNDLEHEADER']._serialized_end=359
-  _globals['_SEGMENT']._serialized_start=362
-  _globals['_SEGMENT']._serialized_end=659
-  _globals['_POSITIONRUN']._serialized_start=661
-  _globals['_POSITIONRUN']._serialized_end=704
+  _globals['_BUNDLEHEADER']._serialized_end=335
+  _globals['_SEGMENT']._serialized_start=338
+  _globals['_SEGMENT']._serialized_end=635
+  _globals['_POSITIONRUN']._serialized_start=637
+  _globals['_POSITIONRUN']._serialized_end=680
 # @@protoc_insertion_point(module_scope)

@@ -96,7 +96,6 @@ class BundleHeader(_message.Message):
     TOKEN_PRESERVING_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
-    TTL_S_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """32 bytes: chunk on a prefix chain, or passage"""
@@ -113,7 +112,6 @@ class BundleHeader(_message.Message):
     owner: _builtins.str
     model: _builtins.str
     """served model name"""
-    ttl_s: _builtins.float
     provenance: _builtins.str
     """id of the worker that computed it"""
     @_builtins.property
@@ -133,16 +131,13 @@ class BundleHeader(_message.Message):
         token_preserving: _builtins.bool = ...,
         owner: _builtins.str = ...,
         model: _builtins.str = ...,
-        ttl_s: _builtins.float | None = ...,
         provenance: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_s", b"_ttl_s", "ttl_s", b"ttl_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_s", b"_ttl_s", "fidelity", b"fidelity", "key", b"key", "model", b"model", "namespace", b"namespace", "num_tokens", b"num_tokens", "owner", b"owner", "provenance", b"provenance", "query_dependent", b"query_dependent", "segments", b"segments", "token_preserving", b"token_preserving", "tokens_digest", b"tokens_digest", "ttl_s", b"ttl_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fidelity", b"fidelity", "key", b"key", "model", b"model", "namespace", b"namespace", "num_tokens", b"num_tokens", "owner", b"owner", "provenance", b"provenance", "query_dependent", b"query_dependent", "segments", b"segments", "token_preserving", b"token_preserving", "tokens_digest", b"tokens_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__ttl_s: _TypeAlias = _typing.Literal["ttl_s"]  # noqa: Y015
-    _WhichOneofArgType__ttl_s: _TypeAlias = _typing.Literal["_ttl_s", b"_ttl_s"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_s) -> _WhichOneofReturnType__ttl_s | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BundleHeader: _TypeAlias = BundleHeader  # noqa: Y015
 

@@ -7,7 +7,7 @@ worker that uses them (`parse`, `Bundle.layer`).
 from __future__ import annotations
 
 from tandem.kvstore.bundle.format import FORMAT_VERSION, HEADER_ALIGN, LAYER_ALIGN
-from tandem.kvstore.bundle.header import BundleHeader, ChunkSpec, PositionRun, RopeState, Segment, shareable
+from tandem.kvstore.bundle.header import BundleHeader, ChunkSpec, PositionRun, RopeState, Segment
 from tandem.kvstore.bundle.reader import Bundle, BundleLayout, layer_ranges, parse
 from tandem.kvstore.bundle.writer import BundleWriter, bundle_size, transcode
 
@@ -26,6 +26,5 @@ __all__ = [
     "bundle_size",
     "layer_ranges",
     "parse",
-    "shareable",
     "transcode",
 ]

@@ -11,7 +11,6 @@ is checked against fixed limits before anything is allocated: headers come from 
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 
@@ -149,7 +148,6 @@ def encode_header(header: BundleHeader, layers: list[LayerRange]) -> bytes:
         token_preserving=header.token_preserving,
         owner=header.owner,
         model=header.model,
-        ttl_s=header.ttl_s,
         provenance=header.provenance,
     )
     for segment in header.segments:
@@ -193,7 +191,6 @@ def decode_header(message: bundle_pb2.BundleHeader) -> tuple[BundleHeader, tuple
         token_preserving=message.token_preserving,
         owner=message.owner,
         model=message.model,
-        ttl_s=message.ttl_s if message.HasField("ttl_s") else None,
         provenance=message.provenance,
     )
     if not 0 < len(layers) <= MAX_LAYERS or not 0 < header.num_tokens <= MAX_ROWS:
@@ -202,8 +199,6 @@ def decode_header(message: bundle_pb2.BundleHeader) -> tuple[BundleHeader, tuple
         raise Malformed("a digest is not of 32 bytes")
     if header.token_preserving and any(segment.num_rows != header.num_tokens for segment in segments):
         raise Malformed("token preserving, but not one row per token")
-    if header.ttl_s is not None and not (math.isfinite(header.ttl_s) and header.ttl_s > 0):
-        raise Malformed("ttl")
     return header, tuple(layers)
 
 

@@ -42,7 +42,6 @@ class ChunkSpec:
     rope_state: RopeState = RopeState.POST
     owner: str = "default"
     model: str = ""
-    ttl_s: float | None = None
     provenance: str = ""
     """Id of the worker that computed it."""
 
@@ -65,8 +64,6 @@ class ChunkSpec:
             raise ValueError(
                 f"a layer takes {self.layer_shape.raw_bytes} bytes; use fewer tokens: {MAX_LAYER_BYTES} fit"
             )
-        if self.ttl_s is not None and not 0 < self.ttl_s < float("inf"):
-            raise ValueError(f"ttl_s is {self.ttl_s}; use seconds above 0, or None")
 
     @property
     def layer_shape(self) -> LayerShape:
@@ -118,7 +115,6 @@ class BundleHeader:
     token_preserving: bool = True
     owner: str = "default"
     model: str = ""
-    ttl_s: float | None = None
     provenance: str = ""
 
     @property
@@ -147,14 +143,13 @@ def header_of(spec: ChunkSpec) -> BundleHeader:
         fidelity=Fidelity.EXACT,
         owner=spec.owner,
         model=spec.model,
-        ttl_s=spec.ttl_s,
         provenance=spec.provenance,
     )
 
 
 def difference(header: BundleHeader, spec: ChunkSpec) -> str:
     """What keeps a bundle from standing in for `spec`, in words; "" for nothing. Codec and fidelity are the reader's
-    to judge; owner, model, ttl and provenance do not shape the rows."""
+    to judge; owner, model and provenance do not shape the rows."""
     wanted = header_of(spec)
     for name in ("key", "namespace", "num_tokens", "tokens_digest", "query_dependent", "token_preserving"):
         if getattr(header, name) != getattr(wanted, name):
@@ -166,11 +161,6 @@ def difference(header: BundleHeader, spec: ChunkSpec) -> str:
             if getattr(segment, name) != getattr(wanted.segments[0], name):
                 return f"{name} is {getattr(segment, name)}, not {getattr(wanted.segments[0], name)}"
     return ""
-
-
-def shareable(header: BundleHeader) -> bool:
-    """Whether it may enter the shared store: others than the request it was made for can use it."""
-    return header.token_preserving and not header.query_dependent
 
 
 def _short(value: object) -> str:

@@ -4,9 +4,9 @@ K has channels of steady, very different size; V has not. So K shares a scale an
 channel, V among 32 channels of one token, both fp16: `value = min + code * scale`.
 
 Encoded layer: for every 32 tokens a block `K codes | V codes | K scales | V scales | K minima | V minima`, then the raw
-K and V rows of the last `num_tokens % 32` tokens. Blocks do not depend on each other, so `append` only touches the
-tail. A byte holds codes of one channel and 8 / bits tokens: token t of a block is in byte row t % (4 * bits), lowest
-bits first. V is padded to whole groups of 32 channels, by repeating its last channel.
+K and V rows of the last `num_tokens % 32` tokens. A byte holds codes of one channel and 8 / bits tokens: token t of a
+block is in byte row t % (4 * bits), lowest bits first. V is padded to whole groups of 32 channels, by repeating its
+last channel.
 
 The minimum is rounded down and the scale up to fp16, so every value lies within half a scale of its code (and fp16's
 smallest step, 6e-8). What even that cannot hold (below -65504, infinities) saturates. A group with a NaN becomes NaN.
@@ -87,21 +87,6 @@ class KiviCodec:
         tail = source[groups * at.size :].view(rows.dtype)
         rows[:, groups * GROUP :] = tail.reshape(2, -1, shape.channels)
         return buffer(raw)
-
-    def append(self, encoded: memoryview, shape: LayerShape, raw: memoryview, num_new: int) -> memoryview | None:
-        """An encoding of `shape` and the raw rows of `num_new` tokens more: the same bytes as if all had been encoded
-        at once, for the work of the new tokens and the tail. None: `encoded` is not of that shape."""
-        added = replace(shape, num_tokens=num_new)
-        check_raw(raw, added)
-        if encoded.nbytes != self.estimate(shape):
-            return None
-        kept = shape.num_tokens // GROUP * _Block(self._bits, shape.channels).size
-        tail_tokens = shape.num_tokens % GROUP
-        tail = words(encoded[kept:], shape.dtype).reshape(2, tail_tokens, shape.channels)
-        new = words(raw, shape.dtype).reshape(2, num_new, shape.channels)
-        joined = np.concatenate((tail, new), axis=1)
-        end = self.encode(buffer(joined), replace(shape, num_tokens=tail_tokens + num_new))
-        return memoryview(bytearray().join((encoded[:kept], end)))
 
     def _encode_blocks(
         self, rows: NDArray[np.generic], blocks: _Bytes, scratch: _Floats, at: _Block, dtype: str

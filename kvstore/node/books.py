@@ -65,7 +65,6 @@ class Books:
                 shares=settings.quotas,
                 policy_factory=make,
                 lock=self.lock,
-                clock=clock,
                 on_change=self.announcer.note,
             )
             for tier in sorted(tiers, key=lambda tier: LOWER_TIERS.index(tier.name))
@@ -77,7 +76,7 @@ class Books:
     def drop(self, key: ObjectKey, lower_tiers: Sequence[TierName], *, moved: bool = False) -> None:
         """Takes an object out of host memory and these tiers. `moved`: a write-back that is under way is not undone."""
         with self.lock:
-            item = self.host.stale(key)
+            item = self.host.get(key)
             if item is not None:
                 item.moved = moved
                 self.host.detach(item)
@@ -91,7 +90,7 @@ class Books:
         with self.lock:
             if self.closed:
                 return
-            item = self.host.get(key, self.clock())
+            item = self.host.get(key)
             if item is not None:
                 self.host.detach(item)
                 self.announcer.note(key, TierName.HOST, 0)
@@ -111,17 +110,9 @@ class Books:
 
     def highest(self, key: ObjectKey) -> Shelf | None:
         """The shelf of the first tier that has the object."""
-        if self.host.get(key, self.clock()) is not None:
+        if self.host.get(key) is not None:
             return self.host.shelf
         return next((lower.shelf for lower in self.lower.values() if lower.peek(key) is not None), None)
-
-    def drop_expired(self, key: ObjectKey) -> None:
-        """Its time is up, and its place in the index is wanted."""
-        stale = self.host.stale(key)
-        if stale is not None:
-            self.host.detach(stale)
-            self.announcer.note(key, TierName.HOST, 0)
-            self.counters.expired += 1
 
     def count_hit(self, counters: TierCounters, item: HostObject) -> None:
         counters.hits += 1

@@ -26,7 +26,7 @@ class Commands:
 
     def pin(self, key: ObjectKey, owner: str, ttl_s: float | None, hard: bool) -> bool:
         """Keeps the object in the highest tier of this node that has it: softly pinned objects leave last, hard pinned
-        ones never, until `unpin`, `ttl_s`, `clear`, quarantine, or the object's own ttl. One pin for each owner, which
+        ones never, until `unpin`, `ttl_s`, `clear` or quarantine. One pin for each owner, which
         a second call replaces. False: it is not here, or hard pins would take more than half of the tier."""
         books = self._books
         with books.lock:

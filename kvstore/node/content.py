@@ -31,7 +31,6 @@ def describe(content: memoryview) -> ObjectInfo | None:
         num_tokens=header.num_tokens,
         owner=header.owner,
         model=header.model,
-        ttl_s=header.ttl_s,
         start_position=header.segments[0].positions[0].start,
     )
 

@@ -114,7 +114,7 @@ class Fetches:
                 books.counters.peer_hit_bytes += item.info.size
             if lower is not None and (resident := lower.shelf.get(item.key)) is not None:
                 lower.shelf.hit(resident)
-            if item.phase is Phase.LOADING and books.host.complete(item, known, books.clock()):
+            if item.phase is Phase.LOADING and books.host.complete(item, known):
                 books.announcer.note(item.key, TierName.HOST, item.info.size)
             load.complete = True
             books.host.release(item)
@@ -163,13 +163,12 @@ class Fetches:
         """Leases the leading run of what is here or can be brought here. What is here comes first, so that making
         room for the rest does not evict it."""
         books = self._books
-        now = books.clock()
-        here = [self._lease_here(place.key, now) for place in located]
+        here = [self._lease_here(place.key) for place in located]
         sources: list[Located] = []
         items: list[HostObject] = []
         loads: list[Load | None] = []
         for place, found in zip(located, here, strict=True):
-            item = found or self._lease_here(place.key, now)  # twice in one fetch
+            item = found or self._lease_here(place.key)  # twice in one fetch
             load = None
             if item is None:
                 load = self._begin_load(place)
@@ -192,8 +191,8 @@ class Fetches:
                 books.host.release(found)
         return sources, items, loads
 
-    def _lease_here(self, key: ObjectKey, now: float) -> HostObject | None:
-        item = self._books.host.get(key, now)
+    def _lease_here(self, key: ObjectKey) -> HostObject | None:
+        item = self._books.host.get(key)
         if item is None:
             item = self._books.host.pending(key)
             if item is None or item.phase is Phase.WRITING:
@@ -214,7 +213,6 @@ class Fetches:
             return None
         if source.size <= 0 or books.host.pending(place.key) is not None:
             return None
-        books.drop_expired(place.key)
         item = books.host.reserve(place.key, info, Phase.LOADING)
         if isinstance(item, Refusal):
             return None

@@ -62,13 +62,8 @@ class HostTier:
         """WRITING and LOADING."""
         self._gone: set[HostObject] = set()
 
-    def get(self, key: ObjectKey, now: float) -> HostObject | None:
-        """A complete object whose time is not up."""
-        found = self._complete.get(key)
-        return None if found is None or (found.expires_at is not None and found.expires_at <= now) else found
-
-    def stale(self, key: ObjectKey) -> HostObject | None:
-        """A complete object, also one whose time is up."""
+    def get(self, key: ObjectKey) -> HostObject | None:
+        """A complete object."""
         return self._complete.get(key)
 
     def pending(self, key: ObjectKey) -> HostObject | None:
@@ -102,7 +97,7 @@ class HostTier:
         item.place = _here(key, info)
         self._pending[key] = item
 
-    def complete(self, item: HostObject, info: ObjectInfo, now: float) -> bool:
+    def complete(self, item: HostObject, info: ObjectInfo) -> bool:
         """All bytes are there: it can be found from now on. `info` may name the owner that `reserve` did not know;
         False: that owner's quota has no room, and the object is detached."""
         quotas = self.shelf.quotas
@@ -114,7 +109,7 @@ class HostTier:
                 return False
         del self._pending[item.key]
         item.info, item.phase, item.place = info, Phase.COMPLETE, _here(item.key, info)
-        self.shelf.add(item, now)
+        self.shelf.add(item)
         self._complete[item.key] = item
         return True
 

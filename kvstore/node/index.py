@@ -5,7 +5,6 @@ Pure (no I/O, no clock of its own), not thread-safe: the node calls it under its
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +24,6 @@ class Resident:
     info: ObjectInfo
     leases: int = 0
     """Holds on the bytes: while there is one, they stay."""
-    expires_at: float | None = None
     pinned: bool = False
     """It has pins, so the policy does not know it (and need not step over it)."""
 
@@ -37,7 +35,7 @@ class Pin:
 
 
 class Shelf:
-    """The residents of one tier with their quotas, policy, pins and times of expiry."""
+    """The residents of one tier with their quotas, policies and pins."""
 
     def __init__(self, name: TierName, capacity_bytes: int, shares: Shares, policy_factory: PolicyFactory) -> None:
         self.name = name
@@ -49,9 +47,6 @@ class Shelf:
         self._residents: dict[ObjectKey, Resident] = {}
         self._pins: dict[ObjectKey, dict[str, Pin]] = {}
         """By owner; keys without pins are not listed. The order is that of the first pin."""
-        self._expiries: list[tuple[float, int, Resident]] = []
-        """A heap; residents that have left stay in it until it is rebuilt or their time comes."""
-        self._order = 0
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -62,20 +57,13 @@ class Shelf:
     def get(self, key: ObjectKey) -> Resident | None:
         return self._residents.get(key)
 
-    def add(self, resident: Resident, now: float) -> None:
+    def add(self, resident: Resident) -> None:
         """Raises ValueError if the key is there."""
         if resident.key in self._residents:
             raise ValueError(f"{resident.key.hex()} is on the {self.name} shelf already")
         self._residents[resident.key] = resident
         self.bytes += resident.info.size
         self.quotas.insert(resident.key, resident.info)
-        if resident.info.ttl_s is not None:
-            resident.expires_at = now + resident.info.ttl_s
-            self._order += 1
-            heapq.heappush(self._expiries, (resident.expires_at, self._order, resident))
-            if len(self._expiries) > 2 * len(self._residents) + 1024:
-                self._expiries = [item for item in self._expiries if self._holds(item[2])]
-                heapq.heapify(self._expiries)
 
     def hit(self, resident: Resident) -> None:
         self.quotas.hit(resident.key)
@@ -109,15 +97,6 @@ class Shelf:
         self.counters.evictions += 1
         self.counters.evicted_bytes += resident.info.size
         return resident
-
-    def expired(self, now: float, limit: int) -> list[Resident]:
-        """At most `limit` residents whose time is up, each once; the caller removes them. A pin is no way around it."""
-        found: list[Resident] = []
-        while self._expiries and self._expiries[0][0] <= now and len(found) < limit:
-            resident = heapq.heappop(self._expiries)[2]
-            if self._holds(resident):
-                found.append(resident)
-        return found
 
     # Pins
 

@@ -40,7 +40,6 @@ class Inspection:
                 lost=counters.lost,
                 quarantined=counters.quarantined,
                 reaped=counters.reaped,
-                expired=counters.expired,
                 failed_loads=counters.failed_loads,
                 refused=dict(counters.refused),
                 leases=sum(item.leases for item in host.living()),

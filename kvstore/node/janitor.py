@@ -5,19 +5,16 @@ from __future__ import annotations
 import threading
 import time
 
-from tandem.kvstore.interfaces import ObjectKey, TierName
 from tandem.kvstore.node.books import Books
 from tandem.kvstore.node.fetches import Fetches
-from tandem.kvstore.node.host import HostObject
 from tandem.kvstore.node.puts import Puts
 
 _ROUND_S = 0.5
 _HOT_HALF_LIFE_S = 60.0
-_EXPIRED_PER_ROUND = 256
 
 
 class Janitor:
-    """Owns its thread, and what it is about to end; each part ends its own leases."""
+    """Owns its thread; each part ends its own leases."""
 
     def __init__(self, books: Books, puts: Puts, fetches: Fetches) -> None:
         self._books = books
@@ -40,9 +37,8 @@ class Janitor:
             self._thread.join()
 
     def reap(self) -> None:
-        """Ends leases, pins and objects whose time is up: one round, twice a second."""
+        """Ends leases and pins whose time is up: one round, twice a second."""
         books = self._books
-        stale: list[tuple[TierName, ObjectKey]] = []
         with books.lock:
             if books.closed:
                 return
@@ -50,16 +46,7 @@ class Janitor:
             self._puts.reap(now)
             for shelf in books.shelves():
                 shelf.end_pins(now)
-                for resident in shelf.expired(now, _EXPIRED_PER_ROUND):
-                    books.counters.expired += 1
-                    if isinstance(resident, HostObject):
-                        books.host.detach(resident)
-                        books.announcer.note(resident.key, TierName.HOST, 0)
-                    else:
-                        stale.append((shelf.name, resident.key))
         self._fetches.reap(now)
-        for tier, key in stale:
-            books.lower[tier].drop(key)
         books.announcer.publish()
 
     def _run(self) -> None:

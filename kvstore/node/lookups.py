@@ -38,8 +38,7 @@ class Lookups:
         """What `locate` says, if this node has all of them; None: others have to be asked. Never waits."""
         books = self._books
         with books.lock:
-            now = books.clock()
-            places = [] if books.closed else [self._here(key, now) for key in keys]
+            places = [] if books.closed else [self._here(key) for key in keys]
         found = [place for place in places if place is not None]
         return found if len(found) == len(places) else None
 
@@ -50,13 +49,13 @@ class Lookups:
         with books.lock:
             if books.closed:
                 return []
-            now = books.clock()
-            places = [self._here(key, now) for key in keys]
+            places = [self._here(key) for key in keys]
         missing = [index for index, place in enumerate(places) if place is None]
         if missing and self._directory is not None:
             answers = self._directory.lookup([keys[index] for index in missing])
             nodes = self._directory.nodes() if any(answers) else {}
             with books.lock:
+                now = books.clock()
                 for index, locations in zip(missing, answers, strict=True):
                     places[index] = choose_peer(keys[index], locations, nodes, self._own(), books.avoided, now)
         missing = [index for index, place in enumerate(places) if place is None]
@@ -76,14 +75,14 @@ class Lookups:
         """The tiers of this node that have it."""
         books = self._books
         with books.lock:
-            here = [TierName.HOST] if books.host.get(key, books.clock()) is not None else []
+            here = [TierName.HOST] if books.host.get(key) is not None else []
             return here + [name for name, lower in books.lower.items() if lower.peek(key) is not None]
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         """What the first tier that has the object says of it."""
         books = self._books
         with books.lock:
-            item = books.host.get(key, books.clock())
+            item = books.host.get(key)
             if item is not None:
                 return item.info
             found = (lower.peek(key) for lower in books.lower.values())
@@ -106,10 +105,10 @@ class Lookups:
         with self._books.lock:
             return self._books.hot.above(threshold)
 
-    def _here(self, key: ObjectKey, now: float) -> Located | None:
+    def _here(self, key: ObjectKey) -> Located | None:
         """Host memory, what is on its way there, or the disk. Under the lock."""
         books = self._books
-        item = books.host.get(key, now)
+        item = books.host.get(key)
         if item is not None:
             return item.place
         pending = books.host.pending(key)

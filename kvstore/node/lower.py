@@ -45,7 +45,6 @@ class LowerTier:
         shares: Shares,
         policy_factory: PolicyFactory,
         lock: threading.Lock,
-        clock: Callable[[], float],
         on_change: Callable[[ObjectKey, TierName, int], None],
     ) -> None:
         """`on_change` is called under `lock` with the new size, 0 when the object left."""
@@ -54,7 +53,6 @@ class LowerTier:
         self.codec = codec
         self.shelf = Shelf(tier.name, tier.capacity_bytes, shares, policy_factory)
         self._lock = lock
-        self._clock = clock
         self._on_change = on_change
         self._writing = threading.Lock()
         self._undeleted: set[ObjectKey] = set()
@@ -94,7 +92,7 @@ class LowerTier:
         """`info` of each. A tier that has to be asked key by key is asked until the first that it does not have, or
         until `limit_s` is over; what follows counts as missing."""
         with self._lock:
-            known = [self._current(key) for key in keys]
+            known = [self.shelf.get(key) for key in keys]
         found = [None if resident is None else resident.info for resident in known]
         unknown = [index for index, info in enumerate(found) if info is None]
         if not self.is_shared or not unknown:
@@ -124,7 +122,7 @@ class LowerTier:
 
     def peek(self, key: ObjectKey) -> Resident | None:
         """From the books alone; the caller holds the node's lock."""
-        return self._current(key)
+        return self.shelf.get(key)
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         return self.read_many([(key, offset, out)])[0]
@@ -212,14 +210,8 @@ class LowerTier:
                 wrong.append(f"{self.name}: the books list {len(booked)} objects, the tier holds {len(held)} or others")
             return wrong
 
-    def _current(self, key: ObjectKey) -> Resident | None:
-        resident = self.shelf.get(key)
-        if resident is not None and resident.expires_at is not None and resident.expires_at <= self._clock():
-            return None
-        return resident
-
     def _enter(self, key: ObjectKey, info: ObjectInfo) -> None:
-        self.shelf.add(Resident(key, info), self._clock())
+        self.shelf.add(Resident(key, info))
         self._on_change(key, self.name, info.size)
 
     def _make_room(self, info: ObjectInfo) -> bool:

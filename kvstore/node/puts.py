@@ -27,16 +27,14 @@ class Puts:
             raise ValueError(f"ObjectInfo.size is {info.size}: an object has bytes")
         books = self._books
         with books.lock:
-            now = books.clock()
-            item: HostObject | Refusal | None = self._why_not(key, now)
+            item: HostObject | Refusal | None = self._why_not(key)
             if item is None:
-                books.drop_expired(key)
                 item = books.host.reserve(key, info, Phase.WRITING)
             if isinstance(item, Refusal):
                 books.counters.refuse(item)
                 outcome: Ticket | Refusal = item
             else:
-                outcome = Ticket(self, item, books.host.view(item), now + PUT_LEASE_S)
+                outcome = Ticket(self, item, books.host.view(item), books.clock() + PUT_LEASE_S)
                 self._tickets.add(outcome)
         books.announcer.publish()
         return outcome
@@ -45,10 +43,8 @@ class Puts:
         """Makes it the put of another object, for `Ticket.commit_as`. None: it is from now on."""
         books = self._books
         with books.lock:
-            now = books.clock()
-            refusal = self._why_not(key, now) if ticket.state is TicketState.OPEN else Refusal.CLOSED
+            refusal = self._why_not(key) if ticket.state is TicketState.OPEN else Refusal.CLOSED
             if refusal is None:
-                books.drop_expired(key)
                 books.host.rename(ticket.item, key, info)
             elif ticket.state is TicketState.OPEN:
                 books.counters.refuse(refusal)
@@ -65,7 +61,7 @@ class Puts:
             self._finish(ticket)
             if was_open and not books.closed:
                 item.dirty = True
-                if books.host.complete(item, item.info, books.clock()):
+                if books.host.complete(item, item.info):
                     books.announcer.note(item.key, TierName.HOST, item.info.size)
                     self._write_backs.offer(item)
             elif was_open:
@@ -110,13 +106,13 @@ class Puts:
     def num_zombies(self) -> int:
         return sum(1 for ticket in self._tickets if ticket.state is TicketState.ZOMBIE)
 
-    def _why_not(self, key: ObjectKey, now: float) -> Refusal | None:
+    def _why_not(self, key: ObjectKey) -> Refusal | None:
         """Why a put cannot begin. Offering what is there counts as a use of it: a worker has it cached, and so does not
         ask for it."""
         books = self._books
         if books.closed:
             return Refusal.CLOSED
-        if (found := books.host.get(key, now)) is not None:
+        if (found := books.host.get(key)) is not None:
             books.host.shelf.hit(found)
             return Refusal.EXISTS
         return Refusal.EXISTS if books.host.pending(key) is not None else None

@@ -29,7 +29,6 @@ class NodeCounters:
     lost: int = 0
     quarantined: int = 0
     reaped: int = 0
-    expired: int = 0
     failed_loads: int = 0
     peer_hits: int = 0
     peer_hit_bytes: int = 0
@@ -78,7 +77,6 @@ class NodeStats:
     quarantined: int
     reaped: int
     """Puts and fetches whose lease lapsed."""
-    expired: int
     failed_loads: int
     refused: dict[str, int]
     """Puts that did not begin, by `Refusal`."""

@@ -24,7 +24,7 @@ class Views:
         it is a use of the object, which the eviction policy and `hot` learn of."""
         books = self._books
         with books.lock:
-            item = None if books.closed else books.host.get(key, books.clock())
+            item = None if books.closed else books.host.get(key)
             if item is not None:
                 self._lease(item)
                 if counts:

@@ -43,6 +43,9 @@ examples:
   tandem kv context manual --owner acme
   tandem kv drop-context manual --owner acme
 
+  # before a machine is taken down: wait until the disk has everything
+  tandem kv drain
+
   # balance the books and verify the checksums of 1000 objects
   tandem kv check --max-objects 1000
 """
@@ -132,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     for parser_of_name in (context, drop):
         parser_of_name.add_argument("name", metavar="NAME")
         parser_of_name.add_argument("--owner", default="default", help="the tenant's (default: default)")
+    drain = command("drain", _drain, "wait until everything is on the lower tiers, before the node is stopped")
+    drain.add_argument("--grace-s", type=float, default=20.0, help="for how long at most (default 20)")
     check = command("check", _check, "balance the books, and verify the checksums of some objects")
     check.add_argument("--max-objects", type=int, default=100, help="how many to verify (default 100)")
     return parser
@@ -266,6 +271,15 @@ def _drop_context(
 
 def _time_left(context: kvnode_pb2.Context) -> str:
     return f"{max(context.expires_at - time.time(), 0.0):.0f} s"
+
+
+def _drain(
+    node: kvnode_pb2_grpc.KvNodeStub, options: argparse.Namespace
+) -> tuple[kvnode_pb2.DrainResponse, list[str], bool]:
+    request = kvnode_pb2.DrainRequest(grace_s=options.grace_s)
+    answer = node.Drain(request, timeout=options.timeout_s + options.grace_s)
+    late = f"not everything was written within {options.grace_s:g} s"
+    return answer, ["everything is on the lower tiers" if answer.flushed else late], answer.flushed
 
 
 def _check(

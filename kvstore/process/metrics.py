@@ -40,7 +40,6 @@ _NODE_COUNTERS = {
     "lost": "Objects that left host memory before they were on a lower tier",
     "quarantined": "Objects dropped because their content was wrong",
     "reaped": "Puts and fetches whose lease lapsed",
-    "expired": "Objects dropped at the end of their time",
     "failed_loads": "Objects that could not be brought into host memory",
 }
 _NODE_GAUGES = {

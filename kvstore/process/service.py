@@ -56,6 +56,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
             values |= {f"data_plane_{name}": float(getattr(data_plane, name)) for name in names}
         if self._store.replicator is not None:
             values["replicas_copied"] = float(self._store.replicator.copied)
+            values["replicas_copied_bytes"] = float(self._store.replicator.copied_bytes)
         return kvnode_pb2.StatsResponse(
             node_id=self._node_id,
             epoch=self._node.settings.epoch,

@@ -14,11 +14,9 @@ No fsync: after a power failure the newest objects may be missing or have wrong 
 from __future__ import annotations
 
 import fcntl
-import heapq
 import mmap
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,8 +65,6 @@ class DiskTier:
         """The books. Never held during I/O, except by `check_integrity`."""
         self._index: dict[ObjectKey, Record] = {}
         """Oldest first."""
-        self._expiring: list[tuple[float, int, ObjectKey]] = []
-        """A heap of (time, sequence, key)."""
         self._segments: dict[int, Segment] = {}
         self._active: Segment | None = None
         self._live_bytes = 0
@@ -88,17 +84,11 @@ class DiskTier:
     def used_bytes(self) -> int:
         return self._live_bytes
 
-    @property
-    def file_bytes(self) -> int:
-        """What the segments take on the disk, dead records included: at most `directory_bytes`."""
-        return self._file_bytes
-
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
-        record = new_record(key, info, content, time.time())
+        record = new_record(key, info, content)
         with self._write_lock:
             if self._closed:
                 return False
-            self._drop_expired()
             if not self._make_room(key, padded(record.size)):
                 return False
             placed = self._append(replace(record, sequence=self._next_sequence), content)
@@ -114,12 +104,12 @@ class DiskTier:
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         record = self._index.get(key)
-        return None if record is None else record.info(time.time())
+        return None if record is None else record.info()
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         with self._lock:
             record = self._index.get(key)
-            if record is None or offset < 0 or offset + out.nbytes > record.size or record.expired(time.time()):
+            if record is None or offset < 0 or offset + out.nbytes > record.size:
                 return False
             segment = self._segments[record.segment]
             segment.readers += 1
@@ -139,15 +129,13 @@ class DiskTier:
         if record is None:
             return False
         self._retire(record)
-        return not record.expired(time.time())
+        return True
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
         with self._lock:
             records = list(self._index.items())
-        now = time.time()
         for key, record in records:
-            if (info := record.info(now)) is not None:
-                yield key, info
+            yield key, record.info()
 
     def check_integrity(self) -> None:
         with self._write_lock, self._lock:
@@ -223,7 +211,6 @@ class DiskTier:
         newest = self._segments.get(self._next_segment - 1)
         if newest is not None and newest.size < self.segment_bytes:
             self._active = newest
-        self._drop_expired()
 
     def _make_room(self, key: ObjectKey, need: int) -> bool:
         """Moves records until `need` bytes can be appended. Called under the write lock."""
@@ -322,23 +309,6 @@ class DiskTier:
         key = ObjectKey(record.key)
         self._index[key] = record
         self._segments[record.segment].keys[key] = None
-        if record.expires_at is not None:
-            if len(self._expiring) > 2 * len(self._index):  # most are of records that were replaced or deleted
-                self._expiring = [
-                    (live.expires_at, live.sequence, ObjectKey(live.key))
-                    for live in self._index.values()
-                    if live.expires_at is not None and live is not record
-                ]
-                heapq.heapify(self._expiring)
-            heapq.heappush(self._expiring, (record.expires_at, record.sequence, key))
-
-    def _drop_expired(self) -> None:
-        now = time.time()
-        while self._expiring and self._expiring[0][0] <= now:
-            _, sequence, key = heapq.heappop(self._expiring)
-            record = self._index.get(key)
-            if record is not None and record.sequence == sequence:
-                self.delete(key)
 
     def _retire(self, record: Record) -> None:
         """A record that has left the index is dead, also after a restart; if the disk refuses the mark it comes back

@@ -53,7 +53,7 @@ class FolderTier:
         return self._books.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
-        record = new_record(key, info, content, time.time())
+        record = new_record(key, info, content)
         page = encode_page(record)
         if self._closed or page is None or not self._books.has_room(key, PAGE + record.size):
             return False
@@ -77,14 +77,14 @@ class FolderTier:
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         with self._opened(key) as found:
-            return None if found is None else found[1].info(time.time())
+            return None if found is None else found[1].info()
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         with self._opened(key) as found:
             if found is None:
                 return False
             fd, record = found
-            if offset < 0 or offset + out.nbytes > record.size or record.expired(time.time()):
+            if offset < 0 or offset + out.nbytes > record.size:
                 return False
             done = 0
             try:

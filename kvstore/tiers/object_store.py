@@ -5,7 +5,6 @@ The service may be far away or down: every request has a time limit, and a circu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -80,7 +79,7 @@ class ObjectStoreTier:
         return self._books.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
-        record = new_record(key, info, content, time.time())
+        record = new_record(key, info, content)
         page = encode_page(record)
         if page is None or self._closed or not self._books.has_room(key, PAGE + record.size):
             return False
@@ -93,11 +92,11 @@ class ObjectStoreTier:
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         record = self._record(key)
-        return None if record is None else record.info(time.time())
+        return None if record is None else record.info()
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         record = self._headers.get(key) or self._record(key)
-        if record is None or record.expired(time.time()) or offset < 0 or offset + out.nbytes > record.size:
+        if record is None or offset < 0 or offset + out.nbytes > record.size:
             return False
         if out.nbytes == 0:
             return True
@@ -122,13 +121,12 @@ class ObjectStoreTier:
         if listed is None:
             return
         keys = [key for _, key, _ in sorted(listed)]
-        now = time.time()
         with ThreadPoolExecutor(HEADER_READERS, "kv-object-store") as pool:
             for first in range(0, len(keys), LIST_PAGE):
                 some = keys[first : first + LIST_PAGE]
                 for key, record in zip(some, pool.map(self._record, some), strict=True):
-                    if record is not None and (info := record.info(now)) is not None:
-                        yield key, info
+                    if record is not None:
+                        yield key, record.info()
 
     def check_integrity(self) -> None:
         wrong = []

@@ -39,8 +39,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     owner: str
     model: str
     recompute_s: float
-    expires_at: float | None
-    """Wall-clock time, so that it means the same after a restart and on another machine."""
+    unused: float | None = None
+    """None. Keeps the place of the fields after it in records of earlier versions."""
     sequence: _Count = 0
     """Disk tier: grows with every put; of two records with one key the later one counts."""
     segment: _Count = 0
@@ -48,21 +48,13 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     start_position: _Count = 0
     """Last: records of stores that did not know it can still be read."""
 
-    def expired(self, now: float) -> bool:
-        return self.expires_at is not None and now >= self.expires_at
-
-    def info(self, now: float) -> ObjectInfo | None:
-        """None once it has expired. The life that is left travels on as `ttl_s`, so that a move to another tier does
-        not start it again."""
-        if self.expired(now):
-            return None
+    def info(self) -> ObjectInfo:
         return ObjectInfo(
             size=self.size,
             num_tokens=self.num_tokens,
             owner=self.owner,
             model=self.model,
             recompute_s=self.recompute_s,
-            ttl_s=None if self.expires_at is None else self.expires_at - now,
             start_position=self.start_position,
         )
 
@@ -71,7 +63,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
 
 
-def new_record(key: ObjectKey, info: ObjectInfo, content: memoryview, now: float) -> Record:
+def new_record(key: ObjectKey, info: ObjectInfo, content: memoryview) -> Record:
     """Raises ValueError if the arguments contradict each other: a defect of the caller, not a fault."""
     if len(key) != KEY_BYTES:
         raise ValueError(f"key has {len(key)} bytes; a key is a digest of {KEY_BYTES}")
@@ -84,7 +76,6 @@ def new_record(key: ObjectKey, info: ObjectInfo, content: memoryview, now: float
         owner=info.owner,
         model=info.model,
         recompute_s=info.recompute_s,
-        expires_at=None if info.ttl_s is None else now + info.ttl_s,
         start_position=info.start_position,
     )
 

@@ -1,13 +1,12 @@
 """Objects in Redis or Valkey: for small deployments that have one anyway.
 
 Two strings per object, written in one transaction: `tkv:i:KEY` (the record) and `tkv:d:KEY` (the content, read by
-ranges). Redis itself drops what has expired, and may evict either of the two: an object is there if both are and the
-lengths agree. A dead server costs a time-out now and then (circuit breaker); one that comes back empty is a miss.
+ranges). Redis itself may evict either of the two: an object is there if both are and the lengths agree. A dead server
+costs a time-out now and then (circuit breaker); one that comes back empty is a miss.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -85,16 +84,15 @@ class RedisTier:
         return self._books.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
-        record = new_record(key, info, content, time.time())
+        record = new_record(key, info, content)
         body = encode_body(record)
         if record.size > self.max_object_bytes or not self._books.has_room(key, record.size + len(body)):
             return False
-        life_ms = None if info.ttl_s is None else max(1, int(info.ttl_s * 1000))
 
         def store() -> bool:
             with self._client.pipeline(transaction=True) as pipe:
-                pipe.set(CONTENT + key, content, px=life_ms)
-                pipe.set(INFO + key, body, px=life_ms)
+                pipe.set(CONTENT + key, content)
+                pipe.set(INFO + key, body)
                 return all(pipe.execute())
 
         if not self._attempt("write", store):
@@ -107,8 +105,7 @@ class RedisTier:
 
     def infos(self, keys: Sequence[ObjectKey]) -> list[ObjectInfo | None]:
         """`info` of many keys in one round trip."""
-        now = time.time()
-        return [None if record is None else record.info(now) for record in self._records(keys)]
+        return [None if record is None else record.info() for record in self._records(keys)]
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         return self.read_many([(key, offset, out)])[0]

@@ -24,7 +24,6 @@ SPEC = ChunkSpec(
     dtype="bfloat16",
     owner="tenant-ä",
     model="small",
-    ttl_s=3600.0,
     provenance="prefill-0",
 )
 

@@ -149,8 +149,6 @@ FORGERIES: dict[str, Callable[[bundle_pb2.BundleHeader], object]] = {
     "layer not aligned": lambda header: header.segments[0].offsets.__setitem__(0, 1),
     "absurd length": lambda header: header.segments[0].lengths.__setitem__(1, 2**62),
     "zero length": lambda header: header.segments[0].lengths.__setitem__(0, 0),
-    "negative ttl": lambda header: setattr(header, "ttl_s", -1.0),
-    "infinite ttl": lambda header: setattr(header, "ttl_s", float("inf")),
     "many empty layers": lambda header: [
         getattr(header.segments[0], name).extend([0] * 2000) for name in ("offsets", "lengths", "checksums")
     ],

@@ -19,7 +19,6 @@ from tandem.kvstore.bundle import (
     bundle_size,
     layer_ranges,
     parse,
-    shareable,
 )
 from tandem.kvstore.codecs import Fidelity
 from tests.kvstore.bundle.samples import SPEC, build, sample_rows
@@ -37,7 +36,6 @@ SPECS = st.builds(
     rope_state=st.sampled_from(RopeState),
     owner=st.text(max_size=20),
     model=st.text(max_size=20),
-    ttl_s=st.none() | st.floats(0.001, 1e9),
     provenance=st.text(max_size=20),
 )
 
@@ -53,14 +51,12 @@ def test_every_chunk_comes_back_as_it_was_written(spec: ChunkSpec) -> None:
         assert bundle.layer(index) == sample_rows(spec, index)
     header = bundle.header
     assert (header.key, header.namespace, header.num_tokens) == (spec.key, spec.namespace, len(spec.tokens))
-    assert (header.owner, header.model, header.ttl_s, header.provenance) == (
+    assert (header.owner, header.model, header.provenance) == (
         spec.owner,
         spec.model,
-        spec.ttl_s,
         spec.provenance,
     )
     assert header.fidelity is Fidelity.EXACT
-    assert shareable(header)
     (segment,) = header.segments
     assert segment.positions == (PositionRun(spec.start_position, len(spec.tokens)),)
     assert (segment.rope_state, segment.dtype, segment.codec) == (spec.rope_state, spec.dtype, "raw")
@@ -159,7 +155,7 @@ def test_what_differs_is_named(field: str, value: object, named: str) -> None:
 def test_who_wrote_it_does_not_keep_a_bundle_from_matching() -> None:
     bundle = parse(memoryview(build()))
     assert bundle is not None
-    assert bundle.matches(replace(SPEC, owner="other", model="alias", ttl_s=None, provenance="decode-3")) == ""
+    assert bundle.matches(replace(SPEC, owner="other", model="alias", provenance="decode-3")) == ""
 
 
 @pytest.mark.parametrize(
@@ -175,9 +171,6 @@ def test_who_wrote_it_does_not_keep_a_bundle_from_matching() -> None:
         ("head_dim", 0),
         ("start_position", -1),
         ("dtype", "float8"),
-        ("ttl_s", 0.0),
-        ("ttl_s", float("nan")),
-        ("ttl_s", float("inf")),
     ],
 )
 def test_a_bad_spec_names_its_field(field: str, value: object) -> None:
@@ -206,10 +199,3 @@ def test_the_writer_wants_exactly_the_size() -> None:
     for size in (0, bundle_size(SPEC) - 1, bundle_size(SPEC) + 1):
         with pytest.raises(ValueError, match="bundle_size"):
             BundleWriter(SPEC, memoryview(bytearray(size)))
-
-
-def test_only_what_others_can_use_is_shareable() -> None:
-    bundle = parse(memoryview(build()))
-    assert bundle is not None
-    assert not shareable(replace(bundle.header, query_dependent=True))
-    assert not shareable(replace(bundle.header, token_preserving=False))

@@ -117,28 +117,6 @@ def check_group(before: Values, after: Values, bits: int, dtype: str) -> None:
     assert (np.abs(before - after) <= allowed).all()
 
 
-@settings(max_examples=40, deadline=None)
-@given(shape=SHAPES, bits=st.sampled_from(BITS), pieces=st.lists(st.integers(1, 50), max_size=4))
-def test_appending_gives_the_same_bytes_as_encoding_at_once(shape: LayerShape, bits: int, pieces: list[int]) -> None:
-    whole = replace(shape, num_tokens=shape.num_tokens + sum(pieces))
-    width = shape.channels * DTYPE_BYTES[shape.dtype]
-    everything = np.frombuffer(rows(whole), np.uint8).reshape(2, whole.num_tokens, width)
-    encoded = encode(everything[:, : shape.num_tokens].tobytes(), shape, bits)
-    for count in pieces:
-        new = everything[:, shape.num_tokens : shape.num_tokens + count].tobytes()
-        grown = kivi(bits).append(encoded, shape, memoryview(new), count)
-        assert grown is not None
-        encoded, shape = grown, replace(shape, num_tokens=shape.num_tokens + count)
-    assert encoded == encode(everything.tobytes(), whole, bits)
-
-
-def test_appending_to_something_else_is_refused() -> None:
-    shape = LayerShape(40, 1, 32, "bfloat16")
-    assert kivi(8).append(memoryview(b"short"), shape, memoryview(rows(replace(shape, num_tokens=1))), 1) is None
-    with pytest.raises(ValueError, match="raw has 5 bytes"):
-        kivi(8).append(encode(rows(shape), shape, 8), shape, memoryview(b"short"), 1)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_constant_rows_come_back_exactly(bits: int) -> None:
     shape = LayerShape(32, 1, 32, "bfloat16")

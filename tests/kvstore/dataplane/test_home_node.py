@@ -20,7 +20,7 @@ from .scripted_node import ScriptedTicket, key
 Eventually = Callable[[Callable[[], object]], None]
 NEVER_S = 3600.0
 """Nothing may wait so long: the test would be ended."""
-INFO = ObjectInfo(size=5000, num_tokens=256, owner="tenant", model="m", recompute_s=0.25, ttl_s=60.0)
+INFO = ObjectInfo(size=5000, num_tokens=256, owner="tenant", model="m", recompute_s=0.25)
 
 
 def test_a_put_is_written_in_the_memory_of_the_node(rig: Rig) -> None:

@@ -67,7 +67,7 @@ def test_many_ranges_are_pipelined(rig: Rig, transport: str) -> None:
 def test_a_replica_is_stored_once(rig: Rig, transport: str) -> None:
     reader = rig.reader(transport)
     content = os.urandom(1_000_003)
-    info = ObjectInfo(size=len(content), num_tokens=256, owner="tenant", ttl_s=5.0)
+    info = ObjectInfo(size=len(content), num_tokens=256, owner="tenant")
     assert reader.push("n0", key(1), info, memoryview(content))
     assert rig.node.content(key(1)) == content
     assert rig.node.objects[key(1)][0] == info

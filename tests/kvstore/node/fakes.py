@@ -26,7 +26,7 @@ def key_of(number: int) -> ObjectKey:
     return ObjectKey(number.to_bytes(32, "little"))
 
 
-def spec_of(number: int, *, tokens: int = 16, owner: str = "default", ttl_s: float | None = None) -> ChunkSpec:
+def spec_of(number: int, *, tokens: int = 16, owner: str = "default") -> ChunkSpec:
     return ChunkSpec(
         key=key_of(number),
         namespace=b"n" * 32,
@@ -38,7 +38,6 @@ def spec_of(number: int, *, tokens: int = 16, owner: str = "default", ttl_s: flo
         dtype="bfloat16",
         owner=owner,
         model="small",
-        ttl_s=ttl_s,
     )
 
 
@@ -55,9 +54,7 @@ def bundle_of(spec: ChunkSpec) -> bytes:
 
 
 def info_of(spec: ChunkSpec) -> ObjectInfo:
-    return ObjectInfo(
-        size=bundle_size(spec), num_tokens=len(spec.tokens), owner=spec.owner, model=spec.model, ttl_s=spec.ttl_s
-    )
+    return ObjectInfo(size=bundle_size(spec), num_tokens=len(spec.tokens), owner=spec.owner, model=spec.model)
 
 
 SIZE = bundle_size(spec_of(0))

@@ -35,14 +35,9 @@ OWNERS = ("a", "b", "c")
 numbers = st.integers(0, KEYS - 1)
 
 
-def owned_spec(number: int) -> tuple[str, float | None]:
-    """An object's owner and ttl follow from its key, as its content does."""
-    return OWNERS[number % 3], 300.0 if number % 5 == 0 else None
-
-
 def spec(number: int):  # type: ignore[no-untyped-def]
-    owner, ttl_s = owned_spec(number)
-    return spec_of(number, owner=owner, ttl_s=ttl_s)
+    """An object's owner follows from its key, as its content does."""
+    return spec_of(number, owner=OWNERS[number % 3])
 
 
 CONTENT = {key_of(number): bundle_of(spec(number)) for number in range(KEYS)}

@@ -266,7 +266,7 @@ def test_check_integrity_finds_a_lease_that_leaked() -> None:
     node = KvNode(make_settings(4))
     assert put(node, spec_of(1))
     node.check_integrity()
-    item = node._books.host.get(key_of(1), 0.0)
+    item = node._books.host.get(key_of(1))
     assert item is not None
     item.leases += 1
     with pytest.raises(StoreIntegrityError, match="counts 1 leases, 0 are held"):

@@ -14,7 +14,6 @@ from tandem.kvstore.node import KvNode
 from tests.kvstore.node.fakes import (
     LAYERS,
     SIZE,
-    Clock,
     DictDirectory,
     DictTier,
     bundle_of,
@@ -232,21 +231,6 @@ def test_an_object_that_is_dropped_while_it_is_written_does_not_come_back(gate: 
     assert node.flush(60)
     eventually(lambda: disk.content == {})
     assert node.lookups.contains(key_of(1)) == []
-    node.check_integrity()
-    node.close()
-
-
-def test_objects_leave_the_disk_when_their_time_is_up() -> None:
-    clock, disk = Clock(), DictTier()
-    node = KvNode(make_settings(), tiers=[disk], clock=clock)
-    node.start()
-    assert put(node, spec_of(1, ttl_s=10.0))
-    assert put(node, spec_of(2))
-    assert node.flush(60)
-    clock.now += 11
-    assert node.locate([key_of(1)]) == []
-    node.janitor.reap()
-    eventually(lambda: set(disk.content) == {key_of(2)})
     node.check_integrity()
     node.close()
 

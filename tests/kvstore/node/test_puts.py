@@ -232,26 +232,6 @@ def test_after_close_puts_are_refused_and_nothing_is_found() -> None:
     node.close()
 
 
-def test_an_object_leaves_when_its_time_is_up_and_its_reader_finishes(node: KvNode, clock: Clock) -> None:
-    assert put(node, spec_of(1, ttl_s=10.0))
-    fetch = node.fetch(node.locate([key_of(1)]))
-    clock.now += 10
-    assert node.locate([key_of(1)]) == []
-    node.janitor.reap()
-    assert bytes(fetch.buffer(0)) == bundle_of(spec_of(1, ttl_s=10.0))
-    assert node.stats().detached == 1
-    fetch.close()
-    assert node.arena.used_bytes == 0
-    assert node.stats().expired == 1
-
-
-def test_a_put_over_an_expired_object_replaces_it(node: KvNode, clock: Clock) -> None:
-    assert put(node, spec_of(1, ttl_s=10.0))
-    clock.now += 11
-    assert put(node, spec_of(1, ttl_s=10.0))
-    assert node.lookups.contains(key_of(1)) == [TierName.HOST]
-
-
 def test_tiers_that_are_not_below_host_memory_are_refused() -> None:
     with pytest.raises(ValueError, match="at most one each"):
         KvNode(make_settings(4), tiers=[DictTier(), DictTier()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -136,24 +135,6 @@ def test_nothing_is_read_past_the_end_or_before_the_start(opener: Opener) -> Non
     last = bytearray(1)
     assert tier.read(KEYS[0], 9_999, memoryview(last))
     assert last[0] == content[-1]
-    tier.close()
-
-
-def test_time_to_live_goes_on_after_a_reopen_and_ends(opener: Opener) -> None:
-    tier = opener(CAPACITY)
-    assert tier.put(KEYS[0], info_of(b"long", ttl_s=1000.0), memoryview(b"long"))
-    assert tier.put(KEYS[1], info_of(b"short", ttl_s=0.2), memoryview(b"short"))
-    tier.close()
-    tier = opener(CAPACITY)
-    deadline = time.monotonic() + 30
-    while tier.info(KEYS[1]) is not None or whole(tier, KEYS[1], 5) is not None:
-        assert time.monotonic() < deadline
-    assert [key for key, _ in tier.objects()] == [KEYS[0]]
-    info = tier.info(KEYS[0])
-    assert info is not None
-    assert info.ttl_s is not None
-    assert 900 < info.ttl_s < 1000
-    tier.check_integrity()
     tier.close()
 
 

@@ -64,7 +64,7 @@ class Shelf:
 
 
 def info_of(content: bytes, owner: str = "tenant") -> ObjectInfo:
-    return ObjectInfo(size=len(content), num_tokens=256, owner=owner, model="m", recompute_s=0.5, ttl_s=60.0)
+    return ObjectInfo(size=len(content), num_tokens=256, owner=owner, model="m", recompute_s=0.5)
 
 
 def sealed(content: bytes, owner: str = "tenant", key: ObjectKey = KEY) -> tuple[Shelf, SealedTier]:
