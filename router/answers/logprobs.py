@@ -9,6 +9,7 @@ from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.calls.choice import Choice
 from tandem.router.text.choice_text import Piece
 from tandem.router.text.tokenizer import ModelText
+from tandem.router.web import large_json
 from tandem.router.web.large_json import LongList, encoded_list
 
 LOWEST = -9999.0
@@ -21,7 +22,10 @@ def chat_logprobs(
     text: ModelText, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, *, as_ids: bool = False
 ) -> dict[str, Any]:
     """`top`: alternatives to list for each token. `as_ids`: tokens are written as `token_id:123`."""
-    return {"content": encoded_list(chat_entries(text, token_ids, logprobs, top, as_ids=as_ids)), "refusal": None}
+    return {
+        "content": encoded_list(chat_entries(text, token_ids, logprobs, top, as_ids=as_ids), _tokens_at_once(top)),
+        "refusal": None,
+    }
 
 
 def chat_entries(
@@ -90,7 +94,12 @@ def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> LongList:
                 listed.setdefault(str(other), entry(other, value, place + 1))
             yield listed
 
-    return encoded_list(scored())
+    return encoded_list(scored(), _tokens_at_once(top))
+
+
+def _tokens_at_once(top: int) -> int:
+    """As many as have ENTRIES_AT_ONCE entries, themselves and their alternatives, each of two objects."""
+    return max(1, large_json.ENTRIES_AT_ONCE // (2 * (1 + top)))
 
 
 def as_id(token_id: int) -> str:

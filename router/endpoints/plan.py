@@ -78,7 +78,9 @@ class TextPlan:
             usage, explain = call.usage(), explained(call, runner)
 
             def write() -> list[bytes]:
-                return encoded_parts(shapes.answer(deltas, usage) | explain)
+                parts = encoded_parts(shapes.answer(deltas, usage) | explain)
+                deltas.clear()  # of a long answer that takes a moment, too: not on the event loop
+                return parts
 
             yield await written(call, runner.memory, write)
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 ENTRIES_AT_ONCE = 256
+"""Fewer than what sets off Python's garbage collector, which would look at all that there is."""
 _PLACE = b"\0"
 """Stands for a long list: JSON holds no such byte."""
 
