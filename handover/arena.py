@@ -71,6 +71,7 @@ class ArenaSender:
         self.offset = 0
 
     def reserve(self, length: int) -> memoryview | None:
+        """Reserves the next region; None while the receiver has not freed enough."""
         offset = self._ring.allocate(length)
         if offset is None:
             return None

@@ -63,6 +63,7 @@ class KvClientPool:
             return stream
 
     def stats(self) -> TransportStats:
+        """What has been sent so far."""
         with self._lock:
             connections = list(self._connections.values())
         return replace(

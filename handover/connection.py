@@ -90,6 +90,7 @@ class ClientConnection:
             return stream
 
     def enqueue(self, stream: KvStream, item: PendingRows | bytes) -> None:
+        """Queues rows, or the finish payload, of `stream`. Raises ValueError after the finish."""
         with self._wake:
             if stream.ending:
                 return
@@ -100,6 +101,7 @@ class ClientConnection:
             self._make_ready(stream)
 
     def abort(self, stream: KvStream, reason: Reason) -> None:
+        """Ends `stream` here; the receiver is told."""
         with self._wake:
             if self._mark_ended(stream, Ending(reason)):
                 self._control.append(stream)

@@ -68,6 +68,8 @@ class Ack(Body, frozen=True):
 
 
 class Kind(enum.IntEnum):
+    """Number of a kind of frame."""
+
     HELLO = 1
     REFUSE = 2
     """Stream 0: the whole connection."""

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 class StreamKey(NamedTuple):
+    """One attempt at one request."""
+
     request_id: str
     epoch: int
 
 
 class State(enum.Enum):
+    """How far a stream is."""
+
     OPENED = 1
     ACCEPTED = 2
     ENDED = 3
@@ -68,7 +72,7 @@ class Incoming:
         return True
 
     def misfit(self, rows: Rows) -> str | None:
-        """What is wrong with a Rows frame, if anything; the payload apart."""
+        """Says what is wrong with a Rows frame, if anything; the payload apart."""
         if self.state is not State.ACCEPTED:
             return "rows before the stream was accepted"
         if rows.layer >= self.num_layers:

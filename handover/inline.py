@@ -42,6 +42,7 @@ class InlineReceiver:
         self._buffer = memoryview(b"")
 
     def receive(self, link: Link, header: Header, rows: Rows) -> memoryview:
+        """Reads the payload that follows the header. Raises ProtocolError, OSError."""
         if header.payload_length != rows.length:
             raise ProtocolError(f"Rows of {rows.length} bytes with a payload of {header.payload_length}")
         if rows.length > len(self._buffer):

@@ -78,6 +78,8 @@ class KvSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransportSettings:
+    """Times and bounds of the hand-over. Raises ValueError when they contradict each other."""
+
     lease_s: float = 3.0
     """A receiver drops a stream when its sender was silent this long. Senders renew three times as often."""
     stall_timeout_s: float = 5.0
@@ -103,5 +105,5 @@ class TransportSettings:
 
     @property
     def patience(self) -> Patience:
-        """Of the sockets."""
+        """How long the sockets wait."""
         return Patience(self.connect_timeout_s, self.stall_timeout_s)

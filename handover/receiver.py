@@ -57,7 +57,7 @@ class Receiver:
         self._unacknowledged = 0
 
     def post(self, kind: Kind, stream: int, body: Body | None = None) -> None:
-        """From any thread; never waits. Quiet when the connection is gone."""
+        """Sends, or keeps for the sender to read. From any thread; never waits. Quiet when the connection is gone."""
         self._link.post(kind, stream, body)
 
     def lose(self, stream: Incoming, reason: Reason) -> None:
@@ -69,7 +69,7 @@ class Receiver:
     # On the receiver's thread.
 
     def run(self) -> None:
-        """Until the sender goes, or the link is shut down. Then all its streams are lost."""
+        """Serves until the sender goes, or the link is shut down. Then all its streams are lost."""
         reason = Reason("shutdown", "the receiver is stopping")
         try:
             channel = welcome(self._link, self._identity, self._settings)

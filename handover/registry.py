@@ -54,6 +54,7 @@ class StreamRegistry:
         return refusal
 
     def accept(self, stream: Incoming, skip_tokens: int) -> bool:
+        """Marks a stream as accepted. False: it was answered already, or has ended."""
         with self._lock:
             if stream.state is not State.OPENED:
                 return False

@@ -56,7 +56,8 @@ class KvServer:
 
     @property
     def endpoint(self) -> Endpoint:
-        """For clients, after `start`. `host` is the address listened on: replace a wildcard with one they can reach."""
+        """Where it listens, for clients, after `start`. `host` is the address listened on: replace a wildcard with one
+        they can reach."""
         listener = self._server.listener
         unix_path = str(listener.unix_path.absolute()) if listener.unix_path else ""
         host_id = local_host_id() if unix_path else ""
@@ -74,6 +75,7 @@ class KvServer:
         return True
 
     def stats(self) -> TransportStats:
+        """What has been received so far."""
         return replace(
             self._counters.snapshot(),
             open_streams=len(self._registry),

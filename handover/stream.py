@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class PendingRows:
+    """Rows of one layer that are to be sent."""
+
     layer: int
     start: int
     stop: int
@@ -29,6 +31,7 @@ class Ending:
     refused: bool = False
 
     def tell(self, listener: StreamListener) -> None:
+        """Makes the last callback."""
         if self.reason is None:
             listener.on_done()
         elif self.refused:
@@ -95,7 +98,7 @@ class KvStream:
         return None
 
     def advance(self, piece: PendingRows | bytes) -> None:
-        """What `peek` returned is being sent. Under the connection's lock."""
+        """Takes what `peek` returned: it is being sent. Under the connection's lock."""
         item = self.items[0]
         if isinstance(piece, bytes) or isinstance(item, bytes) or piece.stop == item.stop:
             self.items.popleft()
@@ -113,7 +116,7 @@ class KvStream:
             self._connection.enqueue(self, PendingRows(layer, start, stop, fill))
 
     def finish(self, payload: bytes) -> None:
-        """After all rows. Raises ValueError when called twice."""
+        """Queues the end, after all rows. Raises ValueError when called twice."""
         self._connection.enqueue(self, payload)
 
     def abort(self, reason: Reason) -> None:

@@ -49,9 +49,9 @@ class Greeting:
 
 
 def connect(place: Place, protocol: Protocol, patience: Patience, greet: Callable[[Link], _T]) -> _T:
-    """What `greet` makes of a link to `place`: its unix socket on the same host, then TCP. A link on which `greet`
-    fails is closed. Raises HandshakeRefused when an address refuses and none leads to who is meant, else
-    ConnectionError."""
+    """Connects to `place` (its unix socket on the same host, then TCP) and gives what `greet` makes of the link. A link
+    on which `greet` fails is closed. Raises HandshakeRefused when an address refuses and none leads to who is meant,
+    else ConnectionError."""
     attempts: list[tuple[str, Callable[[], Link]]] = []
     if is_local(place):
         attempts.append((place.unix_path, lambda: connect_unix(place.unix_path, protocol, patience)))

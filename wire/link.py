@@ -270,8 +270,8 @@ class Link:
     # The end
 
     def wait_for_end(self, timeout_s: float) -> None:
-        """Until the connection is gone, or time is up; incoming frames do not wake it (Linux; elsewhere it may only
-        wait). For one thread beside the reading one."""
+        """Waits until the connection is gone, or time is up; incoming frames do not wake it (Linux; elsewhere it may
+        only wait). For one thread beside the reading one."""
         self._end.poll(timeout_s * 1000)
 
     def shutdown(self) -> None:
@@ -299,7 +299,7 @@ class _Pace:
         self._moved = 0
 
     def is_kept(self, count: int) -> bool:
-        """After `count` more bytes have moved."""
+        """Counts `count` more bytes, and says whether that is enough."""
         self._moved += count
         now = time.monotonic()
         if self._moved >= PACE_BYTES:

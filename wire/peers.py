@@ -29,7 +29,7 @@ class Place(Protocol):
 
     @property
     def host_id(self) -> str:
-        """Of the host that has the unix socket; empty where there is none."""
+        """Id of the host that has the unix socket; empty where there is none."""
 
     @property
     def unix_path(self) -> str: ...

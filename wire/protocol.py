@@ -94,7 +94,7 @@ class Protocol:
         self._limits = {int(kind): (kind, max_body.get(kind, 0), max_payload_bytes.get(kind, 0)) for kind in kinds}
 
     def key(self, secret: bytes) -> bytes:
-        """What both ends prove that they have; empty without a secret."""
+        """Derives what both ends prove that they have; empty without a secret."""
         return derive(secret, self.name) if secret else b""
 
     def pack(self, header: Header) -> bytes:

@@ -84,6 +84,7 @@ class Channel:
         return call.answer if isinstance(call.answer, wanted) else None
 
     def post(self, kind: Kind, frame_id: int, body: Body | None = None) -> bool:
+        """Sends it; nobody answers. False: nothing was sent."""
         try:
             self._link.send(kind, frame_id, body)
         except (OSError, ValueError) as error:
@@ -94,8 +95,8 @@ class Channel:
         return True
 
     def wait(self, done: Callable[[], bool], timeout_s: float) -> bool:
-        """Until `done`, reading frames if no other thread does. False: time is up, or the connection is gone. What
-        `done` looks at is changed by frames, or under `_changed` by other threads."""
+        """Waits until `done`, reading frames if no other thread does. False: time is up, or the connection is gone.
+        What `done` looks at is changed by frames, or under `_changed` by other threads."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while self._is_read and self.alive and not done() and (left := deadline - time.monotonic()) > 0:
@@ -112,7 +113,7 @@ class Channel:
         return done()
 
     def run(self) -> None:
-        """Until the connection is gone, and nobody uses it any more. Keeps pages ready meanwhile."""
+        """Reads until the connection is gone, and nobody uses it any more. Keeps pages ready meanwhile."""
         while self.alive:
             self._link.wait_for_end(0.0 if self._pages.warm() else _LOOK_S)
             self.tidy()
@@ -146,6 +147,7 @@ class Channel:
             self._changed.notify_all()
 
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
+        """Looks up the leading run of `keys`; the node may begin a fetch of it, which `fetch` then finds."""
         fetch = RemoteFetch(self, self.new_id())
         with self._changed:
             self._fetches[fetch.number] = fetch
@@ -174,6 +176,7 @@ class Channel:
         begun[0].close()
 
     def fetch(self, located: Sequence[Located], overlap_s: float) -> Fetch:
+        """Begins a fetch, or takes the one that the look-up of the same objects has begun."""
         with self._changed:
             begun, self._begun = self._begun, None
         if begun is not None:
@@ -196,6 +199,7 @@ class Channel:
         self._pages.used_up_to(end)
 
     def end_fetch(self, fetch: RemoteFetch) -> None:
+        """Ends it here and on the node."""
         with self._changed:
             fetch.lose()
             alive = self._fetches.pop(fetch.number, None) is not None and self.alive
@@ -240,6 +244,7 @@ class RemoteFetch:
     # By the channel, under its lock
 
     def start(self, answer: protocol.Fetching) -> None:
+        """Takes the answer: where the objects are. A place outside the arena loses the fetch."""
         end = len(self._channel.arena)
         places = list(zip(answer.sources, answer.offsets, strict=False))
         if not all(0 <= offset <= end - source.size for source, offset in places):
@@ -264,6 +269,7 @@ class RemoteFetch:
         return self._layers >= num_layers and not self._failed
 
     def intact(self) -> int:
+        """Number of leading objects that are complete; 0 when the connection is gone."""
         if self._ended:
             return 0
         if self._layers >= ALL_LAYERS:

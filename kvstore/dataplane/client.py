@@ -52,24 +52,19 @@ class RemoteHomeNode:
         self._identity = PeerIdentity(name, key=DATA_PLANE.key(secret))
         self._node_id = ""
         self._channel: Channel | None = None
-        self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv-home", daemon=True)
         self._thread.start()
 
     @property
     def node_id(self) -> str:
-        """Of the node that was there last; empty before any."""
+        """Id of the node that was there last; empty before any."""
         return self._node_id
 
     @property
     def connected(self) -> bool:
         channel = self._channel
         return channel is not None and channel.alive  # a broken one stays until the thread has seen it
-
-    def wait_connected(self, timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.connected, timeout_s)
 
     def begin_put(self, key: ObjectKey, info: ObjectInfo) -> PutTicket | Refusal:
         channel = self._channel
@@ -89,9 +84,9 @@ class RemoteHomeNode:
             channel.post(Kind.QUARANTINE, 0, protocol.Quarantine(key, reason[:1024]))
 
     def close(self) -> None:
+        """Gives back what is open, and ends the thread."""
         self._closing.set()
-        with self._changed:
-            channel = self._channel
+        channel = self._channel
         if channel is not None:
             channel.close()
         self._thread.join()
@@ -116,13 +111,11 @@ class RemoteHomeNode:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _serve(self, link: Link) -> tuple[str, bool]:
-        """Until the connection is gone: why, and whether it had been of use."""
+        """Keeps the connection until it is gone: says why, and whether it had been of use."""
         channel: Channel | None = None
         try:
             channel = self._open(link)
-            with self._changed:
-                self._channel = channel
-                self._changed.notify_all()
+            self._channel = channel
             if not self._closing.is_set():
                 logger.info("connected to the store node at %s", self._path)
                 channel.run()
@@ -132,8 +125,7 @@ class RemoteHomeNode:
         except Exception as error:
             logger.exception("the connection to the store node failed")
             reason = repr(error)
-        with self._changed:
-            self._channel = None
+        self._channel = None
         if channel is not None:
             channel.fail(reason)
         return reason, channel is not None

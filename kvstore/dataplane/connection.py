@@ -101,7 +101,7 @@ class Connection:
             }
 
     def run(self) -> None:
-        """Until the client goes, or the link is shut down."""
+        """Serves until the client goes, or the link is shut down."""
         try:
             self._name = admit(self._link, self._identity).peer.name
             arena = self._node.arena

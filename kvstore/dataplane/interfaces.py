@@ -10,9 +10,11 @@ from tandem.kvstore.interfaces import Fetch, Located, ObjectInfo, ObjectKey, Put
 
 
 class ServedArena(Protocol):
+    """Host memory of the node."""
+
     @property
     def fd(self) -> int:
-        """Of the shared memory; negative where the system has none."""
+        """Descriptor of the shared memory; negative where the system has none."""
 
     @property
     def capacity_bytes(self) -> int: ...
@@ -21,9 +23,11 @@ class ServedArena(Protocol):
 
 
 class ServedTicket(PutTicket, Protocol):
+    """A put whose memory has a place in the arena."""
+
     @property
     def offset(self) -> int:
-        """Of `buffer` in the arena."""
+        """Place of `buffer` in the arena."""
 
     def commit_as(self, key: ObjectKey, info: ObjectInfo) -> bool:
         """`commit` as another object than the put was begun for. True also if that is there or is being put already.
@@ -31,8 +35,10 @@ class ServedTicket(PutTicket, Protocol):
 
 
 class ServedFetch(Fetch, Protocol):
+    """A fetch whose objects have places in the arena."""
+
     def offset(self, index: int) -> int:
-        """Of object `index` in the arena."""
+        """Place of object `index` in the arena."""
 
 
 class ServedNode(Protocol):
@@ -46,7 +52,7 @@ class ServedNode(Protocol):
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]: ...
 
     def locate_here(self, keys: Sequence[ObjectKey]) -> list[Located] | None:
-        """What `locate` says, if this node has all of them; None: others have to be asked. Never waits."""
+        """Answers as `locate` does, if this node has all of them; None: others have to be asked. Never waits."""
 
     def fetch(self, located: Sequence[Located], overlap_s: float, lease_s: float | None) -> ServedFetch:
         """`lease_s` None: until `close`."""
@@ -57,4 +63,4 @@ class ServedNode(Protocol):
         """Leased read-only bytes of an object in host memory."""
 
     def read_range(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
-        """From whichever tier of this node has it."""
+        """Copies bytes of an object into `out`, from whichever tier of this node has it. False: none has all."""

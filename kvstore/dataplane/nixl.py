@@ -98,7 +98,7 @@ class NixlAgent:
         logger.info("nodes of other hosts are read over NIXL where they have it; here it is %s", self._name)
 
     def open(self, info: AgentInfo) -> NixlWindow | None:
-        """To the node that says so of itself; its connections share one. None: it cannot be read in this way."""
+        """Opens a window to the node that says so of itself; its connections share one. None: there is no such way."""
         with self._lock:
             if self.info is None or not info.metadata or info.name == self._name:
                 return None
@@ -146,7 +146,7 @@ class NixlAgent:
         return info is not None and 0 <= address_of(view) - info.address <= info.arena_bytes - len(view)
 
     def transfer(self, window: NixlWindow, places: Sequence[Place]) -> Outcome:
-        """Of all of them."""
+        """Copies all of `places`, and waits: one outcome for all."""
         sizes = [len(out) for _, out in places]
         theirs = self._descriptors([window.info.address + offset for offset, _ in places], sizes)
         ours = self._descriptors([address_of(out) for _, out in places], sizes)
@@ -269,6 +269,7 @@ class NixlWindow:
         return self.info.arena_bytes
 
     def read(self, places: Sequence[Place]) -> list[Outcome]:
+        """Copies what lies in this arena, a piece at a time; ends at the first piece that fails."""
         self._agent.sweep()
         outcomes = [Outcome.NOT_BEGUN] * len(places)
         todo = [index for index, (_, out) in enumerate(places) if self._agent.holds(out)]

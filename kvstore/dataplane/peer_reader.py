@@ -62,6 +62,7 @@ class PeerConnection:
         self._window = agent.open(self._answer(protocol.AgentInfo))
 
     def read_many(self, ranges: Ranges) -> list[bool]:
+        """Reads every range into its buffer: whether each is there."""
         done: list[bool] = []
         for start in range(0, len(ranges), MAX_RANGES):
             batch = ranges[start : start + MAX_RANGES]
@@ -106,6 +107,7 @@ class PeerConnection:
         return done
 
     def read_encoded(self, key: ObjectKey, codec: str) -> EncodedObject | None:
+        """Reads a whole object under another codec; None: it is not there."""
         number = self._next_id()
         self._link.send(Kind.READ_ENCODED, number, protocol.ReadEncoded(key, codec))
         header, body = self._link.receive(PATIENCE.stall_s)
@@ -119,6 +121,7 @@ class PeerConnection:
         return EncodedObject(content, answer.encode_s)
 
     def push(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        """Stores an object there. True also if it was there already."""
         number = self._next_id()
         if self._arena is None:
             self._link.send(Kind.PUSH, number, protocol.Push(key, info), content)

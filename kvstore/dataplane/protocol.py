@@ -41,6 +41,8 @@ _Offset = Annotated[int, Meta(ge=-1, le=1 << 52)]
 
 
 class BeginPut(Body, frozen=True):
+    """Asks for memory for an object; a Ticket answers."""
+
     key: _Key
     info: ObjectInfo
 
@@ -53,6 +55,8 @@ class Ticket(Body, frozen=True):
 
 
 class Commit(Body, frozen=True):
+    """Makes a put visible."""
+
     ticket: int
     """Or held memory, of the size and owner of `info`."""
     answer: bool
@@ -72,22 +76,30 @@ class Held(Body, frozen=True):
 
 
 class Done(Body, frozen=True):
+    """Answers a Commit or a Push."""
+
     done: bool
 
 
 class Locate(Body, frozen=True):
+    """Asks for the leading run of keys that can be had."""
+
     keys: Annotated[list[_Key], Meta(max_length=MAX_KEYS)]
     fetch: int
     """Number of a fetch that begins at once if all are in host memory: it saves the question that mostly follows."""
 
 
 class LocatedRun(Body, frozen=True):
+    """Answers a Locate."""
+
     located: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
     offsets: Annotated[list[_Offset], Meta(max_length=MAX_KEYS)] = msgspec.field(default_factory=list)
     """In the arena, if the fetch has begun: it is complete."""
 
 
 class Fetch(Body, frozen=True):
+    """Asks for objects in host memory; a Fetching answers."""
+
     located: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
     overlap_s: Annotated[float, Meta(ge=0)] = 0.0
 
@@ -110,19 +122,27 @@ class Progress(Body, frozen=True):
 
 
 class Intact(Body, frozen=True):
+    """Asks how many leading objects of a fetch are complete; a Count answers."""
+
     fetch: int
 
 
 class Count(Body, frozen=True):
+    """Answers an Intact."""
+
     count: _Count
 
 
 class Quarantine(Body, frozen=True):
+    """Tells that the content of an object is wrong."""
+
     key: _Key
     reason: Annotated[str, Meta(max_length=1024)]
 
 
 class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Bytes of an object."""
+
     key: _Key
     offset: _Size
     length: _Size
@@ -135,6 +155,8 @@ class Lease(Body, frozen=True):
 
 
 class Leased(Body, frozen=True):
+    """Answers a Lease."""
+
     offsets: Annotated[list[_Offset], Meta(max_length=MAX_RANGES)]
     """Of each range in the arena; -1: not in host memory, use Read."""
 
@@ -180,6 +202,8 @@ ALL_LAYERS = 1 << 30
 
 
 class Kind(enum.IntEnum):
+    """Number of a kind of frame."""
+
     HELLO = 1
     REFUSE = 2
     BEGIN_PUT = 10

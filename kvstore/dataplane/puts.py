@@ -82,6 +82,7 @@ class RemotePuts:
         """When a put began or ended."""
 
     def begin(self, key: ObjectKey, info: ObjectInfo) -> PutTicket | Refusal:
+        """Begins a put: in memory that is held for it, or in what the node gives now."""
         now = time.monotonic()
         with self._lock:
             kind = (info.size, info.owner)
@@ -136,6 +137,7 @@ class RemotePuts:
         return 0 <= offset <= len(self._channel.arena) - size
 
     def commit(self, ticket: RemoteTicket) -> bool:
+        """Commits a put, and has memory held for the next ones. False: it has ended, or had lapsed."""
         if not self._end(ticket):
             return False
         now = time.monotonic()

@@ -59,7 +59,7 @@ class DataServer:
 
     @property
     def port(self) -> int:
-        """Of TCP, after `start`; 0 without."""
+        """Port of TCP, after `start`; 0 without."""
         return self._server.listener.port
 
     def stats(self) -> DataPlaneStats:

@@ -14,6 +14,8 @@ Place = tuple[int, memoryview]
 
 
 class Outcome(enum.Enum):
+    """What became of one copy."""
+
     DONE = enum.auto()
     NOT_BEGUN = enum.auto()
     """Nothing was and will be written: the bytes may be had in another way."""
@@ -22,9 +24,11 @@ class Outcome(enum.Enum):
 
 
 class Window(Protocol):
+    """A way into another node's arena."""
+
     @property
     def capacity_bytes(self) -> int:
-        """Of the other node's arena."""
+        """Bytes of the other node's arena."""
 
     def read(self, places: Sequence[Place]) -> list[Outcome]:
         """Never raises. Blocks for at most some seconds. The places lie inside of the arena, and are leased."""
@@ -56,5 +60,5 @@ class MappedArena:
 
 
 def address_of(view: memoryview) -> int:
-    """Of its first byte, in this process."""
+    """Address of the first byte of `view`, in this process."""
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])

@@ -20,6 +20,7 @@ from tandem.wire.handshake import greet
 from tandem.wire.link import Link, connect_tcp, connect_unix
 from tandem.wire.peers import PeerIdentity, local_host_id
 from tandem.wire.protocol import Body
+from tests.kvstore.homes import connects
 
 from .scripted_node import ScriptedNode
 
@@ -48,7 +49,7 @@ class Rig:
         home = RemoteHomeNode(self.path, "worker", secret=secret)
         self.clients.append(home)
         if connected:
-            assert home.wait_connected(DEADLINE_S)
+            assert connects(home, DEADLINE_S)
         return home
 
     def connect(self, transport: str) -> Link:

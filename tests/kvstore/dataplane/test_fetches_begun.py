@@ -18,6 +18,7 @@ from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
 from tandem.wire.link import LinkClosed
 from tests.kvstore import chunks
+from tests.kvstore.homes import connects
 
 from .conftest import DEADLINE_S, Rig
 from .scripted_node import key
@@ -97,7 +98,7 @@ def test_it_is_lost_with_the_connection(rig: Rig, home: RemoteHomeNode, eventual
     eventually(lambda: rig.node.fetches[0].closed)
     assert home.fetch(located).intact() == 0
     rig.start(epoch=2)
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     assert home.fetch(located).intact() == 3
 
 
@@ -117,7 +118,7 @@ def test_a_real_node_keeps_what_a_look_up_found_and_counts_it_once(tmp_path: Pat
     size = chunks.info(0).size
     opened = open_node(StoreSettings(kv_host_bytes=4 * (size + 4096)), "n", 1, unix_path=str(tmp_path / "kv.sock"))
     worker = RemoteHomeNode(str(tmp_path / "kv.sock"), "w")
-    assert worker.wait_connected(DEADLINE_S)
+    assert connects(worker, DEADLINE_S)
     assert chunks.put(worker, 0)
     assert chunks.put(worker, 1)
     located = worker.locate([chunks.key(0), chunks.key(1)])

@@ -13,6 +13,7 @@ from tandem.kvstore.dataplane import channel as connection
 from tandem.kvstore.dataplane import puts
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.interfaces import Located, ObjectInfo, Refusal, TierName
+from tests.kvstore.homes import connects
 
 from .conftest import DEADLINE_S, Rig
 from .scripted_node import ScriptedTicket, key
@@ -166,7 +167,7 @@ def test_everything_is_a_miss_while_the_node_is_away_and_works_when_it_is_back(
     fetch.close()
     home.quarantine(key(1), "")
     rig.start()
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     ticket = home.begin_put(key(1), INFO)
     assert not isinstance(ticket, Refusal)
     ticket.buffer[:] = bytes(INFO.size)
@@ -191,7 +192,7 @@ def test_running_fetches_and_puts_fail_at_once_when_the_node_dies(rig: Rig, even
     assert not ticket.commit()
     ticket.buffer[:] = bytes(INFO.size)  # still mapped: a late writer does not crash
     rig.start()
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     assert home.locate([key(0)])
     assert not ticket.commit()
 
@@ -216,7 +217,7 @@ def test_a_broken_connection_of_a_living_client_leaves_its_puts_to_lapse(rig: Ri
     channel = home._channel
     assert channel is not None
     channel.fail("a test")
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     assert home._channel is not channel
     eventually(lambda: rig.server.stats().connections == 1)
     assert rig.node.tickets[0].ending == ""
@@ -226,7 +227,7 @@ def test_the_puts_of_a_killed_worker_are_aborted(rig: Rig, eventually: Eventuall
     child = os.fork()
     if child == 0:
         home = RemoteHomeNode(rig.path, "victim")
-        home.wait_connected(DEADLINE_S)
+        connects(home, DEADLINE_S)
         home.begin_put(key(1), INFO)
         time.sleep(60)
     try:
@@ -248,7 +249,7 @@ def test_a_node_that_does_not_answer_is_taken_for_dead(rig: Rig) -> None:
     finally:
         connection.CALL_S = call_s
     rig.node.look_up.set()
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
 
 
 def test_many_threads_share_one_connection(rig: Rig) -> None:

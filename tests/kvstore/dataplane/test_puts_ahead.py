@@ -17,6 +17,7 @@ from tandem.kvstore.dataplane.connection import MIN_HELD_OBJECTS
 from tandem.kvstore.dataplane.protocol import Kind
 from tandem.kvstore.interfaces import ObjectInfo, PutTicket, Refusal
 from tandem.wire.link import LinkClosed
+from tests.kvstore.homes import connects
 
 from .conftest import DEADLINE_S, Rig
 from .scripted_node import key
@@ -193,7 +194,7 @@ def test_a_worker_killed_in_the_middle_of_a_run_leaves_nothing(rig: Rig, eventua
     child = os.fork()
     if child == 0:
         home = RemoteHomeNode(rig.path, "victim")
-        home.wait_connected(DEADLINE_S)
+        connects(home, DEADLINE_S)
         for number in range(4):
             put(home, number)
         begin(home, 4).buffer[:100] = b"x" * 100
@@ -218,7 +219,7 @@ def test_a_run_goes_on_after_a_restart_of_the_node(rig: Rig, eventually: Eventua
     assert not ticket.commit()
     assert home.begin_put(key(4), INFO) is Refusal.CLOSED
     rig.start(epoch=2)
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     for number in range(5, 10):
         assert put(home, number)
     assert len(home.locate([key(number) for number in range(5, 10)])) == 5

@@ -18,6 +18,7 @@ from tandem.kvstore.interfaces import Fetch
 from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
 from tests.kvstore.chunks import NUM_LAYERS, info, is_sound, key, put
+from tests.kvstore.homes import connects
 
 NUM_OBJECTS = 60
 ROOM = 30
@@ -53,7 +54,7 @@ class Work:
         chance = random.Random(seed)
         try:
             while self.go_on():
-                assert home.wait_connected(DEADLINE_S)
+                assert connects(home, DEADLINE_S)
                 self._step(home, chance)
         except BaseException:
             self._failed.set()

@@ -28,6 +28,7 @@ from tandem.kvstore.process.open import open_node
 from tandem.kvstore.settings import StoreSettings
 from tandem.runtime import cli, running
 from tests.kvstore.chunks import NUM_LAYERS, info, is_sound, key, put
+from tests.kvstore.homes import connects
 
 pytestmark = pytest.mark.processes
 
@@ -94,7 +95,7 @@ def connect() -> Iterator[Callable[[Node], RemoteHomeNode]]:
 
     def connect(node: Node) -> RemoteHomeNode:
         homes.append(RemoteHomeNode(node.unix_path, "worker"))
-        assert homes[-1].wait_connected(DEADLINE_S)
+        assert connects(homes[-1], DEADLINE_S)
         return homes[-1]
 
     yield connect
@@ -290,7 +291,7 @@ def test_a_killed_node_is_missed_and_comes_back_empty(
     fetch.close()
     assert home.begin_put(key(1), info(1)) is Refusal.CLOSED
     start("n0")
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     assert home.locate([key(0)]) == []
     assert put(home, 0)
 
@@ -303,7 +304,8 @@ def test_workers_that_are_killed_while_they_write_leave_no_hold(
         "from tandem.kvstore.dataplane.client import RemoteHomeNode\n"
         "from tandem.kvstore.interfaces import ObjectInfo\n"
         f"home = RemoteHomeNode({shared.unix_path!r}, 'victim')\n"
-        "assert home.wait_connected(60)\n"
+        "while not home.connected:\n"
+        "    time.sleep(0.01)\n"
         "home.begin_put(bytes(32), ObjectInfo(size=1 << 20, num_tokens=1))\n"
         "print('writing', flush=True)\n"
         "time.sleep(60)\n"
@@ -332,7 +334,7 @@ def test_a_drained_node_has_written_everything_to_disk(
     located(home, *range(8))
     assert node.stop() == 0, "".join(node.errors)
     start("n0", *disk)
-    assert home.wait_connected(DEADLINE_S)
+    assert connects(home, DEADLINE_S)
     assert_fetched(home, *range(8), tier=TierName.DISK)
     assert_fetched(home, *range(8), tier=TierName.HOST)
 

@@ -16,6 +16,7 @@ from tandem.kvstore.interfaces import TierName
 from tandem.kvstore.process.open import OpenNode, open_home, open_node
 from tandem.kvstore.settings import StoreSettings
 from tests.kvstore.chunks import NUM_LAYERS, is_sound, key, put, rows
+from tests.kvstore.homes import connects
 
 HOST_BYTES = 8 << 20
 DEADLINE_S = 60.0
@@ -162,7 +163,7 @@ def test_a_worker_gets_the_store_that_its_settings_ask_for(tmp_path: Path) -> No
     worker = open_home(StoreSettings(kv_store_socket=str(tmp_path / "kv.sock")), "w", 1)
     assert worker is not None
     assert isinstance(worker.home, RemoteHomeNode)
-    assert worker.home.wait_connected(DEADLINE_S)
+    assert connects(worker.home, DEADLINE_S)
     assert worker.node_id == "n"
     assert put(worker.home, 0)
     wait_for(lambda: served.node.lookups.contains(key(0)) == [TierName.HOST])

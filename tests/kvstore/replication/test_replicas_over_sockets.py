@@ -18,6 +18,7 @@ from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.interfaces import TierName
 from tandem.kvstore.replication.replication import HOT_HITS
 from tests.kvstore.chunks import NUM_LAYERS, is_sound, key, put
+from tests.kvstore.homes import connects
 from tests.kvstore.process.test_kvstore_process import DEADLINE_S, Node
 
 pytestmark = pytest.mark.processes
@@ -75,7 +76,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_hot_object_outlives_its_node_and_is_copied_again(nodes: list[Node]) -> None:
     homes = [RemoteHomeNode(node.unix_path, "worker", secret=SECRET.encode()) for node in nodes]
     try:
-        assert all(home.wait_connected(DEADLINE_S) for home in homes)
+        assert all(connects(home, DEADLINE_S) for home in homes)
         assert put(homes[0], 1)
         for _ in range(2 * HOT_HITS):
             assert read(homes[0], 1) is TierName.HOST
@@ -98,6 +99,6 @@ def test_a_hot_object_outlives_its_node_and_is_copied_again(nodes: list[Node]) -
 def test_a_worker_without_the_secret_is_refused(nodes: list[Node]) -> None:
     stranger = RemoteHomeNode(nodes[0].unix_path, "worker")
     try:
-        assert not stranger.wait_connected(1.0)
+        assert not connects(stranger, 1.0)
     finally:
         stranger.close()
