@@ -138,6 +138,7 @@ class Service:
         self.log.note("request", pairs)
 
     def close(self) -> None:
+        """Ends the threads, and what watches the store."""
         self.work.close()
         self.answers.close()
         if self.store is not None:
@@ -163,7 +164,7 @@ class Service:
         """Sequences, those that wait included."""
         return self._in_flight
 
-    def check_load(self, sequences: int = 1) -> None:
+    def check_in_flight(self, sequences: int = 1) -> None:
         """Raises TandemError `overloaded` where `sequences` more would be too many."""
         if self._in_flight + sequences > self.config.max_requests:
             raise TandemError(
@@ -187,7 +188,7 @@ class Service:
 
         Raises TandemError `overloaded` or `unavailable`.
         """
-        self.check_load(len(choices))
+        self.check_in_flight(len(choices))
         span = self._span(request_id, len(choices), traceparent)
         sequence = choices[0].sequence
         record = self.explain.begin(

@@ -78,7 +78,7 @@ class ChatShapes(CompletionsShapes):
         return events
 
     def _chunks_with_tools(self, delta: Delta) -> bytes:
-        """At most one event for what is new, then one for the end."""
+        """Events: at most one for what is new, then one for the end."""
         parts = self._parsed(delta)
         content = self._delta_of(parts)
         events = b""

@@ -81,7 +81,7 @@ def completion_logprobs(
 
 
 def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> LongList:
-    """In vLLM's shape: for each token of the prompt what was likely there, by id; null for the first."""
+    """What was likely at each token of the prompt, by id, in vLLM's shape; null for the first token."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text.token_text(token_id)}
@@ -98,7 +98,7 @@ def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> LongList:
 
 
 def _tokens_at_once(top: int) -> int:
-    """As many as have ENTRIES_AT_ONCE entries, themselves and their alternatives, each of two objects."""
+    """Tokens whose entries, with those of their alternatives, are ENTRIES_AT_ONCE objects; each entry is two."""
     return max(1, large_json.ENTRIES_AT_ONCE // (2 * (1 + top)))
 
 

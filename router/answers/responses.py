@@ -160,7 +160,7 @@ class ResponseShapes:
         return {**self._place(), "content_index": 0}
 
     def _logprobs_of(self, delta: Delta) -> list[msgspec.Raw]:
-        """As JSON: they are kept to the end, and would take ten times as much as objects."""
+        """JSON of the entries: they are kept to the end, and would take ten times as much as objects."""
         if self._top is None:
             return []
         entries = chat_entries(self._model_text, delta.piece.token_ids, delta.piece.logprobs, self._top)

@@ -67,6 +67,7 @@ class CompletionsShapes:
         self._suffix = _CHOICE_END + (b',"usage":null' if include_usage else b"") + b"}\n\n"
 
     def event(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+        """An event with these choices, and `extra` fields."""
         value = {**self._event_head, "choices": choices}
         if self._usage_so_far is not None:
             value["usage"] = usage_object(self._usage_so_far())
@@ -91,6 +92,7 @@ class CompletionsShapes:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
+    """JSON of usage in OpenAI's shape; where cached tokens came from is ours."""
     details: dict[str, Any] = {"cached_tokens": usage.cached_tokens}
     if usage.cached_by_tier:
         details["cached_tokens_by_tier"] = dict(usage.cached_by_tier)

@@ -28,7 +28,7 @@ from tandem.router.batch.store import Index
 
 INDEX = "index.sqlite"
 MAX_FILE_BYTES = 200 << 20
-"""Of one uploaded file, as OpenAI's batches."""
+"""Bytes of one uploaded file, as OpenAI's batches."""
 MAX_UPLOADS = 32
 """At once; each holds PART_BYTES of memory. A tenant may have as many as are left free then: one alone half of them,
 and whoever comes next finds a place."""

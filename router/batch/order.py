@@ -56,7 +56,7 @@ def shared_blocks(left: bytes, right: bytes) -> int:
     return low
 
 
-class Order:
+class LineOrder:
     """Gives out the items of one job. Between `next` and `computed` an item is about to compute its prompt; no other
     item is given out that would compute a block of it at the same time."""
 

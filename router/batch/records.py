@@ -27,6 +27,7 @@ class FileRecord:
     expires_at: int
 
     def shape(self) -> dict[str, Any]:
+        """JSON of /v1/files."""
         return {
             "id": self.id,
             "object": "file",
@@ -87,6 +88,8 @@ class BatchRecord:
         return self.status in UNFINISHED
 
     def shape(self) -> dict[str, Any]:
+        """JSON of /v1/batches."""
+
         def ended(status: Status) -> int | None:
             return self.ended_at if self.status == status else None
 

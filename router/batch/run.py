@@ -22,7 +22,7 @@ from tandem.router.batch.lines import (
     request_json,
     unanswered_line,
 )
-from tandem.router.batch.order import Item, Order
+from tandem.router.batch.order import Item, LineOrder
 from tandem.router.batch.records import BatchError, BatchRecord, Counts, FileRecord
 from tandem.router.batch.store import Index
 from tandem.router.calls.generate import Call
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 Outcome = Literal["completed", "failed", "cancelled", "expired"]
 
 MAX_ATTEMPTS = 3
-"""Of a line whose worker was lost, or which took too long."""
+"""Attempts of a line whose worker was lost, or which took too long."""
 PATIENT_CODES = frozenset({"overloaded", "unavailable", "rate_limit_exceeded"})
 """Not the line's fault: it is tried again until the batch expires."""
 COUNTED_CODES = frozenset({"worker_lost", "deadline_exceeded"})
 MAX_PAUSE_S = 30.0
 PLANNING_SHARE = 0.25
-"""Of the event loop's time goes at most to looking at lines; the rest is for clients."""
+"""Share of the event loop's time that goes at most to looking at lines; the rest is for clients."""
 
 _REASONS: dict[Outcome, str] = {
     "cancelled": "the batch was cancelled before this request had an answer",
@@ -76,7 +76,7 @@ class BatchRun:
         self._lines: list[Line] = []
         self._prompt_tokens: list[int] = []
         self._errors: list[BatchError] = []
-        self._order: Order | None = None
+        self._order: LineOrder | None = None
         self._left = 0
         """Lines without a result."""
         self._attempts: dict[int, int] = {}
@@ -177,7 +177,7 @@ class BatchRun:
             if self._over.is_set():
                 return
         self._prompt_tokens = [item.prompt_tokens for item in items]
-        order = await asyncio.to_thread(Order, items)
+        order = await asyncio.to_thread(LineOrder, items)
 
         def begun(record: BatchRecord) -> BatchRecord:
             if record.status != "validating":

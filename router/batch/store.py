@@ -89,7 +89,7 @@ class Index:
     def files(
         self, tenant: str, now: float, *, purpose: str, after: str, limit: int, order: Order
     ) -> tuple[list[FileRecord], bool]:
-        """At most `limit`, and whether there are more. Empty `purpose`: all."""
+        """Files of a tenant, at most `limit`, and whether there are more. Empty `purpose`: all."""
         where = "tenant = ? AND expires_at > ?"
         values: list[str | float] = [tenant, now]
         if purpose:
@@ -152,7 +152,7 @@ class Index:
         return [_BATCH.decode(row) for row in rows[:limit]], len(rows) > limit
 
     def unfinished(self) -> list[BatchRecord]:
-        """Of all tenants, the oldest first."""
+        """Batches of all tenants that have not ended, the oldest first."""
         rows = self._db.execute(f"SELECT record FROM batches WHERE {_UNFINISHED} ORDER BY seq").fetchall()
         return [_BATCH.decode(row[0]) for row in rows]
 
@@ -209,7 +209,7 @@ class Index:
         return [row[0] for row in rows]
 
     def known_names(self) -> set[str]:
-        """Of all bytes on disk that belong to somebody."""
+        """Names of all files on disk that belong to somebody."""
         names: set[str] = {row[0] for row in self._db.execute("SELECT id FROM files")}
         for record in self.unfinished():
             names |= {record.input_file_id, record.output_name, record.error_name}

@@ -37,6 +37,7 @@ async def plan_completion(body: CompletionBody, service: Service, asker: Asker) 
 
 
 async def plan_chat(body: ChatBody, service: Service, asker: Asker) -> TextPlan:
+    """Plan of a chat; `echoed` and `prompt_text` are told of by gRPC's answers, too."""
     asked = await asked_chat(body, service, asker.caller)
     prompt_text = None
     if body.return_prompt_text:

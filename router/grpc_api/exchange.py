@@ -51,12 +51,12 @@ class GrpcExchange:
 
     @property
     def authorization(self) -> str:
-        """As HTTP's header has it. Empty where no key was sent."""
+        """Value that HTTP's header would have. Empty where no key was sent."""
         key = self.metadata("x-api-key")
         return self.metadata("authorization") or (f"Bearer {key}" if key else "")
 
     def timeout_s(self, asked: float | None) -> float | None:
-        """From arrival on: what the request asks for, or the call's deadline where that comes first.
+        """Time from arrival on that the request asks for, or the call's deadline where that comes first.
 
         Raises TandemError naming the field.
         """

@@ -26,6 +26,7 @@ from tandem.router.tools.events import CallArguments, CallStart, Event, PlainTex
 
 
 async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> None:
+    """Generate: what is new of each choice as it comes, then the usage. Raises TandemError."""
     plan = await _plan(exchange, request, service)
     async with _call(exchange, request, service, plan, streaming=True) as call:
         answers = _Answers(exchange, request, service, plan, call)
@@ -46,6 +47,7 @@ async def generate(exchange: GrpcExchange, request: pb.GenerateRequest, service:
 
 
 async def complete(exchange: GrpcExchange, request: pb.GenerateRequest, service: Service) -> pb.CompleteResponse:
+    """Complete: the whole answer. Raises TandemError."""
     plan = await _plan(exchange, request, service)
     async with _call(exchange, request, service, plan, streaming=False) as call:
         answers = _Answers(exchange, request, service, plan, call)
@@ -191,6 +193,7 @@ def _token(text: ModelText, token_id: int) -> pb.TokenLogprob:
 
 
 def usage_message(usage: Usage) -> pb.Usage:
+    """Usage of a call, as a message."""
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -20,6 +20,7 @@ from tandem.router.tenants.usage import TenantUsage
 
 
 async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Service) -> pb.EmbedResponse:
+    """Embed: a vector for each input, of length 1. Raises TandemError."""
     body = await exchange.off_loop(embeddings_body, request)
     timeout_s = exchange.timeout_s(request.timeout_s if request.HasField("timeout_s") else None)
     answer = pb.EmbedResponse(request_id=exchange.request_id)
@@ -42,6 +43,7 @@ async def embed(exchange: GrpcExchange, request: pb.EmbedRequest, service: Servi
 
 
 async def tokenize(exchange: GrpcExchange, request: pb.TokenizeRequest, service: Service) -> pb.TokenizeResponse:
+    """Tokenize: token ids of a text or a chat. Raises TandemError."""
     with naming(request):
         body = await exchange.off_loop(tokenize_body, request)
         tokens = await tokenized(body, service.model, exchange.caller)
@@ -67,6 +69,7 @@ async def list_models(exchange: GrpcExchange, request: pb.ListModelsRequest, ser
 
 
 async def create_context(exchange: GrpcExchange, request: pb.CreateContextRequest, service: Service) -> pb.Context:
+    """CreateContext: computes a prompt prefix and gives it a name. Raises TandemError."""
     open_call = partial(service.call, exchange.request_id, arrived=exchange.arrived, traceparent=exchange.traceparent)
     with naming(request):
         body = await exchange.off_loop(context_body, request)
@@ -80,6 +83,7 @@ async def get_context(exchange: GrpcExchange, request: pb.GetContextRequest, ser
 async def list_contexts(
     exchange: GrpcExchange, request: pb.ListContextsRequest, service: Service
 ) -> pb.ListContextsResponse:
+    """ListContexts: all of the caller's."""
     found = await contexts_of(service).list(exchange.caller.tenant)
     return pb.ListContextsResponse(contexts=map(_context, found))
 
@@ -87,6 +91,7 @@ async def list_contexts(
 async def delete_context(
     exchange: GrpcExchange, request: pb.DeleteContextRequest, service: Service
 ) -> pb.DeleteContextResponse:
+    """DeleteContext: its name is free again. Raises TandemError `not_found`."""
     await contexts_of(service).drop(exchange.caller.tenant, request.name)
     return pb.DeleteContextResponse()
 

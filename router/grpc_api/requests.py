@@ -39,7 +39,7 @@ _NAMES = (
     ("top_logprobs", "logprobs"),
     (r"response_format(\.json_schema\.schema)?", "structured_outputs.json"),
 )
-"""Of fields, in errors: HTTP's and ours."""
+"""Names of fields in errors: HTTP's and ours."""
 
 
 @contextmanager
@@ -227,4 +227,4 @@ _CONVERTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "documents": ("documents", lambda texts: [json_object(text, f"documents[{i}]") for i, text in enumerate(texts)]),
     "pooling": ("pooling", _POOLINGS.__getitem__),
 }
-"""By our field's name: HTTP's, and what its value becomes."""
+"""HTTP's name of a field, and what its value becomes, by our name of it."""

@@ -38,7 +38,7 @@ MAX_CONNECTION_AGE_S = 1800.0
 GRACE_S more than the longest request."""
 GRACE_S = 60.0
 PING_S = 30.0
-"""Of silence, after which the server asks whether the client is alive."""
+"""Seconds of silence, after which the server asks whether the client is alive."""
 CLIENT_PING_MS = 10_000
 """Clients may ask as often as that."""
 
@@ -134,7 +134,7 @@ class InferenceService:
             if len(raw) > SMALL_BODY_BYTES:
                 place.has_read(len(raw))
             if method.generates:
-                self._service.check_load()
+                self._service.check_in_flight()
             return await self._run(method, exchange, raw)
 
     async def _run(self, method: Method, exchange: GrpcExchange, raw: bytes) -> bytes | None:

@@ -137,7 +137,7 @@ class HttpApp:
             exchange.caller, lambda: exchange.body_bytes, generates=generates
         ) as exchange.place:
             if generates:
-                self._service.check_load()
+                self._service.check_in_flight()
             await handler(exchange, self._service)
 
     def _authenticate(self, exchange: Exchange) -> None:
@@ -166,7 +166,7 @@ def _methods(path: str) -> list[str]:
 
 
 def _route(path: str) -> dict[str, Handler]:
-    """By method."""
+    """Handlers of a path, by method. Raises TandemError `not_found`."""
     route = ROUTES.get(path)
     if route is not None:
         return route

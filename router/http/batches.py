@@ -49,6 +49,7 @@ def by_id(path: str) -> dict[str, Callable[[Exchange, Service], Awaitable[None]]
 
 
 async def create(exchange: Exchange, service: Service) -> None:
+    """POST /v1/batches: a new batch of an uploaded file."""
     lane = lane_of(service)
     body = await exchange.decode(_READER)
     _check(body)
@@ -73,6 +74,7 @@ async def create(exchange: Exchange, service: Service) -> None:
 
 
 async def list_batches(exchange: Exchange, service: Service) -> None:
+    """GET /v1/batches: a page of the tenant's batches, the newest first."""
     lane, query = lane_of(service), exchange.query()
     limit = page_size(query, DEFAULT_PAGE, MAX_PAGE)
     after, tenant = query.get("after", ""), exchange.caller.tenant
@@ -87,6 +89,7 @@ async def get(exchange: Exchange, service: Service) -> None:
 
 
 async def cancel(exchange: Exchange, service: Service) -> None:
+    """POST /v1/batches/{id}/cancel: ends a batch early; what has a result keeps it."""
     lane = lane_of(service)
     batch_id, tenant = exchange.path.removeprefix(_PREFIX).removesuffix(_CANCEL), exchange.caller.tenant
     record = await lane.storage.call(lambda index: index.cancel(tenant, batch_id, time.time()))

@@ -23,7 +23,8 @@ BODIES: dict[str, type] = {
     "/v1/contexts": ContextBody,
     "/v1/batches": http_batches.BatchBody,
 }
-"""By path. `/v1/responses/input_tokens` and `/v1/messages/count_tokens` take what the endpoint above them takes."""
+"""Bodies by path. `/v1/responses/input_tokens` and `/v1/messages/count_tokens` take what the endpoint above them
+takes."""
 _COLUMNS = {
     "/v1/completions": "completions",
     "/v1/chat/completions": "chat",
@@ -52,6 +53,7 @@ vLLM.
 
 
 def markdown() -> str:
+    """Text of `docs/api-fields.md`."""
     known = {path: known_fields(body) for path, body in BODIES.items()}
     parts = [_HEAD, "## Generation and embeddings\n", *_matrix({path: known[path] for path in _COLUMNS})]
     parts.append("\n## Other endpoints\n")

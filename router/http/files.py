@@ -55,6 +55,7 @@ def lane_of(service: Service) -> BatchLane:
 
 
 async def upload(exchange: Exchange, service: Service) -> None:
+    """POST /v1/files: takes the file as it comes, straight to the disk."""
     storage = lane_of(service).storage
     form = _Form(exchange.header(b"content-type"))
     length = exchange.header(b"content-length")
@@ -77,6 +78,7 @@ async def upload(exchange: Exchange, service: Service) -> None:
 
 
 async def list_files(exchange: Exchange, service: Service) -> None:
+    """GET /v1/files: a page of the tenant's files."""
     storage = lane_of(service).storage
     query = exchange.query()
     limit = page_size(query, MAX_PAGE, MAX_PAGE)
@@ -104,6 +106,7 @@ async def get(exchange: Exchange, service: Service) -> None:
 
 
 async def content(exchange: Exchange, service: Service) -> None:
+    """GET /v1/files/{id}/content: the bytes of a file."""
     storage = lane_of(service).storage
     file_id, tenant = exchange.path.removeprefix(_PREFIX).removesuffix(_CONTENT), exchange.caller.tenant
     record = await storage.call(lambda index: index.file(tenant, file_id, time.time()))

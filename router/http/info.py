@@ -29,6 +29,7 @@ async def models(exchange: Exchange, service: Service) -> None:
 
 
 async def model(exchange: Exchange, service: Service) -> None:
+    """GET /v1/models/{id}. Raises TandemError `not_found` or `permission_denied`."""
     name = exchange.path.removeprefix("/v1/models/")
     if not name:
         raise TandemError("not_found", "name a model, or ask /v1/models for all", param="model")
@@ -38,6 +39,7 @@ async def model(exchange: Exchange, service: Service) -> None:
 
 
 async def tokenize(exchange: Exchange, service: Service) -> None:
+    """POST /tokenize: token ids of a text or a chat."""
     body = await exchange.decode(_TOKENIZE)
     tokens = await tokenized(body, service.model, exchange.caller)
     max_model_len, token_text = service.max_model_len, service.model.text.token_text

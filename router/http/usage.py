@@ -7,6 +7,6 @@ from tandem.router.web.exchange import Exchange
 
 
 async def usage(exchange: Exchange, service: Service) -> None:
-    """Of all routers on this machine."""
+    """Usage of all routers on this machine."""
     found = await service.usage(exchange.caller)
     await exchange.reply_json({"object": "list", "data": [each.describe() for each in found]})

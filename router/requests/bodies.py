@@ -76,6 +76,7 @@ class CompletionBody(GenerationBody, kw_only=True):
     """Name of a context (`POST /v1/contexts`), whose tokens go before the prompt's."""
 
     def check(self) -> None:
+        """Raises TandemError `invalid_request` on what is not supported."""
         GenerationBody.check(self)
         in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.context is not None and self.cache_salt:
@@ -124,6 +125,7 @@ class ChatBody(GenerationBody, kw_only=True):
         return last.content if isinstance(last.content, str) else "\n".join(part.text or "" for part in last.content)
 
     def check(self) -> None:
+        """Raises TandemError `invalid_request` on what is not supported."""
         GenerationBody.check(self)
         if not self.messages:
             raise invalid("messages", "must not be empty")
@@ -132,7 +134,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 class ContextBody(Fields):
-    """Of POST /v1/contexts. Exactly one of prompt and messages."""
+    """Body of POST /v1/contexts. Exactly one of prompt and messages."""
 
     name: str
     model: str | None = None

@@ -99,6 +99,7 @@ async def _saved(contexts: ContextClient, tenant: str, name: str) -> kvnode_pb2.
 
 
 def contexts_of(service: Service) -> ContextClient:
+    """The store node that keeps named contexts. Raises TandemError `not_found` where there is none."""
     if service.contexts is None:
         raise TandemError(
             "not_found",

@@ -24,7 +24,7 @@ CHAT_NAMES = [
 
 
 class Block(Fields):
-    """Of a message's content."""
+    """Part of a message's content."""
 
     type: str
     text: str | None = None
@@ -113,6 +113,7 @@ class MessagesBody(CountBody, kw_only=True):
         """Anthropic's API has none in its body."""
 
     def chat(self) -> ChatBody:
+        """The chat request that it stands for. Raises TandemError on what is not supported."""
         in_range("temperature", self.temperature, 0, 1)
         body = CountBody.chat(self)
         if self.messages and self.messages[-1].role == "assistant":

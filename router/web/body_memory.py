@@ -5,11 +5,11 @@ from __future__ import annotations
 from tandem.common.errors import TandemError
 
 MAX_HELD_BYTES = 256 << 20
-"""Of all bodies, from arrival to the end of the answer; what is made of them can be 20 times as large. A tenant may
-hold as much as is left free then: one alone half of it, two that fill it a third each, and a newcomer finds room."""
+"""Bytes of all bodies, from arrival to the end of the answer; what is made of them can be 20 times as large. A tenant
+may hold as much as is left free then: one alone half, two that fill it a third each, and a newcomer finds room."""
 
 _held: dict[str, int] = {}
-"""By tenant."""
+"""Bytes by tenant."""
 _held_bytes = 0
 
 

@@ -63,7 +63,7 @@ class Cors:
 
 
 def _origin(text: str) -> str:
-    """As browsers write it: no path, no default port, lower case."""
+    """Origin as browsers write it: no path, no default port, lower case."""
     if text in (_ANY, "null"):
         return text
     try:

@@ -26,14 +26,15 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""By HTTP status."""
+"""Anthropic's types of errors, by HTTP status."""
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.{0,200}?)`$")
 _MISSING = re.compile(r"required field `(\w{1,64})`")
 _STEP = re.compile(r"\[[^\]]*\]|[^.\[]+")
-"""Of a path such as `messages[0].role`."""
+"""One step of a path such as `messages[0].role`."""
 
 
 def error_body(error: TandemError) -> dict[str, Any]:
+    """JSON of an error in OpenAI's shape."""
     return {
         "error": {
             "message": error.message[:MAX_MESSAGE_CHARACTERS],
@@ -45,6 +46,7 @@ def error_body(error: TandemError) -> dict[str, Any]:
 
 
 def anthropic_error(error: TandemError, request_id: str) -> dict[str, Any]:
+    """JSON of an error in Anthropic's shape."""
     status = error.kind.http_status
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     message = error.message[:MAX_MESSAGE_CHARACTERS]
@@ -80,6 +82,7 @@ def renamed(field: str, names: Sequence[tuple[str, str]]) -> str:
 
 
 def error_headers(error: TandemError) -> list[tuple[bytes, bytes]]:
+    """Headers that an error has in its answer."""
     headers: list[tuple[bytes, bytes]] = []
     retry_after_s = error.retry_after_s
     if retry_after_s is None and error.kind.http_status == 503:

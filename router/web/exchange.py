@@ -35,7 +35,7 @@ IGNORED_HEADER = b"x-tandem-ignored"
 PIECE_BYTES = 256 * 1024
 """An answer is handed to the connection in pieces, which it copies."""
 MAX_LISTED_BYTES = 1024
-"""Of a header that lists names."""
+"""Length of a header that lists names."""
 
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
@@ -236,6 +236,7 @@ class Exchange:
         await self.reply_json(body, status=error.kind.http_status, headers=all_headers)
 
     async def start_events(self) -> None:
+        """Begins a stream of events."""
         await self._start(
             200,
             [

@@ -17,6 +17,7 @@ def page_size(query: Mapping[str, str], default: int, most: int) -> int:
 
 
 def page(shapes: Sequence[dict[str, Any]], more: bool) -> dict[str, Any]:
+    """JSON of a page of a list. `more`: there are further ones."""
     return {
         "object": "list",
         "data": shapes,

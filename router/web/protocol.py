@@ -27,13 +27,13 @@ if TYPE_CHECKING:  # uvicorn keeps it private
 log = logging.getLogger(__name__)
 
 MAX_FRAMING_BYTES = 64 * 1024
-"""Of one request, beside its body: request line, headers, sizes of chunks, trailers."""
+"""Bytes of one request beside its body: request line, headers, sizes of chunks, trailers."""
 CHUNK_BYTES = 32
 """Framing that each piece of a body may need on top of that."""
 RECEIVE_S = 30.0
 """From the first byte of a request, or from the connection's beginning, to the end of its headers."""
 MIN_BODY_BYTES = 1024
-"""Of a body, every `RECEIVE_S`."""
+"""Bytes of a body that must come every `RECEIVE_S`."""
 
 DROPPED_BYTES_PER_S = 16 << 20
 """Read and dropped, of all requests together that were answered before they ended. They have their answer already."""

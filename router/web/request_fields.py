@@ -133,6 +133,7 @@ class Inside:
     each: Inside | None
 
     def look(self, value: Any, place: str, kind: str, ignored: dict[str, None]) -> None:
+        """Looks at all objects in `value`, see `KnownFields.look`."""
         if isinstance(value, dict):
             if self.one is not None:
                 self.one.look(value, f"{place}.", f"{kind}.", ignored)

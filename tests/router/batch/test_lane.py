@@ -165,6 +165,34 @@ async def test_each_prefix_is_computed_once_before_those_that_share_it(desk: Ope
     assert len(worker.submits) == 13
 
 
+async def test_responses_with_the_same_instructions_follow_the_first(desk: OpenDesk, house: House) -> None:
+    worker = await house.decode(script=Script(hold_after=0))
+    office = await desk(worker)
+    url = "/v1/responses"
+    made = [
+        {"instructions": f"{text} world, user! " * 40, "input": f"Hello {i}", "max_output_tokens": 2}
+        for text in ("Hello", "The old mill")
+        for i in range(3)
+    ]
+    lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(made)]
+    batch_id = await office.create(lines, url)
+    await until(lambda: len(worker.submits) == 2)
+    first, second = prompts(worker)
+    assert first[:BLOCK_TOKENS] != second[:BLOCK_TOKENS], "one of each"
+    worker.resume.set()
+    assert (await office.ended(batch_id))["request_counts"] == {"total": 6, "completed": 6, "failed": 0}
+
+
+async def test_equal_embeddings_wait_for_nothing(desk: OpenDesk, house: House) -> None:
+    """There is no first token to wait for."""
+    worker = await house.decode(script=Script(mute=True))
+    office = await desk(worker)
+    url = "/v1/embeddings"
+    body = {"input": "Hello world, user! " * 40}
+    await office.create([{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i in range(3)], url)
+    await until(lambda: len(worker.submits) == 3)
+
+
 async def test_followers_start_at_the_first_token_and_not_at_the_end(desk: OpenDesk, house: House) -> None:
     worker = await house.decode(script=Script(hold_after=1))
     office = await desk(worker)

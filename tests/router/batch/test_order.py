@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.router.batch.order import BLOCK_TOKENS, Item, Order, prompt_keys, shared_blocks
+from tandem.router.batch.order import BLOCK_TOKENS, Item, LineOrder, prompt_keys, shared_blocks
 
 Prompts = list[list[int]]
 
@@ -46,7 +46,7 @@ def test_shared_blocks_is_what_comparing_prompts_gives(given: Prompts) -> None:
 @given(prompts(), st.integers(0, 2**32))
 def test_every_item_runs_once_and_no_block_is_computed_twice(given: Prompts, seed: int) -> None:
     rng = random.Random(seed)
-    plan = Order(items_of(given))
+    plan = LineOrder(items_of(given))
     cached: set[tuple[int, ...]] = set()
     computing: dict[int, set[tuple[int, ...]]] = {}
     waiting = set(range(len(given)))
@@ -76,7 +76,7 @@ def test_every_item_runs_once_and_no_block_is_computed_twice(given: Prompts, see
 @settings(deadline=None, max_examples=50)
 @given(prompts())
 def test_one_at_a_time_the_same_prefix_is_never_left_and_taken_up_again(given: Prompts) -> None:
-    plan = Order(items_of(given))
+    plan = LineOrder(items_of(given))
     order: list[int] = []
     while (index := plan.next()) is not None:
         plan.computed(index)
@@ -93,7 +93,7 @@ def test_one_at_a_time_the_same_prefix_is_never_left_and_taken_up_again(given: P
 def test_groups_with_more_to_decode_for_each_token_to_compute_go_first(given: Prompts, seed: int) -> None:
     rng = random.Random(seed)
     outputs = [rng.randrange(1, 500) for _ in given]
-    plan = Order(items_of(given, outputs.__getitem__))
+    plan = LineOrder(items_of(given, outputs.__getitem__))
     order: list[int] = []
     while (index := plan.next()) is not None:
         plan.computed(index)
@@ -112,7 +112,7 @@ def test_groups_with_more_to_decode_for_each_token_to_compute_go_first(given: Pr
 
 def test_the_first_of_a_group_goes_ahead_and_other_groups_fill_the_wait() -> None:
     first, second = [1] * (4 * BLOCK_TOKENS), [2] * (4 * BLOCK_TOKENS)
-    plan = Order(items_of([[*first, 5], [*first, 6], [*second, 5], [*second, 6]]))
+    plan = LineOrder(items_of([[*first, 5], [*first, 6], [*second, 5], [*second, 6]]))
     leaders = [plan.next(), plan.next()]
     assert plan.next() is None
     assert plan.awaited(leaders[0] or 0)
@@ -131,7 +131,7 @@ def test_prompts_of_different_salts_share_nothing() -> None:
 
 def test_a_deep_chain_of_turns_needs_no_recursion() -> None:
     keys = random.Random(1).randbytes(8 * 1500)
-    plan = Order([Item(keys[: 8 * length], BLOCK_TOKENS * length, 10) for length in range(1, 1501)])
+    plan = LineOrder([Item(keys[: 8 * length], BLOCK_TOKENS * length, 10) for length in range(1, 1501)])
     order = []
     while (index := plan.next()) is not None:
         plan.computed(index)
@@ -143,7 +143,7 @@ def test_fifty_thousand_requests_are_ordered() -> None:
     rng = random.Random(1)
     groups = [rng.randbytes(8 * 30) for _ in range(500)]
     items = [Item(rng.choice(groups) + rng.randbytes(16), 2048, rng.randrange(1, 512)) for _ in range(50_000)]
-    plan = Order(items)
+    plan = LineOrder(items)
     seen = 0
     while (index := plan.next()) is not None:
         plan.computed(index)
