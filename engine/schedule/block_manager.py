@@ -5,7 +5,7 @@ Bookkeeping only (no tensors): the scheduler calls it on the engine thread. A bl
 - **owned**: in the table of one request or more, or retained by a reader (`refs > 0`), with or without a hash;
 - **cached**: owned by nobody, but its hash answers look-ups; evicted in least-recently-used order, what only the last
   band has used before all else;
-- **free**.
+- **free**, or lent to somebody else than KV (`budget.py`).
 
 A block gets its hash (`publish`) only once it is full and all its layers are computed, so a look-up can never meet a
 block that is still being written, and a partially filled block is never shared. Block 0 belongs to nobody: padding
@@ -14,16 +14,14 @@ points at it.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import NewType
+from itertools import combinations
 
 from tandem.engine.request import RequestKey
+from tandem.engine.schedule.budget import BlockBudget, BlockId
 from tandem.engine.schedule.cache_events import CacheLog
 from tandem.kvstore.identity import BlockHash
-
-BlockId = NewType("BlockId", int)
 
 
 class IntegrityError(Exception):
@@ -31,7 +29,10 @@ class IntegrityError(Exception):
 
 
 class BlockManager:
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, longest_request: int = 0
+    ) -> None:
+        """`longest_request`: tokens of which KV can hold one request, whatever others take of the budget."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.caching = enable_prefix_caching
@@ -39,8 +40,6 @@ class BlockManager:
         self._refs = [0] * num_blocks
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._by_hash: dict[BlockHash, BlockId] = {}
-        self._free: list[BlockId] = [BlockId(i) for i in range(1, num_blocks)]
-        """A heap: the lowest id first, which makes runs of neighbours likely at no cost."""
         self._idle: dict[BlockId, None] = {}
         """Cached and owned by nobody; a dict keeps the order in which they became so."""
         self._idle_of_last_band: dict[BlockId, None] = {}
@@ -50,17 +49,20 @@ class BlockManager:
         """References of readers that are no request: the KV store's saver."""
         self.num_retained = 0
         """Their sum."""
+        self.budget = BlockBudget(num_blocks, self.blocks_for(longest_request), self._num_idle, self._evict)
+        """Where blocks come from."""
         self.cache_log = CacheLog()
         """Every hash that begins or ceases to answer look-ups."""
 
     @property
     def usable_blocks(self) -> int:
-        return self.num_blocks - 1
+        """Blocks that requests may have."""
+        return self.budget.for_kv
 
     @property
     def available_blocks(self) -> int:
         """Free, or cached and evictable."""
-        return len(self._free) + len(self._idle) + len(self._idle_of_last_band)
+        return self.budget.available
 
     @property
     def num_owners(self) -> int:
@@ -179,7 +181,7 @@ class BlockManager:
         self._refs[block] -= 1
         if self._refs[block] == 0:
             if self._hash_of[block] is None:
-                heapq.heappush(self._free, block)
+                self.budget.put(block)
             else:
                 self._idle_blocks(block)[block] = None
 
@@ -188,20 +190,25 @@ class BlockManager:
         return self._idle_of_last_band if self._of_last_band[block] else self._idle
 
     def _take(self, last_band: bool) -> BlockId:
-        if self._free:
-            block = heapq.heappop(self._free)
-        else:
-            idle = self._idle_of_last_band or self._idle
-            block = next(iter(idle))
-            del idle[block]
-            block_hash = self._hash_of[block]
-            if block_hash is None:
-                raise IntegrityError(f"block {block} is idle but has no hash")
-            del self._by_hash[block_hash]
-            self._hash_of[block] = None
-            self.cache_log.removed(block_hash)
+        block = self.budget.take()
         self._of_last_band[block] = last_band
         self._refs[block] = 1
+        return block
+
+    def _num_idle(self) -> int:
+        return len(self._idle) + len(self._idle_of_last_band)
+
+    def _evict(self) -> BlockId:
+        """Takes the block out of the cache that can best be done without."""
+        idle = self._idle_of_last_band or self._idle
+        block = next(iter(idle))
+        del idle[block]
+        block_hash = self._hash_of[block]
+        if block_hash is None:
+            raise IntegrityError(f"block {block} is idle but has no hash")
+        del self._by_hash[block_hash]
+        self._hash_of[block] = None
+        self.cache_log.removed(block_hash)
         return block
 
     def check_integrity(self) -> None:
@@ -221,22 +228,22 @@ class BlockManager:
                 wrong.append(f"block {block} has {refs[block]} owners and readers and counts {self._refs[block]}")
         if self.num_retained != sum(self._retained.values()) or any(n <= 0 for n in self._retained.values()):
             wrong.append("the retained blocks are counted wrongly")
-        free, idle = set(self._free), self._idle.keys() | self._idle_of_last_band.keys()
-        if len(free) != len(self._free):
+        free, lent = set(self.budget.free), self.budget.lent
+        idle = self._idle.keys() | self._idle_of_last_band.keys()
+        if len(free) != len(self.budget.free):
             wrong.append("a block is free twice")
         owned = {block for block in map(BlockId, range(self.num_blocks)) if refs[block]}
-        for name, left, right in (("free and owned", free, owned), ("idle and owned", idle, owned)):
+        states = {"free": free, "cached": set(idle), "owned": owned, "lent": set(lent)}
+        for (one, left), (other, right) in combinations(states.items(), 2):
             if left & right:
-                wrong.append(f"blocks {sorted(left & right)} are {name}")
-        if free & idle:
-            wrong.append(f"blocks {sorted(free & idle)} are free and idle")
-        if lost := set(range(1, self.num_blocks)) - free - idle - owned:
+                wrong.append(f"blocks {sorted(left & right)} are {one} and {other}")
+        if lost := set(range(1, self.num_blocks)).difference(*states.values()):
             wrong.append(f"blocks {sorted(lost)} are lost")
         if any(self._of_last_band[block] for block in self._idle) or not all(
             self._of_last_band[block] for block in self._idle_of_last_band
         ):
             wrong.append("a cached block is among those of another band")
-        if 0 in free | idle | owned:
+        if 0 in free | idle | owned | lent:
             wrong.append("block 0 is handed out")
         hashed = {block: block_hash for block, block_hash in enumerate(self._hash_of) if block_hash is not None}
         if {block_hash: block for block, block_hash in hashed.items()} != self._by_hash or len(hashed) != len(

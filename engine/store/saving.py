@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tandem.engine.model.batch import KvPool, all_finite
-from tandem.engine.schedule.block_manager import BlockId
+from tandem.engine.schedule.budget import BlockId
 from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.bundle import BundleWriter, ChunkSpec, bundle_size
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey, PutTicket, Refusal

@@ -14,6 +14,7 @@ from tandem.kvstore.identity import BlockHash, prefix_chain, request_namespace
 from tests.engine_harness import ROOT
 
 BLOCK = 4
+OPERATIONS = ("allocate", "allocate", "extend", "publish", "free", "retain", "give back", "lend", "end a loan")
 
 
 def chain_of(tokens: list[int], salt: bytes = b"") -> list[BlockHash]:
@@ -33,11 +34,13 @@ class ObviousModel:
         self.prompt: dict[RequestKey, tuple[bytes, list[int]]] = {}
         self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.readers: list[list[int]] = []
+        self.loans: list[list[int]] = []
+        """With others than KV."""
         self.used_by: dict[int, set[bool]] = {}
         """Whether the last band, or another one, has used what is in a block."""
 
     def owned(self) -> set[int]:
-        return {block for blocks in (*self.tables.values(), *self.readers) for block in blocks}
+        return {block for blocks in (*self.tables.values(), *self.readers, *self.loans) for block in blocks}
 
     def allocated(
         self, name: RequestKey, salt: bytes, tokens: list[int], cached: int, table: list[int], last_band: bool
@@ -79,9 +82,10 @@ class ObviousModel:
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(2, 24))
 def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: int) -> None:
     rng = random.Random(seed)
-    blocks, model = BlockManager(num_blocks, BLOCK), ObviousModel(num_blocks)
+    least = rng.randint(0, num_blocks - 1)
+    blocks, model = BlockManager(num_blocks, BLOCK, longest_request=least * BLOCK), ObviousModel(num_blocks)
     for step in range(120):
-        operation = rng.choice(("allocate", "allocate", "extend", "publish", "free", "retain", "give back"))
+        operation = rng.choice(OPERATIONS)
         if operation == "allocate":
             tokens = [rng.randrange(2) for _ in range(rng.randint(1, 22))]
             salt = rng.choice((b"", b"tenant"))
@@ -98,6 +102,18 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
                 assert not blocks.holds(key(step))
             else:
                 model.allocated(key(step), salt, tokens, cached, list(blocks.table(key(step))), last_band)
+        elif operation == "lend":
+            count = rng.randint(1, num_blocks)
+            possible = count <= model.usable - len(model.owned()) and count <= blocks.usable_blocks - least
+            lent = blocks.budget.lend(count)
+            assert (lent is not None) == possible
+            if lent is not None:
+                assert len(set(lent)) == count
+                model.fresh(list(lent), last_band=False)
+                model.loans.append(list(lent))
+        elif operation == "end a loan":
+            if model.loans:
+                blocks.budget.give_back(model.loans.pop(rng.randrange(len(model.loans))))
         elif operation == "give back":
             if model.readers:
                 blocks.give_back(model.readers.pop(rng.randrange(len(model.readers))))
@@ -131,11 +147,14 @@ def test_random_operations_agree_with_the_obvious_model(seed: int, num_blocks: i
                 del model.tables[name]
         blocks.check_integrity()
         assert blocks.available_blocks == model.usable - len(model.owned())
+        assert blocks.usable_blocks == model.usable - sum(map(len, model.loans)) >= least
         assert blocks.num_retained == sum(map(len, model.readers))
     for name in sorted(model.tables):
         blocks.free(name)
     for reader in model.readers:
         blocks.give_back(reader)
+    for loan in model.loans:
+        blocks.budget.give_back(loan)
     blocks.check_integrity()
     assert blocks.available_blocks == blocks.usable_blocks
 
@@ -258,8 +277,9 @@ def test_retained_blocks_outlive_their_request_and_stay_unshared() -> None:
     ("damage", "finding"),
     [
         (lambda b: b._refs.__setitem__(1, 2), "counts 2"),
-        (lambda b: b._free.append(1), "free and owned"),
-        (lambda b: b._free.pop(), "lost"),
+        (lambda b: b.budget._free.append(1), "free and owned"),
+        (lambda b: b.budget._free.pop(), "lost"),
+        (lambda b: b.budget._lent.add(1), "owned and lent"),
         (lambda b: b._tables[key("a")].append(1), "twice"),
         (lambda b: b._hash_of.__setitem__(1, BlockHash(b"x")), "hash index"),
         (lambda b: b._retained.__setitem__(1, 1), "owners and readers"),

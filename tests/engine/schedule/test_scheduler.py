@@ -36,8 +36,9 @@ class Play:
         budget: int = 64,
         max_waiting: int = 100,
         beside: int | None = None,
+        longest_request: int = 0,
     ) -> None:
-        self.blocks = BlockManager(num_blocks, BLOCK)
+        self.blocks = BlockManager(num_blocks, BLOCK, longest_request=longest_request)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=max_num_seqs,
