@@ -52,7 +52,14 @@ class KvServer:
             max_connections=self._settings.max_connections,
             serve=self._serve,
         )
-        self.start, self.stop = self._server.start, self._server.stop
+
+    def start(self) -> None:
+        """Listens. Raises OSError when an address cannot be used."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Loses every open stream and ends all threads. Not from a callback."""
+        self._server.stop()
 
     @property
     def endpoint(self) -> Endpoint:

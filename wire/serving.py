@@ -77,8 +77,13 @@ class Server:
             if not self._key:
                 refuse(link, Reason("overloaded", f"{self._max_connections} connections are open"))
             link.close()
-        else:
+            return
+        try:
             thread.start()
+        except RuntimeError as error:  # the system has no more threads: others may end
+            with self._lock:
+                del self._connections[link]
+            raise OSError(f"no thread for it: {error}") from error
 
     def _run(self, link: Link) -> None:
         try:

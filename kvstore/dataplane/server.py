@@ -55,7 +55,14 @@ class DataServer:
             serve=self._serve,
             turned_away=lambda: self._counters.add(refused_connections=1),
         )
-        self.start, self.stop = self._server.start, self._server.stop
+
+    def start(self) -> None:
+        """Listens. Raises OSError when an address cannot be used, with the path as `filename` if it is the unix one."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Ends every connection and thread."""
+        self._server.stop()
 
     @property
     def port(self) -> int:

@@ -344,6 +344,21 @@ def test_a_stopped_server_ends_its_connections_and_may_be_stopped_again(served: 
     assert not Path(served.unix.unix_path).exists()
 
 
+def test_a_server_that_gets_no_thread_goes_on_listening(
+    served: Served, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(ConnectionError):
+            meet(served.tcp)
+    link, _ = meet(served.tcp)
+    link.close()
+    eventually(lambda: served.server.num_connections == 0)
+
+
 def test_a_socket_file_in_use_is_not_taken_over_and_a_dead_one_is_replaced(make: Callable[..., Served]) -> None:
     served = make()
     path = Path(served.unix.unix_path)

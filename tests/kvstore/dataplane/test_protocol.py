@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -160,16 +159,3 @@ def test_a_server_without_room_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch
         greet(link, PeerIdentity("me"))
     link.close()
     first.close()
-
-
-def test_a_socket_file_in_use_is_not_taken_over(rig: Rig) -> None:
-    with pytest.raises(OSError, match=r"node\.sock"):
-        rig.start()
-
-
-def test_a_dead_socket_file_is_replaced(rig: Rig) -> None:
-    rig.server.stop()
-    with socket.socket(socket.AF_UNIX) as stale:
-        stale.bind(rig.path)
-    rig.start()
-    assert rig.home().connected
