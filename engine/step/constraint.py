@@ -21,6 +21,8 @@ SHARE = 0.05
 LONGEST_WAIT_S = 0.002
 SHORTEST_WAIT_S = 0.001
 """What `poll` can wait for; shorter waits are saved up."""
+MOST_OWED_S = 0.02
+"""What a machine that stood still has taken is not saved up for minutes."""
 ALONE_WAIT_S = 0.02
 """Where nobody else would be sampled."""
 
@@ -42,7 +44,7 @@ class Patience:
 
     def spend(self, seconds: float) -> None:
         """Others waited so long; what is more than was saved will be saved up first."""
-        self._saved_s -= seconds
+        self._saved_s = max(self._saved_s - seconds, -MOST_OWED_S)
 
 
 class TokenMasks:

@@ -78,3 +78,9 @@ def test_steps_wait_for_masks_no_longer_than_their_share_whatever_a_wait_takes()
             patience.spend(wait_s + late_s)
             waited_s += wait_s + late_s
     assert 0 < waited_s <= SHARE * step_s * steps + LONGEST_WAIT_S + late_s
+
+
+def test_one_very_long_wait_does_not_end_waiting() -> None:
+    patience = Patience()
+    patience.spend(60.0)
+    assert any(patience.of_step(0.01, alone=False) for _ in range(100))
