@@ -99,6 +99,14 @@ class FakeWorker:
         await self._server.start()
         return self
 
+    async def start_on_tcp(self) -> int:
+        """Listens on 127.0.0.1 instead. Returns the port."""
+        self._server = grpc.aio.server()
+        worker_pb2_grpc.add_WorkerServicer_to_server(_Servicer(self), self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        await self._server.start()
+        return port
+
     async def kill(self) -> None:
         """As kill -9: connections break without a word."""
         if self._server is not None:

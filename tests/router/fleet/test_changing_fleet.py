@@ -221,6 +221,22 @@ async def _as_they_are(names: Names) -> tuple[str, ...]:
     return names.addresses
 
 
+async def test_a_name_leads_to_the_worker_behind_it(house: House) -> None:
+    worker = FakeWorker(worker_pb2.ROLE_DECODE, house.folder / "decode-0.sock")
+    port = await worker.start_on_tcp()
+    try:
+        router = await house.router(wait=False, workers_file=listing(house))
+        source = NameSource(worker_pb2.ROLE_DECODE, "localhost", port)
+        router.fleet.sources = [*router.fleet.sources, source]
+        watcher = asyncio.create_task(source.watch(router.fleet._follow))
+        client = await house.client(router)
+        await until(lambda: names(router) == ["decode-0"])
+        assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+        watcher.cancel()
+    finally:
+        await worker.kill()
+
+
 async def test_a_worker_with_two_addresses_is_used_once_and_survives_the_loss_of_one(house: House) -> None:
     worker = await house.decode("decode-0")
     link = house.folder / "link.sock"

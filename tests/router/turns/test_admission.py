@@ -76,6 +76,20 @@ def test_with_room_and_nobody_before_it_a_request_starts_at_once() -> None:
     assert (two.waited_s, desk.admission.waiting_requests, desk.admission.waiting_tokens) == (0.0, 0, 0)
 
 
+def test_those_that_have_waited_long_enough_are_refused_and_the_others_wait_on() -> None:
+    desk = Desk()
+    for at, (name, tenant, priority) in enumerate([("a", "ann", 0), ("b", "bob", 1), ("c", "ann", 0), ("d", "bob", 1)]):
+        desk.now = float(at)
+        desk.submit(name, tenant, priority=priority)
+    error = TandemError("unavailable", "nobody is there")
+    desk.admission.refuse_those(1.0, error)
+    assert desk.refused == {"a": error, "b": error}
+    assert (desk.admission.waiting_requests, desk.admission.waiting_tokens) == (2, 20)
+    assert desk.admission.refused == {"unavailable": 2}
+    desk.free(2)
+    assert desk.started == ["c", "d"]
+
+
 def test_a_light_tenant_passes_the_backlog_of_a_greedy_one() -> None:
     desk = Desk()
     for number in range(50):
