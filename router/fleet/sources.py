@@ -100,9 +100,9 @@ class FileSource:
             await asyncio.sleep(FILE_POLL_S)
             now = await asyncio.to_thread(_stamp, self._path)
             if now == before and now != self._read:
-                self._read, self.problem = now, ""
+                self._read = now
                 try:
-                    self.wanted = await asyncio.to_thread(read_workers, self._path)
+                    self.wanted, self.problem = await asyncio.to_thread(read_workers, self._path), ""
                 except ConfigError as error:
                     self.problem = str(error)
                 changed()

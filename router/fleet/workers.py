@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 QUIET_S = 2.0
 """A worker that was not heard of for so long may be cut off: it gets nothing new."""
+WATCH_AGAIN_S = 1.0
+"""After an unexpected error a source is followed again."""
 COMPARE_S = 1.0
 """How often workers are compared with each other, to find outliers."""
 
@@ -55,7 +57,7 @@ class Fleet:
         """Begins to connect, and to follow the sources."""
         self._follow()
         self._watchers = [
-            asyncio.create_task(source.watch(self._follow), name=f"workers of {source.name}") for source in self.sources
+            asyncio.create_task(self._watch(source), name=f"workers of {source.name}") for source in self.sources
         ]
 
     async def stop(self) -> None:
@@ -113,6 +115,16 @@ class Fleet:
                     await self._changed.wait()
             except TimeoutError:
                 continue
+
+    async def _watch(self, source: WorkerSource) -> None:
+        """Follows a source, whatever goes wrong inside it: what it listed last is in force."""
+        while True:
+            try:
+                await source.watch(self._follow)
+                return
+            except Exception:
+                log.exception("workers of the %s: an unexpected error; looking again", source.name)
+                await asyncio.sleep(WATCH_AGAIN_S)
 
     def _follow(self) -> None:
         """Does what the sources say now."""

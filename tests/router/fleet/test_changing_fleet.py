@@ -155,6 +155,28 @@ async def test_a_mistake_in_the_file_keeps_the_workers_and_is_told_everywhere(
     assert f'tandem_router_worker_source_stale{{source="file {path}"}} 0.0' in await router_metrics(client)
 
 
+async def test_a_source_that_breaks_is_followed_again(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "WATCH_AGAIN_S", 0.01)
+    looks = iter([RuntimeError("a bug")])
+    read = sources.read_workers
+
+    def breaks_once(path: Path) -> frozenset[Target]:
+        for error in looks:
+            raise error
+        return read(path)
+
+    worker = await house.decode()
+    router = await house.router(wait=False, workers_file=listing(house))
+    monkeypatch.setattr(sources, "read_workers", breaks_once)
+    listing(house, worker)
+    await until(lambda: "workers of the file" in caplog.text)
+    listing(house)
+    listing(house, worker)
+    await until(lambda: names(router) == ["decode-0"])
+
+
 async def test_a_worker_of_another_model_is_refused_with_target_and_reason(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
