@@ -16,16 +16,14 @@ import httpx
 import pytest
 
 import tandem
-from tandem.common.settings import settings_of
-from tandem.runtime.settings import ServeConfig
+from tandem.runtime.completion import describe_commands
 from tests.e2e.serving import Serve, environment, tandem_command
 
 COMMANDS = ("serve", "prefill", "decode", "router", "kvstore")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("router", "tenants", "batches", "kvstore")))
-ELSEWHERE = {"--help", "--config", "--print-config", "--node", "--owner", "--metrics-port"}
-ELSEWHERE |= {"--no-deps", "--index-url", "--wheel"}
-"""Flags of every command, of `tandem kv`, of pip, and of processes that run by themselves."""
+ELSEWHERE = {"--node", "--owner", "--no-deps", "--index-url", "--wheel"}
+"""Flags of `tandem kv`, and of pip."""
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -158,7 +156,7 @@ def test_no_secret_is_printed(tmp_path: Path) -> None:
     assert "sk-x" not in done.stdout + done.stderr
 
 
-def test_what_docs_name_is_a_setting_of_serve() -> None:
+def test_what_docs_name_is_a_setting_of_a_command() -> None:
     named = {flag for page in PAGES for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", (ROOT / page).read_text())}
     assert len(named) > 20
-    assert named - {setting.flag for setting in settings_of(ServeConfig).values()} <= ELSEWHERE
+    assert named - {word for command in describe_commands() for word in command.words} <= ELSEWHERE
