@@ -36,6 +36,7 @@ from redis.exceptions import RedisError
 
 from tandem.common.errors import ConfigError
 from tandem.common.fairness import AccountKey, Changes, ServiceCounters
+from tandem.common.patience import within
 from tandem.common.redis_url import without_password
 from tandem.router.turns import neighbours
 from tandem.router.turns.neighbours import MAX_BANDS, MAX_ROUTERS, MAX_ROW_BYTES, MAX_SERVICE, Neighbours, Row
@@ -48,7 +49,7 @@ INTERVAL_S = 0.1
 PAUSE_S = 0.005
 """Between two exchanges, also where the others should hear of something soon."""
 TIMEOUT_S = 1.0
-"""For one exchange. A Redis that takes longer counts as away."""
+"""For one exchange, while the loop runs. A Redis that takes longer counts as away."""
 MAX_ENTRIES = 1000
 """Entries of each kind per exchange; more go in several."""
 DISAGREED_S = 60.0
@@ -95,7 +96,7 @@ class SharedService:
         """Numbers that Redis held and that cannot be true."""
         try:
             self._redis = redis.asyncio.Redis.from_url(
-                url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+                url, socket_timeout=None, socket_connect_timeout=None, retry=Retry(NoBackoff(), 0)
             )
         except ValueError as error:
             raise ConfigError(f"--redis {without_password(url)}: {error}; such as redis://HOST:PORT/DB") from error
@@ -153,8 +154,7 @@ class SharedService:
         while self._unanswered:
             batch = self._unanswered[0]
             sent = self._clock()
-            async with asyncio.timeout(TIMEOUT_S):
-                reply = await self._script(*self._message(batch))
+            reply = await within(TIMEOUT_S, self._script(*self._message(batch)))
             if reply[0] == b"behind":
                 self._begin_again()
                 return

@@ -27,6 +27,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PATIENCE_S = 60.0
+"""Nothing takes so long, however busy the machine is."""
 TEXT = "The river ran past the old mill and under the bridge, where two boats lay tied in the shade. Hello world, user!"
 
 
@@ -74,9 +76,11 @@ class House:
         fields["peers"] = {worker.worker_id: worker for worker in to}
         return await self._worker(worker_pb2.ROLE_PREFILL, name, script, fields)
 
-    async def router(self, *workers: FakeWorker, silence_s: float = 3.0, wait: bool = True, **settings: Any) -> Router:
+    async def router(
+        self, *workers: FakeWorker, silence_s: float = PATIENCE_S, wait: bool = True, **settings: Any
+    ) -> Router:
         settings.setdefault("disaggregate", "always")
-        settings.setdefault("worker_wait_s", 5.0)
+        settings.setdefault("worker_wait_s", PATIENCE_S)
         config = RouterConfig(
             model=str(self.model),
             port=0,
@@ -93,7 +97,7 @@ class House:
         return router
 
     async def client(self, router: Router, **options: Any) -> httpx.AsyncClient:
-        client = httpx.AsyncClient(base_url=router.url, timeout=20, trust_env=False, **options)
+        client = httpx.AsyncClient(base_url=router.url, timeout=PATIENCE_S, trust_env=False, **options)
         return await self._stack.enter_async_context(client)
 
     async def pair(self, script: Script | None = None, **settings: Any) -> tuple[FakeWorker, httpx.AsyncClient]:
@@ -131,7 +135,7 @@ def is_known(session: WorkerSession | None) -> bool:
     return session is not None and (session.usable or session.status.draining)
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

@@ -64,7 +64,7 @@ async def test_prints_one_line_stays_small_and_drains_on_sigterm(house: House) -
     router = await start(worker, house.model, "--grpc-port=0")
     try:
         assert (await router.line()).startswith(f"tandem router ready: {router.url} serves tiny")
-        async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=60) as client:
             worker.script = Script()
             for _ in range(20):
                 body = {"messages": [{"role": "user", "content": "Hello " * 50}], "max_tokens": 20}

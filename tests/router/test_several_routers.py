@@ -22,7 +22,7 @@ UP = re.compile(rb'^tandem_worker_up\{.*process="router-(\d)".*\} 1\.0$', re.MUL
 
 async def get(router: Process, path: str) -> httpx.Response:
     """Over a connection of its own, which may reach any router."""
-    async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=60) as client:
         return await client.get(path)
 
 
@@ -53,7 +53,7 @@ async def test_every_router_serves_and_answers_for_all(house: House) -> None:
         await all_up(router, 2)
         ids = [f"request-{i}" for i in range(16)]
         for request_id in ids:
-            async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=20) as client:
+            async with httpx.AsyncClient(base_url=router.url, trust_env=False, timeout=60) as client:
                 body = {"prompt": "Hello", "max_tokens": 3}
                 response = await client.post("/v1/completions", json=body, headers={"x-request-id": request_id})
                 assert response.status_code == 200

@@ -18,9 +18,6 @@ from tandem.router.settings import RouterConfig
 from tandem.router.text.tokenizer import ModelText
 from tests.router.conftest import write_model
 
-SLOW_IMPORTS_S = 60.0
-"""Silence that a router allows its workers where the official client is used: its first call imports for seconds, and
-the fake worker waits with it."""
 _TURNS = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% for call in message.tool_calls or [] %}CALL<|im_end|>\n{% endfor %}<|im_end|>\n{% endfor %}"

@@ -13,7 +13,7 @@ import pytest
 from tandem.common.sampling import Constraint
 from tests.router.conftest import House
 from tests.router.fake_worker import Script
-from tests.router.tool_models import SLOW_IMPORTS_S, accepts, saying
+from tests.router.tool_models import accepts, saying
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {
@@ -124,7 +124,7 @@ async def test_official_client_parses_into_a_model(house: House) -> None:
         age: int
 
     worker = await house.decode(script=Script(tokens=saying(house.model, ANN), stop_token_id=2))
-    router = await house.router(worker, silence_s=SLOW_IMPORTS_S)
+    router = await house.router(worker)
     async with openai.AsyncOpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as client:
         answer = await client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Person)  # type: ignore[arg-type]
     assert answer.choices[0].message.parsed == Person(name="Ann", age=3)

@@ -185,9 +185,9 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(office: Desk) -
     writer.write(head + b"content-length: 9999999\r\n\r\n" + form)
     await writer.drain()
     folder = office.lane.storage.path("")
-    await until(lambda: list(folder.iterdir()), 10.0)
+    await until(lambda: list(folder.iterdir()))
     writer.close()
-    await until(lambda: not list(folder.iterdir()), 10.0)
+    await until(lambda: not list(folder.iterdir()))
 
 
 async def test_too_many_uploads_at_once_are_refused(office: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

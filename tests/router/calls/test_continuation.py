@@ -97,12 +97,12 @@ async def test_the_whole_answer_is_the_one_without_a_loss(house: House, options:
 
 
 async def test_a_worker_that_wakes_up_after_it_was_given_up_is_not_heard(house: House) -> None:
-    workers, client = await pool(house, Script(hold_after=4), Script(hold_after=4), silence_s=1.0)
+    workers, client = await pool(house, Script(hold_after=4), Script(hold_after=4), silence_s=2.0)
     request = asyncio.create_task(client.post("/v1/completions", json={**BODY, "stream": True}))
     frozen, other = await begun(workers, 4)
     frozen.freeze()
     frozen.resume.set()
-    await until(lambda: other.submits, 10)
+    await until(lambda: other.submits)
     frozen._thawed.set()
     other.resume.set()
     _, tokens, _ = shown((await request).text)

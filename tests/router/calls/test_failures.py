@@ -123,7 +123,7 @@ async def test_a_new_request_waits_while_there_is_no_decode_worker(house: House)
 
 async def test_frozen_worker_is_noticed(house: House) -> None:
     worker = await house.decode(script=Script(mute=True))
-    router = await house.router(worker, silence_s=0.4, worker_wait_s=0.1)
+    router = await house.router(worker, silence_s=2.0, worker_wait_s=0.1)
     client = await house.client(router)
     request = asyncio.create_task(client.post("/v1/completions", json=BODY))
     await until(lambda: worker.submits)
@@ -148,7 +148,7 @@ async def test_a_worker_that_is_slow_to_connect_is_waited_for(house: House) -> N
     server = await asyncio.start_unix_server(connected, worker.socket)
     router = await house.router(worker, wait=False)
     worker.socket = socket
-    await until(lambda: router.fleet.decode, 20)
+    await until(lambda: router.fleet.decode)
     server.close()
 
 

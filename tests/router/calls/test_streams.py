@@ -107,9 +107,7 @@ async def test_client_that_goes_away_cancels_on_both_workers(house: House) -> No
     client = await house.client(router)
     async with client.stream("POST", "/v1/completions", json={**PROMPT, "max_tokens": 400}) as response:
         await anext(response.aiter_bytes())
-        begin = asyncio.get_running_loop().time()
-    await until(lambda: decode.cancels and prefill.cancels, timeout_s=1.0)
-    assert asyncio.get_running_loop().time() - begin < 1.0
+    await until(lambda: decode.cancels and prefill.cancels)
     assert decode.cancelled_ids == prefill.cancelled_ids == {decode.submits[0].key.request_id}
     await until(lambda: router.fleet.decode[0].requests == 0)
     await until(lambda: b"client_disconnects_total 1.0" in router.metrics.text())
@@ -147,7 +145,7 @@ async def test_client_that_goes_away_before_a_whole_answer_cancels_too(house: Ho
     request = asyncio.create_task(client.post("/v1/completions", json={"prompt": "Hello"}))
     await until(lambda: worker.submits)
     request.cancel()
-    await until(lambda: worker.cancels, timeout_s=1.0)
+    await until(lambda: worker.cancels)
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +163,7 @@ async def test_a_client_that_reads_nothing_is_cut_off(house: House, monkeypatch:
         await loop.sock_connect(deaf, ("127.0.0.1", router.port))
         await loop.sock_sendall(deaf, head + body)
         await until(lambda: b"sequences_in_flight 16.0" in router.metrics.text())
-        await until(lambda: b"sequences_in_flight 0.0" in router.metrics.text(), 30)
+        await until(lambda: b"sequences_in_flight 0.0" in router.metrics.text())
         assert b"client_disconnects_total 1.0" in router.metrics.text()
         await until(lambda: router.fleet.decode[0].requests == 0)
         assert (await client.post("/v1/completions", json={"prompt": "Hello"})).status_code == 200

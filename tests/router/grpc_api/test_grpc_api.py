@@ -83,7 +83,7 @@ async def test_cancelled_call_cancels_on_the_worker(stub: Any, worker: FakeWorke
     call = stub.Generate(pb.GenerateRequest(prompt="Hello", max_tokens=400))
     await call.read()
     call.cancel()
-    await until(lambda: worker.cancels, timeout_s=1.0)
+    await until(lambda: worker.cancels)
 
 
 async def test_lost_worker_is_unavailable(stub: Any, worker: FakeWorker) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tandem.router.http import all_metrics
 from tandem.router.http.all_metrics import merged
 from tests.metric_rules import problems
-from tests.router.conftest import House, until
+from tests.router.conftest import PATIENCE_S, House, until
 
 BODY = {"prompt": "Hello", "max_tokens": 3}
 
@@ -64,15 +64,15 @@ async def test_the_router_answers_for_its_workers(house: House) -> None:
 async def test_a_dead_and_a_frozen_worker_are_left_out_in_time(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_metrics, "ANSWER_S", 0.3)
     workers = [await house.decode(f"decode-{index}") for index in range(3)]
-    client = await house.client(await house.router(*workers, silence_s=60.0))
+    client = await house.client(await house.router(*workers, silence_s=3600.0))
     workers[0].freeze()
     await workers[1].kill()
-    started = time.monotonic()
-    text = (await client.get("/metrics")).text
-    assert time.monotonic() - started < 15
     ups = [f'tandem_up{{process="decode-{index}"}} {up}' for index, up in enumerate((0, 0, 1))]
-    assert all(up in text for up in ups)
-    assert problems(text) == []
+    text = ""
+    async with asyncio.timeout(PATIENCE_S):
+        while not all(up in text for up in ups):  # one that lives may be late, too
+            text = (await client.get("/metrics")).text
+            assert problems(text) == []
 
 
 async def test_a_worker_that_was_never_there_is_named_by_its_address(house: House) -> None:

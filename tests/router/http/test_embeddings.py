@@ -15,7 +15,6 @@ from tandem.proto import worker_pb2
 from tandem.router.text.tokenizer import ModelText
 from tests.router.conftest import House
 from tests.router.fake_worker import FakeWorker, Script
-from tests.router.tool_models import SLOW_IMPORTS_S
 
 URL = "/v1/embeddings"
 
@@ -32,7 +31,7 @@ async def worker(house: House) -> FakeWorker:
 
 @pytest.fixture
 async def client(house: House, worker: FakeWorker) -> AsyncIterator[openai.AsyncOpenAI]:
-    router = await house.router(worker, silence_s=SLOW_IMPORTS_S)
+    router = await house.router(worker)
     async with openai.AsyncOpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 

@@ -38,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     url = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
-    with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client
     asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result(20)
     loop.call_soon_threadsafe(loop.stop)

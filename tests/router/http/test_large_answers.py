@@ -121,10 +121,10 @@ async def test_a_long_answer_of_one_tenant_holds_up_nobody_elses(house: House) -
 
     def block() -> None:
         entered.set()
-        opened.wait(30)
+        opened.wait(60)
 
     router.service.answers.submit("default", 1.0, block)
-    await asyncio.to_thread(entered.wait, 30)
+    await asyncio.to_thread(entered.wait, 60)
     try:
         long = {"prompt": [[300] * 60] * 20, "max_tokens": 1, "logprobs": 20, "echo": True}
         waiting = asyncio.create_task(client.post("/v1/completions", json=long))

@@ -32,7 +32,7 @@ async def run(words: list[str], **headers: str) -> httpx.Response:
     """What curl would do."""
     given = {words[i + 1].split(": ")[0]: words[i + 1].split(": ")[1] for i, word in enumerate(words) if word == "-H"}
     body = words[words.index("-d") + 1]
-    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         return await client.post(words[1], content=body.encode(), headers=given | headers)
 
 

@@ -14,7 +14,6 @@ from tandem.common.sampling import Constraint
 from tests.router.conftest import House, events
 from tests.router.fake_worker import FakeWorker, Script
 from tests.router.tool_models import (
-    SLOW_IMPORTS_S,
     WEATHER,
     accepts,
     bare_router,
@@ -54,7 +53,7 @@ class Desk:
 async def desk(house: House, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
     house.model = write_tool_model(tmp_path_factory.mktemp("model") / "tiny", "hermes")
     worker = await house.decode(script=Script(stop_token_id=2, per_output=3, cached_tokens=4, delay_s=0.001))
-    router = await house.router(worker, silence_s=SLOW_IMPORTS_S)
+    router = await house.router(worker)
     async with openai.AsyncOpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as client:
         yield Desk(house, worker, client)
 

@@ -15,7 +15,6 @@ from tests.router.conftest import House, events, joined
 from tests.router.fake_worker import FakeWorker, Script
 from tests.router.tool_models import (
     CLOCK,
-    SLOW_IMPORTS_S,
     WEATHER,
     accepts,
     bare_router,
@@ -42,7 +41,7 @@ async def pair(
     """A worker that writes `text`, whatever it is asked."""
     house.model = write_tool_model(tmp_path_factory.mktemp("model") / "tiny", form)
     script = Script(tokens=saying(house.model, text), stop_token_id=2, per_output=per_output)
-    return await house.pair(script, silence_s=SLOW_IMPORTS_S)
+    return await house.pair(script)
 
 
 async def ask(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
