@@ -4,6 +4,7 @@ two engines of one process."""
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import threading
 import time
 from collections.abc import Callable
@@ -133,6 +134,16 @@ class EngineUnderTest:
     def wait_tokens(self, key: RequestKey, count: int) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.tokens_so_far(key)) >= count, TIMEOUT_S)
+
+    def expire(self, key: RequestKey) -> None:
+        """The deadline of this request, which must have one, passes now."""
+
+        def passes() -> None:
+            queue = self.engine.scheduler._deadlines
+            queue[:] = [(0.0 if each.key == key else at, arrival, each) for at, arrival, each in queue]
+            heapq.heapify(queue)
+
+        self.engine._inbox.put(passes)
 
     def ended(self, key: RequestKey) -> bool:
         return key in self.outputs and self.outputs[key][-1].finish_reason is not None

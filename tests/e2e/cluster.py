@@ -132,7 +132,7 @@ class Process:
             if self._process.poll() is None:
                 self._process.send_signal(number)
             try:
-                self._process.wait(30.0)
+                self._process.wait(180.0)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 raise
@@ -223,7 +223,7 @@ class Cluster:
         port = free_port()
         self._add(f"router-{name}", "router", "a", settings | {"port": port})
         self._clients[name] = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False, headers=headers
+            base_url=f"http://127.0.0.1:{port}", timeout=180.0, trust_env=False, headers=headers
         )
 
     def _add(self, name: str, command: str, host: str, settings: dict[str, object]) -> None:

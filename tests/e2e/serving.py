@@ -25,7 +25,7 @@ BACK_S = 180.0
 """For a worker to be there again where others use the cores, too."""
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float = 60.0, what: str = "") -> Any:
+def eventually(condition: Callable[[], Any], timeout_s: float = 180.0, what: str = "") -> Any:
     """The first true value of `condition`, polled; fails after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -147,7 +147,7 @@ class Serve:
         found = re.search(r"http://\S+", line)
         assert found is not None, line
         self.url = found.group()
-        self.http = httpx.Client(base_url=self.url, headers=self._headers, timeout=60.0, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, headers=self._headers, timeout=180.0, trust_env=False)
         self.model = self.http.get("/v1/models").json()["data"][0]["id"]
         return self
 
@@ -156,7 +156,7 @@ class Serve:
         children = self.children()
         self.process.terminate()
         try:
-            self.process.wait(timeout=60.0)
+            self.process.wait(timeout=180.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             for child in children.values():

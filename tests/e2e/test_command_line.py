@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -119,9 +118,7 @@ def test_a_worker_refuses_an_address_in_use(tiny: Path) -> None:
 
 def test_help_lists_the_commands_without_loading_torch() -> None:
     program = "import sys; from tandem.runtime.cli import main; main(['--help']); print('torch' in sys.modules)"
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert time.monotonic() - started < 5.0  # 0.05 s on an idle machine
     assert all(command in done.stdout for command in ("serve", "prefill", "decode", "router", "version"))
     assert done.stdout.endswith("False\n")
 

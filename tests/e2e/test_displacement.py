@@ -36,7 +36,7 @@ class Stream:
             self.tokens += [token for choice in event["choices"] for token in choice.get("token_ids") or []]
 
     def end(self) -> list[int]:
-        self._thread.join(120)
+        self._thread.join()
         assert not self._thread.is_alive()
         return self.tokens
 
@@ -84,7 +84,7 @@ def test_explain_tells_who_had_to_yield(serve: Serve, prompt: MakePrompt) -> Non
         thread.start()
     urge(serve, prompt, lambda: any(thread.is_alive() for thread in threads))
     for thread in threads:
-        thread.join(120)
+        thread.join()
     accounts = [serve.http.get(f"/v1/requests/{each}").json() for each in ids]
     notes = [note for account in accounts for attempt in account["attempts"] for note in attempt.get("preemptions", ())]
     assert notes

@@ -93,7 +93,7 @@ def test_nodes_and_redis_are_killed_under_load(cluster: Cluster, questions: Ques
         load.wait(30)
         cluster.redis.start()  # empty
         load.wait(20)
-    assert {"host", "peer"} <= load.tiers.keys()
+        eventually(lambda: {"host", "peer"} <= load.tiers.keys(), what="text from the other host's node")
 
 
 @pytest.mark.slow
@@ -260,7 +260,7 @@ def ask_through(cluster: Cluster, proxy: Proxy, mode: str, count: int) -> None:
         assert cluster.ask("a", prompt).tokens == cluster.ask("b", prompt).tokens
         return proxy.num_faults >= goal
 
-    eventually(spoiled, 40, f"{count} answers spoiled by {mode}")
+    eventually(spoiled, what=f"{count} answers spoiled by {mode}")
     proxy.set_mode("pass")
     find_damage(cluster)
     cluster.crosses("a", "b")

@@ -63,7 +63,7 @@ class Shared:
             }
             how = {"disaggregate": "always", "host": "127.0.0.1", "port": port}
             self._add(f"router-{name}", "router", served | used | how)
-            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False)
+            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=180.0, trust_env=False)
             self._clients[name] = stack.enter_context(client)
         for process in self.processes.values():
             process.start()

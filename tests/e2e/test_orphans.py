@@ -21,7 +21,7 @@ from tests.e2e.serving import READY_S, environment, eventually, tandem_command
 
 FLAGS = ("--routers", 2, "--dtype", "float32", "--kv-cache-bytes", 8 << 20, "--kv-host-bytes", 8 << 20)
 CHILDREN = ("kvstore", "prefill-0", "decode-0", "router-0", "router-1", "caretaker")
-GONE_S = 30.0
+GONE_S = 180.0
 
 
 class Deployment:

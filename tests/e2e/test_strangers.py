@@ -41,7 +41,7 @@ SERVICES: list[ServiceDescriptor] = [
         (reflection_pb2, "ServerReflection"),
     )
 ]
-WAIT_S = 30.0
+WAIT_S = 120.0
 FLOOD = 1000
 """Connections to each socket."""
 IDLE = 600

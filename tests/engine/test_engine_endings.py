@@ -93,8 +93,11 @@ def test_deadlines(folder: Path, where: str, monkeypatch: pytest.MonkeyPatch) ->
     with EngineUnderTest(folder, max_num_seqs=1) as engine:
         engine.slow_down(monkeypatch)
         blocker = engine.submit("blocker", PROMPT, max_tokens=900) if where == "waiting" else None
-        delay = -1.0 if where == "submitted too late" else 1.0
+        delay = -1.0 if where == "submitted too late" else TIMEOUT_S
         key = engine.submit("a", PROMPT, max_tokens=900, deadline=time.monotonic() + delay)
+        if where == "running":
+            engine.wait_tokens(key, 1)
+        engine.expire(key)
         last = engine.last(key)
         assert last.finish_reason is FinishReason.ERROR
         assert last.error_code == "deadline_exceeded"

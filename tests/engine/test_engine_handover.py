@@ -66,7 +66,7 @@ def test_disaggregated_equals_unified(
     assert prefill.last(key).finish_reason is FinishReason.HANDED_OVER
     assert prefill.tokens_so_far(key) == [], "tokens come from the decode side only"
     assert report_of(decode, key).recompute_reason == ""
-    assert kv_import.is_closed.wait(30)
+    assert kv_import.is_closed.wait(60)
     assert kv_export.aborted_because is None
     scores = [[entry.logprob for o in e.outputs[key] for entry in o.logprobs] for e in (unified, decode)]
     assert scores[0] == scores[1], "bit for bit"
@@ -97,7 +97,7 @@ def test_a_failure_anywhere_becomes_a_recompute(
     assert report_of(decode, key).recompute_reason == f"lost at {fail_at}"
     scores = [[entry.logprob for o in e.outputs[key] for entry in o.logprobs] for e in (unified, decode)]
     assert scores[0] == scores[1]
-    assert kv_import.is_closed.wait(30)
+    assert kv_import.is_closed.wait(60)
     assert prefill.last(key).finish_reason is FinishReason.HANDED_OVER
 
 
@@ -127,7 +127,7 @@ def test_a_cached_prefix_on_the_prefill_side_is_sent_too(
 def test_imported_blocks_enter_the_cache_only_when_complete(decode: EngineUnderTest, prefill: EngineUnderTest) -> None:
     waiting = DirectImport()
     key = decode.submit("half", PROMPT, kv_import=waiting)
-    assert waiting.ready.wait(30)
+    assert waiting.ready.wait(60)
     assert waiting.reservation is not None
     rows = bytes(96 * decode.engine.pool.row_bytes)
     for layer in range(3):
@@ -147,7 +147,7 @@ def test_imported_blocks_enter_the_cache_only_when_complete(decode: EngineUnderT
 def test_missing_rows_are_noticed(decode: EngineUnderTest) -> None:
     waiting = DirectImport()
     key = decode.submit("gap", PROMPT, kv_import=waiting)
-    assert waiting.ready.wait(30)
+    assert waiting.ready.wait(60)
     reservation = waiting.reservation
     assert reservation is not None
     row = decode.engine.pool.row_bytes
@@ -190,10 +190,10 @@ def test_prompt_logprobs_travel_with_the_first_output(prefill: EngineUnderTest, 
 def test_cancel_at_the_decode_side_while_waiting_for_kv(decode: EngineUnderTest) -> None:
     waiting = DirectImport()
     key = decode.submit("a", PROMPT, kv_import=waiting)
-    assert waiting.ready.wait(30)
+    assert waiting.ready.wait(60)
     decode.engine.cancel(key)
     assert decode.last(key).finish_reason is FinishReason.CANCELLED
-    assert waiting.is_closed.wait(30)
+    assert waiting.is_closed.wait(60)
     assert waiting.reservation is not None
     assert not waiting.reservation.write(0, 0, 1, memoryview(bytearray(decode.engine.pool.row_bytes)))
     waiting.reservation.complete(RequestOutput(key, token_ids=[5]))
@@ -203,26 +203,26 @@ def test_cancel_at_the_decode_side_while_waiting_for_kv(decode: EngineUnderTest)
 def test_blocks_are_not_freed_while_bytes_arrive(decode: EngineUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = DirectImport()
     key = decode.submit("a", PROMPT, kv_import=waiting)
-    assert waiting.ready.wait(30)
+    assert waiting.ready.wait(60)
     reservation = waiting.reservation
     assert reservation is not None
     writing, go_on, owned = threading.Event(), threading.Event(), []
 
     def slow_write(*arguments: Any) -> None:
         writing.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         owned.append(decode.engine.blocks.holds(key))
 
     monkeypatch.setattr(decode.engine.pool, "write_rows", slow_write)
     rows = memoryview(bytearray(decode.engine.pool.row_bytes))
     thread = threading.Thread(target=reservation.write, args=(0, 0, 1, rows))
     thread.start()
-    assert writing.wait(30)
+    assert writing.wait(60)
     decode.engine.cancel(key)
     wait_for(lambda: not decode.engine._inbox)
     assert decode.engine.blocks.holds(key)
     go_on.set()
-    thread.join(30)
+    thread.join(60)
     assert owned == [True]
     assert decode.last(key).finish_reason is FinishReason.CANCELLED
 
@@ -230,7 +230,7 @@ def test_blocks_are_not_freed_while_bytes_arrive(decode: EngineUnderTest, monkey
 def test_others_run_while_an_import_waits(decode: EngineUnderTest) -> None:
     waiting = DirectImport()
     key = decode.submit("waiting", PROMPT, kv_import=waiting)
-    assert waiting.ready.wait(30)
+    assert waiting.ready.wait(60)
     assert len(decode.generate("other", PROMPT[:30], max_tokens=20)) == 20
     decode.engine.cancel(key)
     decode.last(key)

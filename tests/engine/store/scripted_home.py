@@ -48,7 +48,7 @@ class ScriptedHome:
     def begin_put(self, key: ObjectKey, info: ObjectInfo) -> PutTicket | Refusal:
         self.puts.append((key, info))
         self._fault("begin_put")
-        assert self.put_may_begin.wait(30)
+        assert self.put_may_begin.wait(60)
         if self.refusal is not None:
             return self.refusal
         with self._lock:
@@ -59,7 +59,7 @@ class ScriptedHome:
     def locate(self, keys: Sequence[ObjectKey]) -> list[Located]:
         self.locates += 1
         self._fault("locate")
-        assert self.locate_may_answer.wait(30)
+        assert self.locate_may_answer.wait(60)
         found: list[Located] = []
         for key in keys:
             entry = self.objects.get(key)

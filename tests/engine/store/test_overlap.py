@@ -70,7 +70,7 @@ def held(make: MakeEngine, home: ScriptedHome, eager: None, monkeypatch: pytest.
 def test_a_step_waits_for_the_layer_that_it_reads(held: Held, plain: EngineUnderTest) -> None:
     waiting = held.at_the_gate()
     key = held.engine.submit("gated", PROMPT, max_tokens=20, logprobs=0)
-    assert waiting.wait(30)
+    assert waiting.wait(60)
     assert held.engine.tokens_so_far(key) == []
     held.home.layers_may_come.set()
     expected = plain.submit("gated", PROMPT, max_tokens=20, logprobs=0)
@@ -103,7 +103,7 @@ def test_a_gate_that_stays_shut_hurts_nobody_else(
 def test_an_object_that_is_lost_at_the_gate(held: Held, plain: EngineUnderTest) -> None:
     waiting = held.at_the_gate()
     key = held.engine.submit("lost", PROMPT, max_tokens=20, logprobs=0)
-    assert waiting.wait(30)
+    assert waiting.wait(60)
     held.home.fetches[-1].lost = (2, 2)
     held.home.layers_may_come.set()
     assert_same(held.engine, key, plain, plain.submit("lost", PROMPT, max_tokens=20, logprobs=0))
@@ -114,7 +114,7 @@ def test_an_object_that_is_lost_at_the_gate(held: Held, plain: EngineUnderTest) 
 def test_a_gated_request_can_be_cancelled(held: Held) -> None:
     waiting = held.at_the_gate()
     key = held.engine.submit("gone", PROMPT)
-    assert waiting.wait(30)
+    assert waiting.wait(60)
     held.engine.engine.cancel(key)
     last = held.engine.last(key)
     assert last.finish_reason is not None

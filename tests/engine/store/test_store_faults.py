@@ -164,7 +164,7 @@ def test_a_load_whose_thread_hangs_is_given_up_by_the_engine(
 
     def hanging(located: list[object], overlap_s: float) -> object:
         result = fetch(located, overlap_s)  # type: ignore[arg-type]
-        monkeypatch.setattr(result, "wait", lambda *_: home.layers_may_come.wait(20))
+        monkeypatch.setattr(result, "wait", lambda *_: home.layers_may_come.wait(60))
         return result
 
     monkeypatch.setattr(home, "fetch", hanging)

@@ -70,7 +70,7 @@ def test_an_import_that_fails_is_computed(make: MakeEngine, home: ScriptedHome, 
     decode = make()
     waiting = DirectImport()
     key = decode.submit("i", PROMPT, kv_import=waiting, logprobs=0)
-    assert waiting.ready.wait(30)
+    assert waiting.ready.wait(60)
     assert waiting.reservation is not None
     waiting.reservation.fail("lost")
     assert_same(decode, key, plain, plain.submit("i", PROMPT, logprobs=0))
@@ -103,7 +103,7 @@ def test_rows_are_announced_as_they_arrive(
     home.free_layers = 2
     home.layers_may_come.clear()
     key, export = hand_over(prefill, decode, "early")
-    assert waiting.wait(30)
+    assert waiting.wait(60)
     assert export.announced == [(0, 0, 150), (1, 0, 150)]
     home.fetches[-1].lost = lost
     home.layers_may_come.set()
