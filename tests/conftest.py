@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("repeatable", derandomize=True, print_blob=True)
-settings.register_profile("random", print_blob=True)
+# A busy machine makes examples slow: that says nothing about the code.
+UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("repeatable", derandomize=True, **UNHURRIED)
+settings.register_profile("random", **UNHURRIED)
 settings.load_profile("repeatable")
 
 END_TO_END = Path(__file__).parent / "e2e"

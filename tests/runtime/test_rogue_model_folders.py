@@ -84,7 +84,7 @@ def changed(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     return content
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_a_rogue_field_is_an_error_that_names_the_folder_or_harmless(
     made: Path, folder: Path, data: st.DataObject
@@ -109,7 +109,7 @@ def test_a_rogue_field_is_an_error_that_names_the_folder_or_harmless(
         assert len(problem) < 1500
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_a_rogue_header_of_weights_is_an_error_that_names_the_folder(
     made: Path, folder: Path, data: st.DataObject

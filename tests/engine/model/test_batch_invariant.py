@@ -95,7 +95,9 @@ def test_fixed_layers_add_the_inputs_in_their_order(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("instructions")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     inputs=st.integers(1, 300),
     outputs=st.integers(1, 150),

@@ -120,7 +120,9 @@ _fields = st.one_of(st.binary(max_size=60), st.just(b"h" + b"0" * 32 + b"a"))
 _values = st.one_of(st.binary(max_size=40), st.floats().map(lambda number: str(number).encode()))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     writes=st.lists(
         st.tuples(st.integers(0, 99), st.sampled_from(["field", "member", "entry", "set", "delete"]), _fields, _values),

@@ -161,7 +161,7 @@ async def test_worker_with_another_namespace_is_refused(house: House, caplog: py
         router = await house.router(good, other, wait=False)
         await until(lambda: "is refused" in caplog.text)
     assert "KV namespace" in caplog.text
-    assert len(router.fleet.decode) == 1
+    await until(lambda: len(router.fleet.decode) == 1)
 
 
 async def test_worker_of_the_wrong_role_is_refused(house: House, caplog: pytest.LogCaptureFixture) -> None:

@@ -105,7 +105,10 @@ def check(thread: Thread, method: str, message: bytes, caplog: pytest.LogCapture
 
 methods = st.sampled_from(sorted(METHODS))
 reproducible = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
 )
 
 

@@ -173,7 +173,11 @@ messages = st.lists(
 )
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 """Of each test; more of them find more."""
-quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def check(response: httpx.Response) -> None:

@@ -180,7 +180,9 @@ _words = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     writes=st.lists(
         st.tuples(st.integers(0, 50), st.sampled_from(["set", "field", "new field", "delete"]), _words), max_size=12

@@ -230,7 +230,9 @@ async def test_an_exchange_without_an_answer_counts_once(url: str, before: bool)
         assert (value(one, "ann"), value(other, "ann")) == (15, 15)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     script=st.lists(
         st.tuples(
