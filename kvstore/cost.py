@@ -68,6 +68,7 @@ class _Fit:
         self._weight = self._ratio = self._ff = self._fg = self._gg = self._fr = self._gr = 0.0
 
     def observe(self, num_bytes: int, num_objects: int, seconds: float) -> None:
+        """Takes in a measured fetch: `num_bytes` and `num_objects` in all, `seconds` for them."""
         expected = self.prior.seconds(num_bytes, num_objects)
         ratio = seconds / expected
         if self._weight >= self.SETTLED_WEIGHT:

@@ -182,7 +182,7 @@ class EvictionPolicy(Protocol):
         """Chooses an object for which `may_leave` is true, forgets it as a resident, and returns its key."""
 
     def remember(self, most: int) -> None:
-        """From now on it keeps no more than so many objects in mind that have left."""
+        """Keeps no more than so many objects in mind that have left, from now on."""
 
     def __len__(self) -> int:
         """Residents."""
@@ -199,7 +199,7 @@ class PeerReader(Protocol):
     """Reads objects of other nodes."""
 
     def read_many(self, node_id: str, ranges: Sequence[tuple[ObjectKey, int, memoryview]]) -> list[bool]:
-        """For each (key, offset, out), in order: whether `out` now holds the bytes; where it does not, its content is
+        """Whether `out` now holds the bytes, for each (key, offset, out) in order; where it does not, its content is
         anything, and may still change. Pipelined; blocks for at most a few seconds; all False if the node cannot be
         reached."""
 

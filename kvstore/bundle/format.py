@@ -107,7 +107,7 @@ def write_head(out: memoryview, header: BundleHeader, layers: list[LayerRange]) 
 
 
 def read_frame(head: memoryview) -> Frame:
-    """From the first PREAMBLE_BYTES. Raises Malformed."""
+    """Reads the first PREAMBLE_BYTES. Raises Malformed."""
     if len(head) < PREAMBLE_BYTES:
         raise Malformed("shorter than a preamble")
     magic, version, length, size, region, zeros, expected = _PREAMBLE.unpack_from(head)
@@ -138,6 +138,7 @@ def read_header(head: memoryview, frame: Frame) -> tuple[BundleHeader, tuple[Lay
 
 
 def encode_header(header: BundleHeader, layers: list[LayerRange]) -> bytes:
+    """The protobuf of a header with the places of its layers. Raises ValueError when owner or model are too long."""
     message = bundle_pb2.BundleHeader(
         key=header.key,
         namespace=header.namespace,

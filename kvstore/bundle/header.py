@@ -103,7 +103,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleHeader:
-    """As stored; proto/bundle.proto says what each field is."""
+    """The header as it is stored; proto/bundle.proto says what each field is."""
 
     key: bytes
     namespace: bytes

@@ -79,7 +79,7 @@ def parse(content: memoryview) -> Bundle | None:
 
 
 def layer_ranges(head: memoryview) -> BundleLayout | None:
-    """From the first HEADER_ALIGN bytes of a bundle, or more. None: no bundle, or fewer bytes than that."""
+    """Reads the first HEADER_ALIGN bytes of a bundle, or more. None: no bundle, or fewer bytes than that."""
     head = head.cast("B")
     try:
         frame = read_frame(head)

@@ -54,6 +54,8 @@ class KiviCodec:
         return self.size_bounds(shape)[0]
 
     def encode(self, raw: memoryview, shape: LayerShape) -> memoryview:
+        """Blocks of codes, scales and minima, then the raw tail. Raises ValueError for another size than `shape`
+        has."""
         check_raw(raw, shape)
         at = _Block(self._bits, shape.channels)
         rows = words(raw, shape.dtype).reshape(2, shape.num_tokens, shape.channels)
@@ -70,6 +72,7 @@ class KiviCodec:
         return buffer(encoded)
 
     def decode(self, encoded: memoryview, shape: LayerShape) -> memoryview | None:
+        """Raw rows, near what was encoded. None: `encoded` is not of that shape."""
         if encoded.nbytes != self.estimate(shape):
             return None
         at = _Block(self._bits, shape.channels)
@@ -140,7 +143,7 @@ class KiviCodec:
         return np.minimum(scale, _FP16_MAX).astype(np.float16), minimum
 
     def _quantise(self, keys: _Floats, values: _Floats, scale: _Floats, low: _Floats) -> None:
-        """In place: values become code + 0.5 plus at most half a step, to be cut off to whole numbers."""
+        """Changes values in place: they become code + 0.5 plus at most half a step, to be cut off to whole numbers."""
         channels = keys.shape[2]
         start, inverse = low - scale / 2, 1 / scale
         grouped = _by_group(values)

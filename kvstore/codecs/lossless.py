@@ -31,6 +31,8 @@ class LosslessCodec:
         return shape.raw_bytes - _count(shape) * 5 // 8
 
     def encode(self, raw: memoryview, shape: LayerShape) -> memoryview:
+        """The bytes of each number split by how well they compress. Raises ValueError for another size than `shape`
+        has."""
         check_raw(raw, shape)
         count, width = _count(shape), DTYPE_BYTES[shape.dtype]
         words = np.frombuffer(raw, f"<u{width}")
@@ -47,6 +49,7 @@ class LosslessCodec:
         return buffer(encoded)[:end]
 
     def decode(self, encoded: memoryview, shape: LayerShape) -> memoryview | None:
+        """The same bits as before. None: `encoded` is not of that shape."""
         count, width = _count(shape), DTYPE_BYTES[shape.dtype]
         least, most = self.size_bounds(shape)
         if not least <= encoded.nbytes <= most:

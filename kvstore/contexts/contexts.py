@@ -145,7 +145,7 @@ class ContextShelf:
             return None if held is None else held.context
 
     def list(self, owner: str | None = None) -> list[Context]:
-        """Of one owner or of all, by owner and name."""
+        """Contexts of one owner or of all, by owner and name."""
         now = self._clock()
         with self._lock:
             found = [held.context for held in self._held.values() if owner in (None, held.context.owner)]
@@ -160,6 +160,7 @@ class ContextShelf:
             return True
 
     def residency(self, context: Context) -> Residency:
+        """Counts the chunks of a context that each tier of this node has."""
         with self._lock:
             held = self._held.get((context.owner, context.name))
         keys = held.keys if held is not None and held.context == context else _keys(context)
@@ -263,7 +264,7 @@ class ContextShelf:
 
 
 def open_shelf(node: KvNode, kv_disk: str, chunk_tokens: int, key: bytes) -> ContextShelf:
-    """In a subfolder of the node's disk folder, which the disk tier has locked. Raises ConfigError."""
+    """Contexts in a subfolder of the node's disk folder, which the disk tier has locked. Raises ConfigError."""
     files = ContextFiles(Path(kv_disk) / "contexts", key) if kv_disk else None
     return ContextShelf(node, files, chunk_tokens, shares=node.settings.quotas)
 

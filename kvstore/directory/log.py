@@ -27,6 +27,7 @@ class UpdateLog:
         self._end = 0
 
     def append(self, update: Update) -> None:
+        """Adds an update; the oldest ones go when they tell of too many changes in all."""
         with self._lock:
             self._updates.append(update)
             self._events += _weight(update)
@@ -35,7 +36,7 @@ class UpdateLog:
                 self._events -= _weight(self._updates.popleft())
 
     def read(self, cursor: str) -> Page:
-        """From `cursor` on, or from as far back as is left; the oldest for a cursor of another log."""
+        """Updates from `cursor` on, or from as far back as is left; the oldest for a cursor of another log."""
         name, _, place = cursor.partition(":")
         with self._lock:
             start = self._end - len(self._updates)

@@ -67,6 +67,7 @@ class Publisher:
         self._thread.start()
 
     def register(self, info: NodeInfo, snapshot: Snapshot) -> None:
+        """Announces the node, in the background and until `close`, as `Directory.register`."""
         with self._changed:
             before = self._nodes.get(info.node_id)
             seq = before.seq if before is not None and before.info.epoch == info.epoch else 0
@@ -74,6 +75,7 @@ class Publisher:
             self._changed.notify_all()
 
     def publish(self, node_id: str, events: Sequence[DirectoryEvent]) -> None:
+        """Queues changes of a node that was registered; never blocks. Too many at once become a resync."""
         with self._changed:
             node = self._nodes.get(node_id)
             if node is None or node.resync or self._closed:

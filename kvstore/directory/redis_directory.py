@@ -85,6 +85,7 @@ class RedisDirectory(RemoteDirectory):
     # Uplink
 
     def announce(self, node: NodeInfo, seq: int) -> Reply:
+        """Tells that a node lives; the reply says what has to be said again, or that Redis is away."""
         try:
             info = msgspec.msgpack.encode(node)
             args = (node.node_id, _epoch(node.epoch), seq, info, _TTL_MS)
@@ -93,6 +94,7 @@ class RedisDirectory(RemoteDirectory):
             return UNREACHABLE
 
     def apply(self, update: Update) -> Reply:
+        """Writes one batch of changes; the reply as that of `announce`."""
         batch = update.batch
         try:
             who = (batch.node_id, _epoch(batch.epoch), batch.seq)
@@ -102,6 +104,7 @@ class RedisDirectory(RemoteDirectory):
             return UNREACHABLE
 
     def withdraw(self, node_id: str, epoch: int) -> None:
+        """Takes a node out, with all its entries; without Redis they lapse in a few seconds."""
         try:
             self._bury_script([_PREFIX], [node_id, _epoch(epoch), ""])
         except _FAULTS:
@@ -110,12 +113,14 @@ class RedisDirectory(RemoteDirectory):
     # Feed
 
     def states(self) -> dict[str, NodeState] | None:
+        """Live nodes as Redis has them; None: it is away."""
         try:
             return {it.state.info.node_id: it.state for it in self._members() if it.alive}
         except DirectoryFault:
             return None
 
     def read(self, cursor: str) -> Page | None:
+        """A page of updates after `cursor`; empty: from the last one on. None: Redis is away."""
         stream = f"{_PREFIX}:stream"
         try:
             if not cursor:
@@ -131,6 +136,7 @@ class RedisDirectory(RemoteDirectory):
             return None
 
     def dump(self, node_id: str) -> Dump | None:
+        """All that one node holds. None: it does not live, or Redis is away."""
         try:
             member = next((it for it in self._members() if it.alive and it.state.info.node_id == node_id), None)
             if member is None:

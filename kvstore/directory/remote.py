@@ -53,6 +53,7 @@ class RemoteDirectory(abc.ABC):
         self._publisher.publish(node_id, events)
 
     def lookup(self, keys: Sequence[ObjectKey]) -> list[tuple[Location, ...]]:
+        """Locations on live nodes, as `Directory.lookup`."""
         if self._up and keys:
             try:
                 return self._find(keys)
@@ -68,6 +69,7 @@ class RemoteDirectory(abc.ABC):
         return self._publisher.flush(timeout_s)
 
     def close(self) -> None:
+        """Ends the publisher, which unregisters the nodes, then the rest. Idempotent."""
         self._publisher.close()
         self._closing.set()
         self._keeper.join()

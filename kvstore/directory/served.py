@@ -60,6 +60,7 @@ class DirectoryService(pb_grpc.KvDirectoryServicer):
         return _reply_to_proto(self._embedded.announce(_node_from_proto(request.node), request.seq))
 
     def Apply(self, request: pb.Update, context: grpc.ServicerContext) -> pb.Reply:
+        """RPC: a batch of changes of one node."""
         _check_node_id(request.node_id, context)
         update = _update_from_proto(request)
         if update is None:
@@ -71,6 +72,7 @@ class DirectoryService(pb_grpc.KvDirectoryServicer):
         return pb.WithdrawResponse()
 
     def Lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupResponse:
+        """RPC: locations of many keys. Refuses more than one call may ask for."""
         if len(request.keys) > MAX_LOOKUP_KEYS:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"keys: at most {MAX_LOOKUP_KEYS}, not {len(request.keys)}")
         found = self._embedded.lookup([ObjectKey(key) for key in request.keys])
@@ -87,6 +89,7 @@ class DirectoryService(pb_grpc.KvDirectoryServicer):
         )
 
     def States(self, request: pb.StatesRequest, context: grpc.ServicerContext) -> pb.StatesResponse:
+        """RPC: live nodes."""
         states = self._embedded.states().values()
         return pb.StatesResponse(
             states=[pb.NodeState(node=_node_to_proto(state.info), seq=state.seq) for state in states]
@@ -97,6 +100,7 @@ class DirectoryService(pb_grpc.KvDirectoryServicer):
         return pb.ReadResponse(updates=[_update_to_proto(update) for update in page.updates], cursor=page.cursor)
 
     def Dump(self, request: pb.DumpRequest, context: grpc.ServicerContext) -> Iterator[pb.DumpPart]:
+        """RPC: all that one node holds."""
         dump = self._embedded.dump(request.node_id)
         if dump is None:
             return
@@ -122,6 +126,7 @@ class DirectoryClient(RemoteDirectory):
         self._start()
 
     def announce(self, node: NodeInfo, seq: int) -> Reply:
+        """Tells the directory that a node lives."""
         try:
             request = pb.AnnounceRequest(node=_node_to_proto(node), seq=seq)
             return _reply_from_proto(self._stub.Announce(request, timeout=CALL_TIMEOUT_S))
@@ -130,6 +135,7 @@ class DirectoryClient(RemoteDirectory):
             return UNREACHABLE
 
     def apply(self, update: Update) -> Reply:
+        """Sends one batch of changes."""
         try:
             return _reply_from_proto(self._stub.Apply(_update_to_proto(update), timeout=CALL_TIMEOUT_S))
         except grpc.RpcError as error:
@@ -137,12 +143,14 @@ class DirectoryClient(RemoteDirectory):
             return UNREACHABLE
 
     def withdraw(self, node_id: str, epoch: int) -> None:
+        """Takes a node out."""
         try:
             self._stub.Withdraw(pb.WithdrawRequest(node_id=node_id, epoch=epoch), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             log.info("%s could not be unregistered (%s); its entries lapse in a few seconds", node_id, _code(error))
 
     def states(self) -> dict[str, NodeState] | None:
+        """Asks for the live nodes."""
         try:
             answer = self._stub.States(pb.StatesRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
@@ -159,6 +167,7 @@ class DirectoryClient(RemoteDirectory):
             log.error("no connection to the directory at %s%s", self._address, reason)
 
     def read(self, cursor: str) -> Page | None:
+        """Asks for the updates after `cursor`."""
         try:
             answer = self._stub.Read(pb.ReadRequest(cursor=cursor), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError:
@@ -167,6 +176,7 @@ class DirectoryClient(RemoteDirectory):
         return Page(tuple([update for update in updates if update is not None]), answer.cursor)
 
     def dump(self, node_id: str) -> Dump | None:
+        """Asks for all that one node holds."""
         events: list[DirectoryEvent] = []
         part: pb.DumpPart | None = None
         try:

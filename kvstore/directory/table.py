@@ -35,6 +35,7 @@ class _Incarnation:
     shared: dict[tuple[TierName, int], _Claim] = field(default_factory=dict)
 
     def claim(self, tier: TierName, size: int) -> _Claim:
+        """Its entry for objects of one tier and size, which share it."""
         found = self.shared.get((tier, size))
         if found is None:
             found = _Claim(self, Location(self.info.node_id, self.info.epoch, tier, size))
@@ -76,6 +77,7 @@ class LocationTable:
             return {name: NodeState(node.info, node.seq) for name, node in self._nodes.items() if node.live}
 
     def announce(self, info: NodeInfo, seq: int, expires_at: float) -> Reply:
+        """Takes in that a node lives until `expires_at`; a later epoch voids what an earlier one held."""
         with self._lock:
             node = self._nodes.get(info.node_id)
             if node is not None and node.info.epoch > info.epoch:
@@ -87,6 +89,7 @@ class LocationTable:
             return Reply(Verdict.OK if node.seq == seq else Verdict.RESYNC, node.seq)
 
     def apply(self, update: Update, expires_at: float) -> Reply:
+        """Takes in a batch of changes. The reply asks for a resync where one is missing."""
         batch = update.batch
         with self._lock:
             node = self._nodes.get(batch.node_id)
@@ -114,6 +117,7 @@ class LocationTable:
             return Reply(Verdict.OK, node.seq)
 
     def withdraw(self, node_id: str, epoch: int) -> None:
+        """Takes a node out, if it is of that epoch."""
         with self._lock:
             node = self._nodes.get(node_id)
             if node is not None and node.info.epoch == epoch:
@@ -148,6 +152,7 @@ class LocationTable:
             return bool(self._void)
 
     def dump(self, node_id: str) -> Dump | None:
+        """All that one node holds."""
         with self._lock:
             node = self._nodes.get(node_id)
             if node is None or not node.live:

@@ -59,6 +59,7 @@ class DirectoryWatcher:
         return len(self._table)
 
     def close(self) -> None:
+        """Ends the thread. Idempotent."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()

@@ -28,6 +28,7 @@ class Ghosts(Generic[Note]):
         self._entries: OrderedDict[ObjectKey, tuple[int, Note]] = OrderedDict()
 
     def add(self, key: ObjectKey, size: int, note: Note) -> None:
+        """Remembers an object that left, as the latest."""
         self.pop(key)
         self._entries[key] = (size, note)
         self.used_bytes += size
@@ -50,7 +51,7 @@ class Ghosts(Generic[Note]):
                 self._forgotten(note)
 
     def bound(self, most: int) -> None:
-        """From now on there are no more than `most`, which may be raised again."""
+        """Keeps no more than `most` from now on; that may be raised again."""
         self._most = most
         self.trim(self.limit_bytes)
 

@@ -26,6 +26,7 @@ class Lru:
         self._order.pop(key, None)
 
     def evict(self, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
+        """The one that was used longest ago of those that may leave."""
         victim = next((key for key in self._order if may_leave(key)), None)
         if victim is not None:
             del self._order[victim]

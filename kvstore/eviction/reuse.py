@@ -55,6 +55,7 @@ class ReuseRates:
         self._factors = [1.0] * len(USE_CLASSES)
 
     def observe(self, use_class: int, age: int, *, reused: bool) -> None:
+        """Counts one that was used again, or forgotten, at `age`."""
         step = self._step(age)
         self._ended[use_class][step] += 1.0
         if reused:
@@ -65,6 +66,7 @@ class ReuseRates:
         return self._factors[use_class] * self._curve[self._step(age)]
 
     def learn(self) -> None:
+        """Fits curve and factors to what was observed, and lets that fade."""
         exposed = [exposure(ended) for ended in self._ended]
         uses_at = [sum(weights) for weights in zip(*self._reused, strict=True)]
         exposed_at = [sum(times) for times in zip(*exposed, strict=True)]
@@ -145,6 +147,7 @@ class Reuse:
         """Seconds per byte, of recent inserts."""
 
     def insert(self, key: ObjectKey, info: ObjectInfo) -> None:
+        """Takes in an object; its uses go on where its ghost is still there."""
         self.remove(key)
         self._clock += info.size
         uses = 1
@@ -156,6 +159,7 @@ class Reuse:
         self._queue(key, info.size, uses, info.start_position, self._worth(info))
 
     def hit(self, key: ObjectKey) -> None:
+        """Counts a use. Unknown keys are ignored."""
         entry = self._entries.get(key)
         if entry is not None:
             self._clock += entry.size
@@ -167,6 +171,7 @@ class Reuse:
             self._compact()
 
     def evict(self, may_leave: Callable[[ObjectKey], bool]) -> ObjectKey | None:
+        """The head of a queue whose next use is least to be expected."""
         stay: list[tuple[list[_Rank], _Rank]] = []
         queue = self._next(may_leave, stay)
         victim: ObjectKey | None = None

@@ -34,7 +34,7 @@ class Announcer:
             self._noted.append(DirectoryEvent(key, tier, size))
 
     def publish(self) -> None:
-        """Without the node's lock; every change of the node ends with it."""
+        """Tells the directory what was noted, without the node's lock; every change of the node ends with it."""
         if self._directory is None or not self._noted:
             return
         with self._publishing:

@@ -94,6 +94,7 @@ class NodeFetch:
                 self._progress.wait(left)
 
     def intact(self) -> int:
+        """How many leading objects are complete now; 0 after `close`."""
         if self._ended:
             return 0
         self.touched_at = self._clock()
@@ -120,14 +121,14 @@ class NodeFetch:
         return self._office.view_of(self.items[index]).toreadonly()
 
     def offset(self, index: int) -> int:
-        """Of object `index` in the arena, for a reader in another process."""
+        """Where object `index` lies in the arena, for a reader in another process."""
         return self.items[index].offset
 
     def close(self) -> None:
         self._office.end_fetch(self)
 
     def end(self) -> None:
-        """By the node: there is nothing to wait for any more."""
+        """Ends it, as the node does: there is nothing to wait for any more."""
         with self._progress:
             self._ended = True
             self._progress.notify_all()

@@ -148,7 +148,7 @@ class Shelf:
         return any(pin.hard for pin in self._pins.get(key, {}).values())
 
     def pins(self, key: ObjectKey) -> dict[str, Pin]:
-        """By owner."""
+        """Its pins by owner."""
         return dict(self._pins.get(key, {}))
 
     def count_pins(self) -> tuple[int, int]:

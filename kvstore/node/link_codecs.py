@@ -25,7 +25,7 @@ class LinkCodecs:
         """Of bytes on the wire, whatever they stand for."""
 
     def choose(self, sources: Sequence[Located], overlap_s: float) -> str:
-        """For objects of one link that are fetched together."""
+        """The codec for objects of one link that are fetched together."""
         source = sources[0]
         if source.tier is not TierName.PEER:
             return RAW

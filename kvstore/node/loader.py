@@ -79,6 +79,7 @@ class Loader:
             thread.start()
 
     def submit(self, loads: Sequence[Load], overlap_s: float) -> None:
+        """Hands loads to the threads, link by link. Never blocks."""
         by_link: dict[str, list[Load]] = {}
         for load in loads:
             by_link.setdefault(load.source.link, []).append(load)

@@ -85,7 +85,7 @@ class LowerTier:
             self._fault("list", b"")
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
-        """From the books; for a shared tier then from the tier itself, which the books remember."""
+        """What the books say; for a shared tier then the tier itself, which the books remember."""
         return self.infos([key])[0]
 
     def infos(self, keys: Sequence[ObjectKey], limit_s: float = 1.0) -> list[ObjectInfo | None]:
@@ -121,13 +121,14 @@ class LowerTier:
         return asked
 
     def peek(self, key: ObjectKey) -> Resident | None:
-        """From the books alone; the caller holds the node's lock."""
+        """What the books alone say; the caller holds the node's lock."""
         return self.shelf.get(key)
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
         return self.read_many([(key, offset, out)])[0]
 
     def read_many(self, ranges: Sequence[tuple[ObjectKey, int, memoryview]]) -> list[bool]:
+        """Fills the ranges (key, offset, out); for each, whether it was filled. Faults are counted."""
         if isinstance(self.tier, BatchedTier):
             try:
                 done = self.tier.read_many(ranges)

@@ -167,23 +167,23 @@ class KvNode:
         self._books.quarantine(key, reason)
 
     def view(self, key: ObjectKey, *, counts: bool = True) -> AbstractContextManager[memoryview | None]:
-        """As `Views.view`."""
+        """Leased bytes of an object in host memory, as `Views.view`."""
         return self._views.view(key, counts=counts)
 
     def read_range(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
-        """As `Views.read_range`."""
+        """Fills `out` from host memory or disk, as `Views.read_range`."""
         return self._views.read_range(key, offset, out)
 
     def keep(self, start: int, stop: int) -> Callable[[], None]:
-        """As `Views.keep`."""
+        """Keeps what lies between two offsets of the arena, as `Views.keep`."""
         return self._views.keep(start, stop)
 
     # Books
 
     def stats(self) -> NodeStats:
-        """As `Inspection.stats`."""
+        """Counters and the state of the moment, as `Inspection.stats`."""
         return self._inspection.stats()
 
     def check_integrity(self) -> None:
-        """As `Inspection.check_integrity`."""
+        """Raises StoreIntegrityError, as `Inspection.check_integrity`."""
         self._inspection.check_integrity()

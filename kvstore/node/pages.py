@@ -29,7 +29,7 @@ _BUSY = (errno.EAGAIN, errno.EBUSY)
 
 
 class PageWarmer:
-    """Of one mapping. `used_up_to` may be told by any thread, `warm` is for one."""
+    """The pages of one mapping. `used_up_to` may be told by any thread, `warm` is for one."""
 
     def __init__(self, memory: memoryview) -> None:
         """`memory` is the whole mapping. It stays mapped while this object lives."""

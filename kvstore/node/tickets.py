@@ -56,7 +56,7 @@ class Ticket:
 
     @property
     def offset(self) -> int:
-        """Of `buffer` in the arena, for a writer in another process."""
+        """Where `buffer` lies in the arena, for a writer in another process."""
         return self.item.offset
 
     @property

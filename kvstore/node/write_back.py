@@ -44,7 +44,7 @@ class WriteBack:
             return True
 
     def done(self) -> None:
-        """By `write`, under the node's lock: the lease of the object has ended."""
+        """Called by `write` under the node's lock: the lease of the object has ended."""
         with self._changed:
             if self._current is not None:
                 self.queued_bytes -= self._current.info.size

@@ -307,7 +307,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _plain(message: Message) -> dict[str, object]:
-    """For JSON: keys in hex, numbers as numbers, tiers by name."""
+    """Fields for JSON: keys in hex, numbers as numbers, tiers by name."""
     fields = message.DESCRIPTOR.fields
     return {field.name: _plain_value(getattr(message, field.name), field.enum_type is not None) for field in fields}
 

@@ -73,6 +73,7 @@ class StoreMetrics(Collector):
             registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
+        """Metrics of the moment, in the order of the tables above."""
         node, data_plane = self._source()
         for name, text in _TIER_GAUGES.items():
             yield _by_tier(GaugeMetricFamily(_PREFIX + "tier_" + name, text, labels=["tier"]), node.tiers, name)

@@ -59,12 +59,13 @@ class OpenStore:
 
     @property
     def node_id(self) -> str:
-        """Of the home node, as in the directory; empty while it is out of reach and was never there."""
+        """The id of the home node, as in the directory; empty while it is out of reach and was never there."""
         if self.embedded is not None:
             return self.embedded.node.settings.node_id
         return self.home.node_id if isinstance(self.home, RemoteHomeNode) else ""
 
     def close(self) -> None:
+        """Closes the node of this process, or the connection to another."""
         if self.embedded is not None:
             self.embedded.close()
         else:
@@ -113,23 +114,7 @@ def open_node(
             opened.callback(peers.close)
         with contextlib.ExitStack() as unowned:
             tiers = _open_tiers(settings, unowned)
-            node = KvNode(
-                NodeSettings(
-                    node_id=node_id,
-                    epoch=epoch,
-                    host_id=local_host_id(),
-                    host_bytes=settings.kv_host_bytes,
-                    eviction=settings.kv_eviction or DEFAULT_POLICY,
-                    quotas=Shares.read(settings.kv_quotas),
-                    disk_codec=settings.kv_disk_codec,
-                    remote_codec=settings.kv_remote_codec,
-                    link_codec=settings.kv_link_codec,
-                    near_allowed=settings.kv_near,
-                ),
-                tiers=tiers,
-                directory=directory,
-                peers=peers,
-            )
+            node = KvNode(_node_settings(settings, node_id, epoch), tiers=tiers, directory=directory, peers=peers)
             unowned.pop_all()  # the node closes them
         opened.callback(node.close)
         if agent is not None:
@@ -150,6 +135,21 @@ def open_node(
             replicator.start()
             opened.callback(replicator.close)
         return OpenNode(node, server, directory, replicator, opened.pop_all())
+
+
+def _node_settings(settings: StoreSettings, node_id: str, epoch: int) -> NodeSettings:
+    return NodeSettings(
+        node_id=node_id,
+        epoch=epoch,
+        host_id=local_host_id(),
+        host_bytes=settings.kv_host_bytes,
+        eviction=settings.kv_eviction or DEFAULT_POLICY,
+        quotas=Shares.read(settings.kv_quotas),
+        disk_codec=settings.kv_disk_codec,
+        remote_codec=settings.kv_remote_codec,
+        link_codec=settings.kv_link_codec,
+        near_allowed=settings.kv_near,
+    )
 
 
 def _check_names(settings: StoreSettings) -> None:

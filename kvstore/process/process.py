@@ -135,7 +135,7 @@ def serve(config: KvStoreConfig) -> None:
 
 
 def _bind(server: grpc.Server, listen: str, secret: bytes) -> str:
-    """Before anything else, so that a mistake shows at once. The address for clients."""
+    """Binds before anything else, so that a mistake shows at once. The address for clients."""
     try:
         port = add_port(server, listen, secret)
     except RuntimeError as error:

@@ -48,6 +48,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         self._contexts = contexts
 
     def Stats(self, request: kvnode_pb2.StatsRequest, context: grpc.ServicerContext) -> kvnode_pb2.StatsResponse:
+        """RPC: counters and the state of the moment."""
         stats, data_plane = self._store.stats()
         values = node_values(stats)
         peer = kvnode_pb2.TierStats(tier=kvnode_pb2.TIER_PEER, hits=stats.peer_hits, hit_bytes=stats.peer_hit_bytes)
@@ -73,6 +74,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         return kvnode_pb2.MetricsText(text=generate_latest(self._registry).decode())
 
     def Lookup(self, request: kvnode_pb2.LookupRequest, context: grpc.ServicerContext) -> kvnode_pb2.LookupResponse:
+        """RPC: where objects are, on this node and elsewhere."""
         if len(request.keys) > MAX_KEYS:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(request.keys)} keys; the limit is {MAX_KEYS}")
         keys = [_key(raw, context) for raw in request.keys]
@@ -98,6 +100,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         return found
 
     def Pin(self, request: kvnode_pb2.PinRequest, context: grpc.ServicerContext) -> kvnode_pb2.PinResponse:
+        """RPC: keeps an object for a time."""
         if not request.owner:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "owner: a pin needs one")
         if not 0 < request.ttl_s < float("inf"):
@@ -114,12 +117,14 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         return kvnode_pb2.ClearResponse(objects=self._node.commands.clear(owner, model))
 
     def Move(self, request: kvnode_pb2.MoveRequest, context: grpc.ServicerContext) -> kvnode_pb2.MoveResponse:
+        """RPC: puts an object into a tier."""
         tier = _TIER_NAMES.get(request.tier)
         if tier is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"tier {request.tier}: use host, disk or remote")
         return kvnode_pb2.MoveResponse(moved=self._node.commands.move(_key(request.key, context), tier))
 
     def Check(self, request: kvnode_pb2.CheckRequest, context: grpc.ServicerContext) -> kvnode_pb2.CheckResponse:
+        """RPC: balances the books, and scrubs some objects."""
         error = ""
         try:
             self._node.check_integrity()
@@ -140,6 +145,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
     def PutContext(
         self, request: kvnode_pb2.PutContextRequest, context: grpc.ServicerContext
     ) -> kvnode_pb2.PutContextResponse:
+        """RPC: registers a named context, or a new version of it."""
         try:
             put = self._contexts.put(
                 request.owner,
@@ -156,6 +162,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
     def GetContext(
         self, request: kvnode_pb2.GetContextRequest, context: grpc.ServicerContext
     ) -> kvnode_pb2.GetContextResponse:
+        """RPC: one named context. NOT_FOUND if the owner has none of that name."""
         found = self._contexts.get(request.owner, request.name)
         if found is None:
             context.abort(grpc.StatusCode.NOT_FOUND, f"{request.owner[:64]} has no context {request.name[:64]!r}")
@@ -176,7 +183,7 @@ class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
         return kvnode_pb2.DropContextResponse(dropped=self._contexts.drop(request.owner, request.name))
 
     def _context(self, context: Context) -> kvnode_pb2.Context:
-        """Without its token ids."""
+        """The message, without token ids."""
         residency = self._contexts.residency(context)
         return kvnode_pb2.Context(
             owner=context.owner,

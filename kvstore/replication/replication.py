@@ -152,6 +152,7 @@ class Replicator:
                 log.exception("a round of replication failed; the next one tries again")
 
     def round(self) -> None:
+        """Copies what one round may copy. Its thread calls it once in `ROUND_S`."""
         now = self._clock()
         self._allowed_bytes = min(self._allowed_bytes + (now - self._round_at) * BYTES_PER_S, BYTES_PER_S)
         self._round_at = now

@@ -35,12 +35,14 @@ class Breaker:
             return True
 
     def succeeded(self) -> None:
+        """Closes it."""
         if self._pause_s:
             with self._lock:
                 self._pause_s = 0.0
                 self._trying = False
 
     def failed(self) -> None:
+        """Opens it, or doubles the pause."""
         with self._lock:
             if self._pause_s and not self._trying:
                 return  # a call from before the breaker opened

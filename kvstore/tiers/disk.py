@@ -85,6 +85,7 @@ class DiskTier:
         return self._live_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        """Appends a record, moving others where files take too much. False: no room or a fault."""
         record = new_record(key, info, content)
         with self._write_lock:
             if self._closed:
@@ -107,6 +108,7 @@ class DiskTier:
         return None if record is None else record.info()
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
+        """Fills `out` from `offset` on, straight from the file. False: not there, too short, or a fault."""
         with self._lock:
             record = self._index.get(key)
             if record is None or offset < 0 or offset + out.nbytes > record.size:
@@ -124,6 +126,7 @@ class DiskTier:
             self._release(segment)
 
     def delete(self, key: ObjectKey) -> bool:
+        """Takes it out of the index and marks it dead. False: it was not there."""
         with self._lock:
             record = self._index.pop(key, None)
         if record is None:
@@ -132,18 +135,21 @@ class DiskTier:
         return True
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
+        """Everything in the index, oldest first."""
         with self._lock:
             records = list(self._index.items())
         for key, record in records:
             yield key, record.info()
 
     def check_integrity(self) -> None:
+        """Raises StoreIntegrityError where index, books and files differ."""
         with self._write_lock, self._lock:
             wrong = self._wrong()
         if wrong:
             raise StoreIntegrityError(f"{self.directory}: " + "; ".join(wrong))
 
     def close(self) -> None:
+        """Closes the files and gives the folder back. Idempotent."""
         with self._write_lock:
             if self._closed:
                 return

@@ -16,6 +16,7 @@ class FaultLog:
         self.count = 0
 
     def report(self, action: str, error: Exception) -> None:
+        """Counts a fault, and logs one in `INTERVAL_S`."""
         self.count += 1
         now = time.monotonic()
         if now >= self._silent_until:

@@ -53,6 +53,7 @@ class FolderTier:
         return self._books.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        """Writes a file aside and renames it. False: no room or a fault."""
         record = new_record(key, info, content)
         page = encode_page(record)
         if self._closed or page is None or not self._books.has_room(key, PAGE + record.size):
@@ -80,6 +81,7 @@ class FolderTier:
             return None if found is None else found[1].info()
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
+        """Fills `out` from `offset` on. False: not there, too short, or a fault."""
         with self._opened(key) as found:
             if found is None:
                 return False
@@ -99,6 +101,7 @@ class FolderTier:
             return True
 
     def delete(self, key: ObjectKey) -> bool:
+        """Removes the file. False: it was not there, or a fault."""
         try:
             alive = self.info(key) is not None
             self._path(key).unlink()
@@ -111,12 +114,14 @@ class FolderTier:
         return alive
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
+        """Everything in the folder that can be read, oldest first."""
         dated = sorted((stat.st_mtime_ns, key) for key, stat in self._files())
         for _, key in dated:
             if (info := self.info(key)) is not None:
                 yield key, info
 
     def check_integrity(self) -> None:
+        """Raises StoreIntegrityError for files that are no objects."""
         wrong = []
         for key, stat in self._files():
             with self._opened(key) as found:

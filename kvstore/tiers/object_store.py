@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 
 def open_store(url: str) -> ObjectStore:
-    """For `s3://bucket/prefix`; region, endpoint and credentials come from the AWS_* environment variables. Raises
-    ConfigError."""
+    """A client for `s3://bucket/prefix`; region, endpoint and credentials come from the AWS_* environment variables.
+    Raises ConfigError."""
     try:
         from obstore.exceptions import BaseError
         from obstore.store import S3Store
@@ -79,6 +79,7 @@ class ObjectStoreTier:
         return self._books.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        """Uploads header and content as one object. False: no room or a fault."""
         record = new_record(key, info, content)
         page = encode_page(record)
         if page is None or self._closed or not self._books.has_room(key, PAGE + record.size):
@@ -95,6 +96,7 @@ class ObjectStoreTier:
         return None if record is None else record.info()
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
+        """Fills `out` from `offset` on by one ranged request. False: not there, too short, or a fault."""
         record = self._headers.get(key) or self._record(key)
         if record is None or offset < 0 or offset + out.nbytes > record.size:
             return False
@@ -109,6 +111,7 @@ class ObjectStoreTier:
         return True
 
     def delete(self, key: ObjectKey) -> bool:
+        """Deletes the object. False: it was not there, or a fault."""
         there = self.info(key) is not None
         path = _path(key)
         if self._attempt("delete", lambda: self._api.delete(self._store, path) or True, key) is None:
@@ -117,6 +120,7 @@ class ObjectStoreTier:
         return there
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
+        """Everything under the prefix that can be read, oldest first."""
         listed = self._listed()
         if listed is None:
             return
@@ -129,6 +133,7 @@ class ObjectStoreTier:
                         yield key, record.info()
 
     def check_integrity(self) -> None:
+        """Raises StoreIntegrityError for objects that are not of the length that their header says."""
         wrong = []
         for _, key, size in self._listed() or ():
             record = self._record(key)

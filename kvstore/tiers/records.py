@@ -49,6 +49,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Last: records of stores that did not know it can still be read."""
 
     def info(self) -> ObjectInfo:
+        """What the node is told of it."""
         return ObjectInfo(
             size=self.size,
             num_tokens=self.num_tokens,
@@ -85,6 +86,7 @@ def encode_body(record: Record) -> bytes:
 
 
 def decode_body(body: bytes | memoryview) -> Record | None:
+    """The record; None for any bytes that are none."""
     try:
         return _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):

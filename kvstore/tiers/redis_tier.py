@@ -84,6 +84,7 @@ class RedisTier:
         return self._books.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        """Writes both strings in one transaction. False: no room or a fault."""
         record = new_record(key, info, content)
         body = encode_body(record)
         if record.size > self.max_object_bytes or not self._books.has_room(key, record.size + len(body)):
@@ -118,6 +119,7 @@ class RedisTier:
         return done
 
     def delete(self, key: ObjectKey) -> bool:
+        """Deletes both strings. False: it was not there, or a fault."""
         there = self.info(key) is not None
         if self._attempt("delete", lambda: int(self._client.delete(INFO + key, CONTENT + key)) + 1) is None:
             return False
@@ -125,7 +127,7 @@ class RedisTier:
         return there
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
-        """In no order: Redis does not know ages."""
+        """Everything that is there, in no order: Redis does not know ages."""
         keys = self._attempt("list", self._scan) or []
         for first in range(0, len(keys), SCAN_COUNT):
             some = keys[first : first + SCAN_COUNT]

@@ -73,6 +73,7 @@ class SealedTier:
         return self._tier.used_bytes
 
     def put(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
+        """Encrypts, and puts that. False: no room or a fault."""
         content = content.cast("B")
         if not content.nbytes:
             return False
@@ -93,6 +94,7 @@ class SealedTier:
         return None if info is None else _plain_info(info)
 
     def read(self, key: ObjectKey, offset: int, out: memoryview) -> bool:
+        """Fills `out` with plain bytes from `offset` on. False: not there, too short, changed, or a fault."""
         out = out.cast("B")
         with self._lock:
             opened = self._opened.get(key)
@@ -107,6 +109,7 @@ class SealedTier:
         return self._tier.delete(key)
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
+        """Everything below that was sealed, with plain sizes."""
         for key, sealed_info in self._tier.objects():
             info = _plain_info(sealed_info)
             if info is not None:
@@ -197,7 +200,7 @@ def _sealed_size(size: int) -> int:
 
 
 def _plain_info(info: ObjectInfo) -> ObjectInfo | None:
-    """With the size before sealing. None: nothing sealed has this size."""
+    """The info with the size before sealing. None: nothing sealed has this size."""
     body = info.size - _HEADER_BYTES
     size = body - -(-body // (FRAME_BYTES + _TAG_BYTES)) * _TAG_BYTES
     return replace(info, size=size) if size > 0 and _sealed_size(size) == info.size else None

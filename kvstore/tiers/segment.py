@@ -67,7 +67,7 @@ class Segment:
         return whole and (record.segment, record.offset) == (self.number, position)
 
     def write(self, page: bytes, content: memoryview) -> None:
-        """After the last record. Raises OSError with nothing left behind that could be taken for a record."""
+        """Writes behind the last record. Raises OSError with nothing left behind that could be taken for a record."""
         try:
             self.file.write_record(self.size, page, content)
         except OSError:

@@ -159,6 +159,7 @@ def test_two_workers_share_a_node_and_operators_can_look_into_it(
     assert kv(node, capsys, "unpin", key(0).hex(), "--owner", "me") == (1, {"unpinned": False})
     assert kv(node, capsys, "pin", key(9).hex()) == (1, {"pinned": False})
     assert kv(node, capsys, "move", key(0).hex(), "disk") == (1, {"moved": False})
+    assert kv(node, capsys, "drain") == (0, {"flushed": True})
     code, report = kv(node, capsys, "check")
     assert (code, report["integrity_error"], report["checked"], report["bad_keys"]) == (0, "", 4, [])
     assert kv(node, capsys, "clear", "--owner", "acme") == (0, {"objects": 1})
