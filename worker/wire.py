@@ -35,10 +35,6 @@ _PREEMPTIONS = {
 }
 
 
-def key_to_proto(key: RequestKey) -> worker_pb2.RequestKey:
-    return worker_pb2.RequestKey(request_id=key.request_id, epoch=key.epoch)
-
-
 def key_from_proto(message: worker_pb2.RequestKey) -> RequestKey:
     return RequestKey(message.request_id, message.epoch)
 

@@ -109,10 +109,6 @@ def is_repeatable(setting: Setting) -> bool:
     return typing.get_origin(_bare(setting.type)[0]) in (list, tuple)
 
 
-def is_path(setting: Setting) -> bool:
-    return _bare(setting.type)[0] is Path
-
-
 def plain(value: Any) -> Any:
     """For YAML."""
     if isinstance(value, Path):
