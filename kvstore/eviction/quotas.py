@@ -69,7 +69,7 @@ class Quotas:
         self._ghosts_each = MAX_GHOSTS
         self._used: dict[str, int] = {}
         self._largest: list[tuple[int, str]] = []
-        """A heap of (-bytes, owner): for each owner an entry with its bytes or more."""
+        """A heap of (-bytes, owner): for each owner an entry with its bytes or more; of no use while there is one."""
         self._residents: dict[ObjectKey, tuple[str, int]] = {}
 
     @property
@@ -88,11 +88,16 @@ class Quotas:
 
     def reserve(self, owner: str, size: int) -> None:
         """Charges `owner` for bytes that are not inserted."""
-        used = self._used[owner] = self._used.get(owner, 0) + size
-        heapq.heappush(self._largest, (-used, owner))
-        if len(self._largest) > 2 * len(self._used) + 64:  # most are of bytes that have left
-            self._largest = [(-used, owner) for owner, used in self._used.items()]
+        before = self._used.get(owner, 0)
+        self._used[owner] = before + size
+        owners = len(self._used)
+        if owners == 1:
+            return
+        if len(self._largest) > 2 * owners + 64 or (owners == 2 and not before):
+            self._largest = [(-used, name) for name, used in self._used.items()]
             heapq.heapify(self._largest)
+        else:
+            heapq.heappush(self._largest, (-before - size, owner))
 
     def unreserve(self, owner: str, size: int) -> None:
         """Takes a charge back. What its policy has learned goes with an owner's last byte, if there are others."""
@@ -149,6 +154,8 @@ class Quotas:
 
     def _largest_owner(self, owner: str, size: int) -> str:
         """The one with most bytes, counting `size` more of `owner`."""
+        if len(self._used) == 1:
+            return next(iter(self._used))
         while self._largest:
             negative, name = self._largest[0]
             used = self._used.get(name, 0)

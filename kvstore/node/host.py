@@ -108,7 +108,9 @@ class HostTier:
                 self.detach(item)
                 return False
         del self._pending[item.key]
-        item.info, item.phase, item.place = info, Phase.COMPLETE, _here(item.key, info)
+        if item.phase is Phase.LOADING:
+            item.place = _here(item.key, info)
+        item.info, item.phase = info, Phase.COMPLETE
         self.shelf.add(item)
         self._complete[item.key] = item
         return True
