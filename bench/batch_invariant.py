@@ -53,9 +53,9 @@ def tokens_per_s(loaded: LoadedModel, way: str) -> dict[str, float]:
     sampler = Sampler(STREAMS, loaded.config.vocab_size, loaded.device, batch_invariant=invariant)
     greedy = [make_sequence(str(n), [n]) for n in range(STREAMS)]
     sampled = [make_sequence(str(n), [n], **SAMPLING) for n in range(STREAMS)]
-    for row, sequence in enumerate(sampled):
-        sequence.row = row
-        sampler.admit(sequence)
+    for sequences in (greedy, sampled):
+        for row, sequence in enumerate(sequences):
+            sampler.admit(sequence, row)
 
     def prefill() -> int:
         paged.lengths[STREAMS] = 0

@@ -6,6 +6,7 @@ import queue
 import select
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
 
@@ -40,6 +41,29 @@ class Inbox:
     def run_all(self) -> None:
         while self.run_next():
             pass
+
+    def carry_out(self, call: Callable[[], None], is_served: Callable[[], bool]) -> bool:
+        """Puts `call` and waits until it was carried out; raises what it raises. False: it was not and will not be, as
+        nobody empties the inbox any more, which `is_served` says."""
+        done: Future[None] = Future()
+
+        def carry() -> None:
+            try:
+                call()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        if not is_served():
+            return False
+        self.put(carry)
+        while True:
+            try:
+                done.result(timeout=1.0)
+                return True
+            except TimeoutError:
+                if not is_served() and not done.done():
+                    return False
 
     def sleep(self, timeout_s: float | None, watched: list[tuple[int, int]]) -> None:
         """Until there is a call, `poll` has an event of `watched` (descriptors and events), or time is up."""

@@ -10,7 +10,6 @@ from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import EngineRequest, Pooling
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
-from tandem.engine.step.sampler import Traits
 from tandem.kvstore.identity import prefix_chain, request_namespace
 
 
@@ -19,7 +18,7 @@ class Intake:
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching
         self._namespace = loaded.namespace
-        self._vocab_size = loaded.config.vocab_size
+        self.vocab_size = loaded.config.vocab_size
         self._eos_ids = frozenset(loaded.config.eos_token_ids)
         self._max_model_len = max_model_len
 
@@ -29,7 +28,7 @@ class Intake:
         self._validate(request)
         params = request.sampling
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        params.check_leaves_a_token(stop_ids, self._vocab_size)
+        params.check_leaves_a_token(stop_ids, self.vocab_size)
         root = request_namespace(self._namespace, request.cache_salt)
         return Sequence(
             request,
@@ -37,14 +36,13 @@ class Intake:
             chain=prefix_chain(root, request.token_ids, self._block_size) if self._caching else [],
             seed=random.getrandbits(64) if params.seed is None else params.seed,
             stop_ids=stop_ids,
-            traits=Traits.of(params, stop_ids),
             max_model_len=self._max_model_len,
             submitted=submitted,
         )
 
     def _validate(self, request: EngineRequest) -> None:
         prompt, output, params = request.prompt_token_ids, request.output_token_ids, request.sampling
-        params.check(self._vocab_size)
+        params.check(self.vocab_size)
         if not prompt:
             raise TandemError("invalid_request", "the prompt is empty", param="prompt")
         pools = request.pooling is not Pooling.NONE
@@ -69,4 +67,4 @@ class Intake:
                 param="output_token_ids",
             )
         for name, ids in (("prompt", prompt), ("output_token_ids", output)):
-            check_ids(name, ids, self._vocab_size)
+            check_ids(name, ids, self.vocab_size)

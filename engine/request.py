@@ -98,21 +98,23 @@ class RequestOutput:
 
 
 class KvExport(Protocol):
-    """Sends the KV of a prefill request to its decode worker. Called on the engine thread: none of these may block.
+    """Sends the KV of a request to the worker that goes on with it. Called on the engine thread: none of these may
+    block.
 
     From `begin` until `Engine.release(key)` is called the request's blocks stay as they are, so an exporter may read
     them from another thread.
     """
 
-    def begin(self, key: RequestKey, slots: Sequence[int], cached_tokens: int) -> None:
-        """Blocks are reserved. `slots[i]` is the pool slot of known token i; rows below `cached_tokens` are filled
+    def begin(self, key: RequestKey, tokens: Sequence[int], slots: Sequence[int], cached_tokens: int) -> None:
+        """Blocks are reserved. `tokens` are those known, of prompt and output so far: the next one, which `finished`
+        brings, has position len(tokens). `slots[i]` is the pool slot of token i; rows below `cached_tokens` are filled
         in every layer already."""
 
     def layer_ready(self, layer: int, start: int, stop: int) -> None:
         """Rows [start, stop) of the known tokens are now in `layer`."""
 
     def finished(self, output: RequestOutput) -> None:
-        """The first token is sampled; `output` holds it (and a finish reason if it was also the last)."""
+        """The next token is sampled; `output` holds it (and a finish reason if it was also the last)."""
 
     def aborted(self, reason: str) -> None:
         """Cancelled, out of time or failed; nothing more will come. `Engine.release` is still required."""

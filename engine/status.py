@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tandem.engine.schedule.scheduler import Scheduler
+
 _DECAY = 0.9
 
 
@@ -28,6 +30,23 @@ class EngineStatus:
     """Tokens whose KV those read in every step."""
     by_band: Mapping[int, int] = field(default_factory=dict)
     """Running and waiting requests by priority."""
+
+    @classmethod
+    def of(cls, scheduler: Scheduler, meter: StepMeter) -> EngineStatus:
+        """The status right now; from any thread."""
+        decoding, running_tokens = scheduler.decode_load()
+        return cls(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            free_blocks=scheduler.blocks.available_blocks,
+            total_blocks=scheduler.blocks.usable_blocks,
+            pending_prefill_tokens=scheduler.pending_prefill_tokens,
+            prefill_tokens_per_s=meter.prefill_tokens_per_s,
+            decode_step_s=meter.decode_step_s,
+            decoding=decoding,
+            running_tokens=running_tokens,
+            by_band=scheduler.by_band(),
+        )
 
 
 class StepMeter:

@@ -100,7 +100,7 @@ class _Export:
 
     # KvExport: engine thread
 
-    def begin(self, key: RequestKey, slots: Sequence[int], cached_tokens: int) -> None:
+    def begin(self, key: RequestKey, tokens: Sequence[int], slots: Sequence[int], cached_tokens: int) -> None:
         if self._ended is not None:
             # The stream was over before the engine knew the request, so the release meant nothing to it then.
             self._exporter.engine.release(key, self._ended)

@@ -20,7 +20,6 @@ from tandem.engine.engine import Engine
 from tandem.engine.request import EngineRequest, FinishReason, KvReservation, RequestKey, RequestOutput
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
-from tandem.engine.step.sampler import Traits
 from tandem.engine.store.cache import EngineStore
 from tandem.kvstore.identity import Namespace, prefix_chain, request_namespace
 from tests.models import tiny_model
@@ -51,16 +50,17 @@ def make_sequence(
     )
     stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
     root = request_namespace(ROOT, salt)
-    return Sequence(
+    sequence = Sequence(
         request,
         root=root,
         chain=prefix_chain(root, request.token_ids, block_size),
         seed=params.seed or 0,
         stop_ids=stop_ids,
-        traits=Traits.of(params, stop_ids),
         max_model_len=max_model_len,
         submitted=0.0,
     )
+    sequence.pinned = kv_export is not None
+    return sequence
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:

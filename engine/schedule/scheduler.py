@@ -219,7 +219,7 @@ class Scheduler:
         waits = any(band < LAST_BAND for band in bands)
         if not earlier and (not waits or running):  # who still waits does so for what those running hold
             self._last_band.is_alone(now)
-            exports = any(each.request.kv_export is not None for each in running)
+            exports = any(each.pinned for each in running)
             return Room(self._max_num_seqs, self._piece_tokens if exports else self._beside_decodes)
         waits = waits or any(each.phase is not Phase.RUNNING or each.prefills for each in earlier)
         return Room(ROWS, self._piece_tokens) if self._last_band.is_due(now, waits) else Room(0, 0)

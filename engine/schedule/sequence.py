@@ -5,17 +5,13 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from tandem.engine.request import EngineRequest, Pooling, Preemption, PromptReport, RequestKey, TokenLogprobs
-from tandem.engine.schedule.pooling import Pooler
+from tandem.engine.request import EngineRequest, Pooling, Preemption, PromptReport, RequestKey
 from tandem.engine.schedule.ranges import EMPTY, TokenRanges
 from tandem.kvstore.identity import BlockHash
 
 if TYPE_CHECKING:
-    from tandem.common.errors import TandemError
     from tandem.common.fairness import Account
     from tandem.engine.masks.guide import Guide
-    from tandem.engine.reservation import Reservation
-    from tandem.engine.step.sampler import Traits
     from tandem.engine.store.state import StoreState
 
 
@@ -48,11 +44,9 @@ class Sequence:
     __slots__ = (
         "account",
         "ahead",
-        "announced",
         "arrival",
         "chain",
         "chunk_ends",
-        "dead_end",
         "deadline",
         "displaced",
         "first_scheduled",
@@ -66,24 +60,20 @@ class Sequence:
         "num_prompt",
         "output_cost",
         "phase",
-        "pooler",
+        "pinned",
         "preempted",
         "prefill_finished",
         "priority",
-        "prompt_logprobs",
         "published",
         "report",
         "request",
-        "reservation",
         "root",
-        "row",
         "seed",
         "stop_ids",
         "store",
         "stored",
         "submitted",
         "tokens",
-        "traits",
         "wants_import",
     )
 
@@ -95,7 +85,6 @@ class Sequence:
         chain: list[BlockHash],
         seed: int,
         stop_ids: frozenset[int],
-        traits: Traits,
         max_model_len: int,
         submitted: float,
     ) -> None:
@@ -126,15 +115,9 @@ class Sequence:
         """Leading blocks that are in the prefix cache."""
         self.seed = seed
         self.stop_ids = stop_ids
-        self.traits = traits
-        self.dead_end: TandemError | None = None
-        """Why no token can follow; the sampler says so."""
         self.guide: Guide | None = None
         """What holds the output of a request to its constraint."""
-        self.pooler: Pooler | None = None
-        """Gathers the embedding, where that is the answer."""
         if request.pooling is not Pooling.NONE:
-            self.pooler = Pooler(request.pooling)
             self.max_total = self.num_prompt
         self.phase = Phase.WAITING
         self.arrival = -1
@@ -143,18 +126,14 @@ class Sequence:
         """The tenant's, set when it is queued."""
         self.output_cost = 0.0
         """Service per output token, per weight."""
-        self.row = -1
-        """Set by the runner: the place in its persistent buffers."""
         self.wants_import = request.kv_import is not None
         """Until the import has succeeded, failed or been preempted."""
-        self.reservation: Reservation | None = None
         self.stored = EMPTY
         """Tokens that the KV store fills once there are blocks; the last known token is not among them."""
+        self.pinned = False
+        """Somebody else reads its blocks: it is not preempted."""
         self.gated = False
         """RUNNING, though its last layers are still being filled from the KV store."""
-        self.announced: int | None = None
-        """Leading tokens that the exporter knows to be there in all layers; set by the first announcement and by those
-        of loaded tokens. None: it has not begun and reads no block."""
         self.store: StoreState | None = None
         """What `engine/store` keeps of it; None without a store."""
         self.chunk_ends: list[int] = []
@@ -165,7 +144,6 @@ class Sequence:
         self.prefill_finished: float | None = None
         self.report: PromptReport | None = PromptReport()
         """Until it has gone out with the first output."""
-        self.prompt_logprobs: list[TokenLogprobs | None] = []
 
     @property
     def num_output(self) -> int:
@@ -214,7 +192,7 @@ class Sequence:
     @property
     def owns_its_blocks(self) -> bool:
         """Whether nobody else reads or writes them: no exporter, no load."""
-        return self.request.kv_export is None and not self.gated
+        return not self.pinned and not self.gated
 
     @property
     def usable_chain(self) -> list[BlockHash]:
@@ -242,7 +220,7 @@ class Sequence:
     @property
     def computes_all(self) -> bool:
         """Whether it needs what only computing every prompt token gives, whatever is cached."""
-        return self.scores_prompt or (self.pooler is not None and self.pooler.every_row)
+        return self.scores_prompt or self.request.pooling is Pooling.MEAN
 
     def computed_to(self, end: int) -> None:
         """All tokens below `end` that had no KV are computed now."""
@@ -263,6 +241,3 @@ class Sequence:
         self.stored = EMPTY
         if self.report is not None:
             self.report.near_tokens = 0
-        self.prompt_logprobs.clear()
-        if self.pooler is not None:
-            self.pooler.restart()

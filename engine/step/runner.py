@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tandem.engine.model.batch import ForwardBatch, PrefillSlice
+from tandem.engine.request import Pooling
 from tandem.engine.schedule.block_manager import BlockManager
 from tandem.engine.schedule.plan import Chunk, StepPlan
-from tandem.engine.schedule.pooling import pooled_rows
 from tandem.engine.schedule.sequence import Sequence
+from tandem.engine.step.pooling import pooled_rows
 
 Ints = npt.NDArray[np.int64]
 
@@ -27,12 +28,13 @@ class DecodeRows:
     look at its table.
     """
 
-    def __init__(self, sequences: list[Sequence], blocks: BlockManager, tables: Ints) -> None:
-        """`tables` [max_num_seqs, max_blocks]: the block tables of all running sequences, by row."""
+    def __init__(self, sequences: list[Sequence], rows: list[int], blocks: BlockManager, tables: Ints) -> None:
+        """`tables` [max_num_seqs, max_blocks]: the block tables of all running sequences; `rows`: those of
+        `sequences`."""
         self._sequences = list(sequences)
         self._blocks = blocks
         self._all_tables = tables
-        self._rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
+        self._rows = np.array(rows, dtype=np.int64)
         self.token_ids = np.array([sequence.last_token for sequence in sequences], dtype=np.int64)
         self._counters = np.empty((3, len(sequences)), dtype=np.int64)
         """All that grows by one per step, in one array."""
@@ -93,34 +95,35 @@ class Runner:
         self._device = device
         self._tables: Ints = np.zeros((max_num_seqs, blocks.blocks_for(max_model_len)), dtype=np.int64)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._decodes = DecodeRows([], blocks, self._tables)
+        self._rows: dict[Sequence, int] = {}
+        self._decodes = DecodeRows([], [], blocks, self._tables)
 
     @property
     def free_rows(self) -> int:
         return len(self._free_rows)
 
-    def admit(self, sequence: Sequence) -> None:
-        """Gives `sequence` a row. There is one for each running sequence."""
-        sequence.row = self._free_rows.pop()
+    def admit(self, sequence: Sequence) -> int:
+        """Gives `sequence` a row, which it returns. There is one for each running sequence."""
+        index = self._rows[sequence] = self._free_rows.pop()
         table = self._blocks.table(sequence.key)
-        row = self._tables[sequence.row]
+        row = self._tables[index]
         row[: len(table)] = table
         row[len(table) :] = 0
+        return index
 
     def release(self, sequence: Sequence) -> None:
         """Takes the row back, if it has one."""
-        if sequence.row >= 0:
-            self._free_rows.append(sequence.row)
-            sequence.row = -1
+        row = self._rows.pop(sequence, None)
+        if row is not None:
+            self._free_rows.append(row)
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether `sequence` has a row."""
+        return sequence in self._rows
 
     def forget_decodes(self) -> None:
         """Not all rows of the last batch that was built were computed and sampled."""
-        self._decodes = DecodeRows([], self._blocks, self._tables)
-
-    def slots(self, sequence: Sequence) -> Ints:
-        """The pool slot of each known token: int64 [len(tokens)]."""
-        table = np.array(self._blocks.table(sequence.key), dtype=np.int64)
-        return _slots(table, np.arange(len(sequence.tokens)), self._blocks.block_size)
+        self._decodes = DecodeRows([], [], self._blocks, self._tables)
 
     def build(self, plan: StepPlan) -> tuple[ForwardBatch, list[Sequence]]:
         """Returns the batch and the sequences to sample for.
@@ -131,7 +134,8 @@ class Runner:
         if plan.decodes and self._decodes.belong_to(plan.decodes):
             self._decodes.advance()
         else:
-            self._decodes = DecodeRows(plan.decodes, self._blocks, self._tables)
+            rows = [self._rows[sequence] for sequence in plan.decodes]
+            self._decodes = DecodeRows(plan.decodes, rows, self._blocks, self._tables)
         decodes = self._decodes
         tokens, positions, slots, context_lens, logit_rows, block_tables = decodes.tensors()
         prefills: list[PrefillSlice] = []
@@ -166,13 +170,13 @@ class Runner:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             where = np.concatenate([np.arange(first, end) for first, end in chunk.tokens])
-            table = self._tables[sequence.row, : self._blocks.blocks_for(chunk.end)]
+            table = self._tables[self._rows[sequence], : self._blocks.blocks_for(chunk.end)]
             tokens.extend(np.array(sequence.tokens[first:end], dtype=np.int64) for first, end in chunk.tokens)
             positions.append(where)
             slots.append(_slots(table, where, self._blocks.block_size))
             block_ids = self._on_device(torch.from_numpy(table))
             prefills.append(PrefillSlice(row, len(where), chunk.end, block_ids))
-            if sequence.pooler is not None:
+            if sequence.request.pooling is not Pooling.NONE:
                 pooled.extend(range(row + len(where) - pooled_rows(chunk), row + len(where)))
             elif samples(chunk):
                 sampled.append(sequence)
@@ -187,6 +191,12 @@ class Runner:
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def slots_of(blocks: BlockManager, sequence: Sequence) -> Ints:
+    """The pool slot of each known token of `sequence`, which has its blocks: int64 [len(tokens)]."""
+    table = np.array(blocks.table(sequence.key), dtype=np.int64)
+    return _slots(table, np.arange(len(sequence.tokens)), blocks.block_size)
 
 
 def samples(chunk: Chunk) -> bool:

@@ -12,7 +12,7 @@ The distribution of one request, in this order:
 6. one uniform number per token picks by inverse CDF, in the order of token ids.
 
 A logit that is no finite number is as good as forbidden. A row in which no token is left, or has a finite weight, ends
-its own request (`Sequence.dead_end`) and leaves the others as they are.
+its own request (`Sampler.dead_ends`) and leaves the others as they are.
 
 The uniform number is an integer hash of (seed, position of the token), so a request's noise depends neither on the
 batch it runs in nor on the worker nor on earlier draws.
@@ -32,9 +32,9 @@ from torch import Tensor
 from tandem.common.errors import TandemError
 from tandem.common.sampling import SamplingParams
 from tandem.engine.request import TokenLogprobs
-from tandem.engine.schedule.plan import Chunk
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.step.constraint import TokenMasks, allows_only
+from tandem.engine.step.scores import nothing_finite, token_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,18 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A running sequence as the sampler sees it."""
+
+    sequence: Sequence
+    traits: Traits
+    row: int
+    """Its row of the tables."""
+
+
 class Sampler:
-    """Holds what penalties and biases need, one row per running sequence (`Sequence.row`).
+    """Holds what penalties and biases need, one row per running sequence.
 
     The tables are [max_num_seqs, vocab_size] and exist from the first request on that needs them.
     """
@@ -119,10 +129,15 @@ class Sampler:
         self._stops: dict[int, Tensor] = {}
         """int64 by row: the stop tokens of a request with min_tokens."""
         self._told = False
+        self._admitted: dict[Sequence, Admitted] = {}
+        self.dead_ends: dict[Sequence, TandemError] = {}
+        """Why no token could be chosen for a sequence of the last batch."""
 
-    def admit(self, sequence: Sequence) -> None:
-        """`sequence` got its row: fills the row's state from the prompt and the output so far."""
-        traits, params, row = sequence.traits, sequence.request.sampling, sequence.row
+    def admit(self, sequence: Sequence, row: int) -> None:
+        """`sequence` got its `row`: fills the row's state from the prompt and the output so far."""
+        params = sequence.request.sampling
+        traits = Traits.of(params, sequence.stop_ids)
+        self._admitted[sequence] = Admitted(sequence, traits, row)
         if traits.penalised:
             if self._counts is None or self._in_prompt is None:
                 self._counts = torch.zeros(self._shape, device=self._device)
@@ -145,54 +160,64 @@ class Sampler:
         if traits.min_tokens:
             self._stops[row] = torch.tensor(sorted(sequence.stop_ids), device=self._device)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None] | None]:
-        """One token per row of `logits` [R, vocab_size] float32, which it may overwrite, for `sequences` [R].
+    def release(self, sequence: Sequence) -> None:
+        """Forgets `sequence`, if it was admitted."""
+        self._admitted.pop(sequence, None)
 
-        The second value holds log-probabilities for those who want them; None if nobody does.
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+        """One token per row of `logits` [R, vocab_size] float32, which it may overwrite, for `sequences` [R], all
+        admitted.
+
+        The second value holds log-probabilities for those who want them; None if nobody does. The token of a sequence
+        in `dead_ends` means nothing.
         """
-        if all(sequence.traits.plain_greedy for sequence in sequences):
+        admitted = self._admitted
+        batch = [admitted[sequence] for sequence in sequences]
+        if self.dead_ends:
+            self.dead_ends = {}
+        if all(each.traits.plain_greedy for each in batch):
             tokens = _argmax(logits)
             if all(map(math.isfinite, _values(logits, tokens))):  # the largest: NaN and infinity would be it
                 return tokens, None
         logits = logits.to(self._device)
         if not math.isfinite(float(logits.sum())):
-            self._mend(logits, sequences)
-        scored = [i for i, sequence in enumerate(sequences) if sequence.traits.logprobs is not None]
+            self._mend(logits, batch)
+        scored = [i for i, each in enumerate(batch) if each.traits.logprobs is not None]
         raw = logits[torch.tensor(scored, device=self._device)] if scored else None
-        self._edit(logits, sequences)
+        self._edit(logits, batch)
         if self._row_by_row:
-            tokens = [self._choose(logits[i : i + 1], sequences[i : i + 1])[0] for i in range(len(sequences))]
+            tokens = [self._choose(logits[i : i + 1], batch[i : i + 1])[0] for i in range(len(batch))]
         else:
-            tokens = self._choose(logits, sequences)
+            tokens = self._choose(logits, batch)
         if raw is None:
-            self._count(tokens, sequences)
+            self._count(tokens, batch)
             return tokens, None
-        logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
-        wanted = [sequences[i].traits.logprobs or 0 for i in scored]
+        logprobs: list[TokenLogprobs | None] = [None] * len(batch)
+        wanted = [batch[i].traits.logprobs or 0 for i in scored]
         for i, entry in zip(scored, token_logprobs(raw, [tokens[i] for i in scored], wanted), strict=True):
             logprobs[i] = entry
-        self._count(tokens, sequences)
+        self._count(tokens, batch)
         return tokens, logprobs
 
-    def _mend(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
+    def _mend(self, logits: Tensor, batch: Seq[Admitted]) -> None:
         """Takes what is not finite out of the model's logits: a token for which they hold no number, because its row of
         the last layer is damaged, is never chosen; a request for which they hold none at all ends."""
         finite = torch.isfinite(logits)
         logits.masked_fill_(~finite, -torch.inf)
         some = finite.any(dim=1).tolist()
-        for i, sequence in enumerate(sequences):
+        for i, each in enumerate(batch):
             if not some[i]:
-                sequence.dead_end = _nothing_finite()
+                self.dead_ends[each.sequence] = nothing_finite()
                 logits[i] = 0.0
         if not self._told and not all(finite[i].all() for i, each in enumerate(some) if each):
             self._told = True
             logger.warning("the model's logits are not all finite: these tokens are never chosen (said once)")
 
-    def _edit(self, logits: Tensor, sequences: Seq[Sequence]) -> None:
-        penalised = [i for i, sequence in enumerate(sequences) if sequence.traits.penalised]
+    def _edit(self, logits: Tensor, batch: Seq[Admitted]) -> None:
+        penalised = [i for i, each in enumerate(batch) if each.traits.penalised]
         if penalised and self._counts is not None and self._in_prompt is not None:
-            index, rows = self._rows(penalised, sequences)
-            params = [sequences[i].request.sampling for i in penalised]
+            index, rows = self._rows(penalised, batch)
+            params = [batch[i].sequence.request.sampling for i in penalised]
             counts = self._counts[rows]
             appeared = counts > 0
             x = logits[index]
@@ -201,24 +226,24 @@ class Sampler:
             x -= self._column([p.frequency_penalty for p in params]) * counts
             x -= self._column([p.presence_penalty for p in params]) * appeared
             logits[index] = x
-        biased = [i for i, sequence in enumerate(sequences) if sequence.traits.biased]
+        biased = [i for i, each in enumerate(batch) if each.traits.biased]
         if biased and self._bias is not None:
-            index, rows = self._rows(biased, sequences)
+            index, rows = self._rows(biased, batch)
             logits[index] += self._bias[rows]
-        for i, sequence in enumerate(sequences):
-            if sequence.traits.bad_words and (endings := _word_endings(sequence)):
+        for i, each in enumerate(batch):
+            if each.traits.bad_words and (endings := _word_endings(each)):
                 logits[i, torch.tensor(endings, device=self._device)] = -torch.inf
-        must_stop = self._constrain(logits, sequences)
-        for i, sequence in enumerate(sequences):
-            if sequence.num_output < sequence.traits.min_tokens and i not in must_stop:
-                logits[i, self._stops[sequence.row]] = -torch.inf
+        must_stop = self._constrain(logits, batch)
+        for i, each in enumerate(batch):
+            if each.sequence.num_output < each.traits.min_tokens and i not in must_stop:
+                logits[i, self._stops[each.row]] = -torch.inf
 
-    def _constrain(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
+    def _constrain(self, logits: Tensor, batch: Seq[Admitted]) -> list[int]:
         """Masks what constraints forbid. Returns the rows in which only stop tokens are left.
 
-        A sequence whose constraint forbids all that the rest allows has a `dead_end` afterwards; its row is then of no
+        A sequence whose constraint forbids all that the rest allows is in `dead_ends` afterwards; its row is then of no
         use."""
-        guided = [(i, sequence.guide) for i, sequence in enumerate(sequences) if sequence.guide is not None]
+        guided = [(i, each.sequence.guide) for i, each in enumerate(batch) if each.sequence.guide is not None]
         if not guided:
             return []
         bits = self._masks.of([guide for _, guide in guided])
@@ -226,25 +251,25 @@ class Sampler:
         masked = logits[index].masked_fill_(~self._masks.unpack(bits), -torch.inf)
         for row, highest in enumerate(masked.amax(dim=1).tolist()):
             if highest == -torch.inf:
-                sequences[guided[row][0]].dead_end = TandemError(
+                self.dead_ends[batch[guided[row][0]].sequence] = TandemError(
                     "invalid_request", "the constraint and the request's other settings leave no token to choose"
                 )
                 masked[row] = 0.0
         logits[index] = masked
-        return [i for row, (i, _) in enumerate(guided) if allows_only(bits[row], sequences[i].stop_ids)]
+        return [i for row, (i, _) in enumerate(guided) if allows_only(bits[row], batch[i].sequence.stop_ids)]
 
-    def _choose(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
-        random = [i for i, sequence in enumerate(sequences) if not sequence.traits.greedy]
-        everybody = len(random) == len(sequences)
-        tokens = [0] * len(sequences) if everybody else _argmax(logits)
-        weights = [1.0] * len(sequences) if everybody else _values(logits, tokens)
+    def _choose(self, logits: Tensor, batch: Seq[Admitted]) -> list[int]:
+        random = [i for i, each in enumerate(batch) if not each.traits.greedy]
+        everybody = len(random) == len(batch)
+        tokens = [0] * len(batch) if everybody else _argmax(logits)
+        weights = [1.0] * len(batch) if everybody else _values(logits, tokens)
         if not random:
-            return self._without_dead_ends(tokens, weights, logits, sequences)
+            return self._without_dead_ends(tokens, weights, logits, batch)
         x = logits if everybody else logits[torch.tensor(random, device=self._device)]
-        chosen = [sequences[i] for i in random]
+        chosen = [batch[i].sequence for i in random]
         scale = self._column([1.0 / max(sequence.request.sampling.temperature, 1e-5) for sequence in chosen])
         probs = torch.softmax(x * scale, dim=-1)
-        filtered = [i for i, sequence in enumerate(chosen) if sequence.traits.filtered]
+        filtered = [place for place, i in enumerate(random) if batch[i].traits.filtered]
         if len(filtered) == len(chosen):
             probs = self._drop_unlikely(probs, [sequence.request.sampling for sequence in chosen])
         elif filtered:
@@ -253,18 +278,19 @@ class Sampler:
         noise = self._column([uniform(sequence.seed, len(sequence.tokens)) for sequence in chosen])
         for i, token, total in zip(random, *_inverse_cdf(probs, noise), strict=True):
             tokens[i], weights[i] = token, total if total > 0.0 else math.nan
-        return self._without_dead_ends(tokens, weights, logits, sequences)
+        return self._without_dead_ends(tokens, weights, logits, batch)
 
     def _without_dead_ends(
-        self, tokens: list[int], weights: list[float], logits: Tensor, sequences: Seq[Sequence]
+        self, tokens: list[int], weights: list[float], logits: Tensor, batch: Seq[Admitted]
     ) -> list[int]:
         """`tokens`, where the weight that a token was chosen by is finite. The others could not be chosen at all: their
         requests end, and the token in their place means nothing."""
         for i, weight in enumerate(weights):
             if not math.isfinite(weight):
                 tokens[i] = 0
-                if sequences[i].dead_end is None:
-                    sequences[i].dead_end = _dead_end(sequences[i], float(logits[i].max()))
+                sequence = batch[i].sequence
+                if sequence not in self.dead_ends:
+                    self.dead_ends[sequence] = _dead_end(batch[i], float(logits[i].max()))
         return tokens
 
     def _drop_unlikely(self, probs: Tensor, params: Seq[SamplingParams]) -> Tensor:
@@ -292,93 +318,42 @@ class Sampler:
         # The most likely token stays, whatever rounding does.
         return probs * (probs >= smallest.minimum(largest))
 
-    def _count(self, tokens: list[int], sequences: Seq[Sequence]) -> None:
-        penalised = [i for i, sequence in enumerate(sequences) if sequence.traits.penalised]
+    def _count(self, tokens: list[int], batch: Seq[Admitted]) -> None:
+        penalised = [i for i, each in enumerate(batch) if each.traits.penalised]
         if penalised and self._counts is not None:
-            _, rows = self._rows(penalised, sequences)
+            _, rows = self._rows(penalised, batch)
             picked = torch.tensor([tokens[i] for i in penalised], device=self._device)
             self._counts[rows, picked] += 1.0
 
-    def _rows(self, indices: list[int], sequences: Seq[Sequence]) -> tuple[Tensor, Tensor]:
-        rows = [sequences[i].row for i in indices]
+    def _rows(self, indices: list[int], batch: Seq[Admitted]) -> tuple[Tensor, Tensor]:
+        rows = [batch[i].row for i in indices]
         return torch.tensor(indices, device=self._device), torch.tensor(rows, device=self._device)
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
 
 
-def _word_endings(sequence: Sequence) -> list[int]:
-    """Tokens that would complete a bad word of several tokens in the output of `sequence`."""
-    words = sequence.traits.bad_words.get(sequence.last_token, ())
+def _word_endings(admitted: Admitted) -> list[int]:
+    """Tokens that would complete a bad word of several tokens in the output of a sequence."""
+    sequence = admitted.sequence
+    words = admitted.traits.bad_words.get(sequence.last_token, ())
     fitting = [word for word in words if len(word) <= sequence.num_output + 1]
     return [word[-1] for word in fitting if tuple(sequence.tokens[1 - len(word) :]) == word[:-1]]
 
 
-def _nothing_finite() -> TandemError:
-    return TandemError("computation_failed", "the model computed no finite number for any token")
-
-
-def _dead_end(sequence: Sequence, highest: float) -> TandemError:
-    """Why none of the logits of `sequence`, as its settings left them, can be chosen."""
+def _dead_end(admitted: Admitted, highest: float) -> TandemError:
+    """Why none of the logits of a sequence, as its settings left them, can be chosen; `highest` is their largest."""
     if highest != -math.inf:
         return TandemError("computation_failed", "the logits, as the request's settings change them, are not finite")
-    params = sequence.request.sampling
+    sequence, params = admitted.sequence, admitted.sequence.request.sampling
     settings = {
         "allowed_token_ids": bool(params.allowed_token_ids),
         "bad_words": bool(params.bad_words),
-        "min_tokens with its stop tokens": sequence.num_output < sequence.traits.min_tokens,
+        "min_tokens with its stop tokens": sequence.num_output < admitted.traits.min_tokens,
         "the constraint": params.constraint is not None,
     }
     named = ", ".join(name for name, used in settings.items() if used)
     return TandemError("invalid_request", f"{named} leave no token to choose at token {sequence.num_output}")
-
-
-def token_logprobs(raw: Tensor, tokens: Seq[int], wanted: Seq[int]) -> list[TokenLogprobs]:
-    """Scores `tokens` [R] under the model's logits `raw` [R, vocab_size] float32, with `wanted[i]` alternatives each.
-
-    The rank counts strictly more likely tokens; alternatives of equal probability are listed by id.
-    """
-    chosen = torch.tensor(tokens, device=raw.device).unsqueeze(1)
-    # Row by row: together they may be added up in another order.
-    norm = torch.stack([row.logsumexp(dim=-1, keepdim=True) for row in raw])
-    value = raw.gather(1, chosen)
-    ranks = ((raw > value).sum(dim=-1) + 1).tolist()
-    logprobs = (value - norm).squeeze(1).tolist()
-    most = min(max(wanted), raw.shape[1])
-    top = torch.topk(raw, most, dim=-1) if most else None
-    top_ids = top.indices.tolist() if top is not None else [[]] * len(tokens)
-    top_values = (top.values - norm).tolist() if top is not None else [[]] * len(tokens)
-    entries: list[TokenLogprobs] = []
-    for i, count in enumerate(wanted):
-        best = sorted(zip(top_values[i], top_ids[i], strict=True), key=lambda pair: (-pair[0], pair[1]))[:count]
-        entries.append(
-            TokenLogprobs(logprobs[i], ranks[i], tuple(token for _, token in best), tuple(value for value, _ in best))
-        )
-    return entries
-
-
-def score_prompts(chunks: Seq[Chunk], logits: Tensor) -> None:
-    """Adds the log-probabilities of the prompt tokens that follow the rows of each chunk whose request wants them.
-
-    `logits` [rows of those chunks, vocab_size]; to be called before the chunks count as computed.
-    """
-    finite = math.isfinite(float(logits.sum()))
-    if not finite:
-        logits = logits.masked_fill(~torch.isfinite(logits), -torch.inf)
-    row = 0
-    for chunk in chunks:
-        sequence = chunk.sequence
-        if not sequence.scores_prompt:
-            continue
-        start = sequence.num_computed + 1
-        targets = sequence.tokens[start : min(start + chunk.num_tokens, sequence.num_prompt)]
-        if targets:
-            wanted = [sequence.request.sampling.prompt_logprobs or 0] * len(targets)
-            scores = token_logprobs(logits[row : row + len(targets)], targets, wanted)
-            sequence.prompt_logprobs += scores
-            if not finite and any(math.isnan(score.logprob) for score in scores):
-                sequence.dead_end = _nothing_finite()
-        row += chunk.num_tokens
 
 
 def _argmax(logits: Tensor) -> list[int]:

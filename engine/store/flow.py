@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -67,10 +67,12 @@ class StoreFlow:
         scheduler: Scheduler,
         meter: StepMeter,
         *,
-        post: Callable[[Callable[[], None]], None],
+        post: Callable[[Iterable[Sequence], Callable[[], None]], None],
+        about: Callable[[Iterable[Sequence], Callable[[], None]], None],
         resume: Callable[[Sequence], object],
     ) -> None:
-        """`post` hands a call to the engine thread; `resume` takes a sequence that is RUNNING now, or no longer gated.
+        """`about` carries out a call that is about some sequences, and if it raises ends them and no other; `post` has
+        the engine thread do so; `resume` takes a sequence that is RUNNING now, or no longer gated.
         Raises ConfigError if the store's chunks do not fit the engine's blocks."""
         store.check(config.block_size)
         self._store = store
@@ -83,6 +85,7 @@ class StoreFlow:
         self._scheduler = scheduler
         self._meter = meter
         self._post = post
+        self._about = about
         self._resume = resume
         self._known = KnownKeys()
         self._pending: dict[RequestKey, Sequence] = {}
@@ -153,8 +156,8 @@ class StoreFlow:
             near_allowed=self._store.near_allowed and sequence.request.near_allowed,
             limit_s=limit_s,
             step_s=step_s,
-            joinable=lambda load: self._post(partial(self._joinable, sequence, load)),
-            ended=lambda load: self._post(partial(self._ended, sequence, load)),
+            joinable=lambda load: self._post((sequence,), partial(self._joinable, sequence, load)),
+            ended=lambda load: self._post((sequence,), partial(self._ended, sequence, load)),
         )
         state.load_began = time.monotonic()
         state.given_up_at = state.load_began + limit_s + STUCK_S
@@ -185,7 +188,7 @@ class StoreFlow:
 
     def expire(self, now: float) -> None:
         for sequence in [s for s in self._pending.values() if _state(s).given_up_at <= now]:
-            self._give_up(sequence)
+            self._about((sequence,), partial(self._give_up, sequence))
 
     def _give_up(self, sequence: Sequence) -> None:
         """The store is too slow: `sequence` goes on without."""
@@ -209,7 +212,7 @@ class StoreFlow:
         if self._closing:
             lookup.discard()  # a call that took longer than the engine waited for it
         else:
-            self._post(partial(self._answered, sequence, lookup))
+            self._post((sequence,), partial(self._answered, sequence, lookup))
 
     def _answered(self, sequence: Sequence, lookup: LookUp) -> None:
         state = _state(sequence)
@@ -332,7 +335,7 @@ class StoreFlow:
             slots=torch.from_numpy(slots).to(self._loaded.device),
             blocks=blocks,
             recompute_s=self._chunk_tokens / rate if rate > 0 else 0.0,
-            ended=lambda save: self._post(partial(self._saved, save)),
+            ended=lambda save: self._post((), partial(self._saved, save)),
         )
         self._known.add(key, now)  # nobody else need offer it while it is being saved
         if not self._saver.put(save):

@@ -120,10 +120,10 @@ def test_a_key_in_use_is_refused_and_free_again_afterwards(engine: EngineUnderTe
 
 def test_a_receiver_that_raises_does_not_stop_the_engine(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with EngineUnderTest(folder) as engine:
-        collect, engine.engine._on_outputs = engine.engine._on_outputs, lambda outputs: 1 / 0
+        collect, engine.engine._outputs.receive = engine.engine._outputs.receive, lambda outputs: 1 / 0
         engine.submit("lost", PROMPT, max_tokens=2)
         engine.check_all_free()
-        engine.engine._on_outputs = collect
+        engine.engine._outputs.receive = collect
         assert engine.generate("seen", PROMPT)
     assert "the receiver of outputs failed" in caplog.text
 

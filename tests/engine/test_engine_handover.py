@@ -244,7 +244,7 @@ class SilentExport:
         self.aborted_because: str | None = None
         self.begun = threading.Event()
 
-    def begin(self, key: Any, slots: Any, cached_tokens: int) -> None:
+    def begin(self, key: Any, tokens: Any, slots: Any, cached_tokens: int) -> None:
         self.begun.set()
 
     def layer_ready(self, layer: int, start: int, stop: int) -> None: ...
@@ -272,7 +272,7 @@ def test_blocks_stay_until_released(prefill: EngineUnderTest) -> None:
 
 
 def test_a_lost_release_cannot_leak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.engine.engine.EXPORT_LEASE_S", 0.1)
+    monkeypatch.setattr("tandem.engine.handover.exports.EXPORT_LEASE_S", 0.1)
     with EngineUnderTest(folder) as prefill:
         export = SilentExport()
         last = prefill.last(prefill.submit("a", PROMPT, kv_export=export))
@@ -309,7 +309,7 @@ def test_an_exporter_that_gives_up_ends_the_request(prefill: EngineUnderTest) ->
 def test_an_exporter_that_raises_fails_its_own_request_only(
     folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.engine.engine.EXPORT_LEASE_S", 0.2)
+    monkeypatch.setattr("tandem.engine.handover.exports.EXPORT_LEASE_S", 0.2)
     with EngineUnderTest(folder) as prefill:
         export = SilentExport()
         setattr(export, method, lambda *arguments: 1 / 0)
@@ -323,7 +323,7 @@ def test_an_exporter_that_raises_fails_its_own_request_only(
 
 
 def test_a_soak_of_hand_overs_with_random_failures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.engine.engine.EXPORT_LEASE_S", 1.0)
+    monkeypatch.setattr("tandem.engine.handover.exports.EXPORT_LEASE_S", 1.0)
     rng = random.Random(3)
     block_bytes = 2 * 3 * 16 * 32 * 4
     small = {"kv_cache_bytes": 60 * block_bytes, "max_model_len": 200, "max_num_seqs": 6, "max_num_batched_tokens": 64}

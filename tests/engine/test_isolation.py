@@ -194,13 +194,13 @@ def test_a_row_that_makes_the_sampler_raise_ends_alone(
     engine: EngineUnderTest, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside = Beside(engine)
-    sampler = engine.engine._sampler
+    sampler = engine.engine._executor._sampler  # type: ignore[attr-defined]
     original = getattr(sampler, stage)
 
-    def failing(first: Any, sequences: Any) -> Any:
-        if any(sequence.key.request_id == "attack" for sequence in sequences):
+    def failing(first: Any, batch: Any) -> Any:
+        if any(each.sequence.key.request_id == "attack" for each in batch):
             raise IndexError("out of range")
-        return original(first, sequences)
+        return original(first, batch)
 
     monkeypatch.setattr(sampler, stage, failing)
     with beside:
@@ -213,14 +213,14 @@ def test_a_request_whose_token_cannot_be_taken_note_of_ends_alone(
     engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside = Beside(engine)
-    advance = engine.engine._advance
+    advance = engine.engine._requests.advance
 
-    def failing(sequence: Any, *arguments: Any) -> None:
-        if sequence.key.request_id == "attack":
+    def failing(chosen: Any) -> None:
+        if chosen.sequence.key.request_id == "attack":
             raise KeyError("guide")
-        advance(sequence, *arguments)
+        advance(chosen)
 
-    monkeypatch.setattr(engine.engine, "_advance", failing)
+    monkeypatch.setattr(engine.engine._requests, "advance", failing)
     with beside:
         assert engine.last(engine.submit("attack", PROMPT)).error_code == "computation_failed"
 

@@ -19,6 +19,7 @@ from tandem.worker.wire import unpack_first
 
 KEY = RequestKey("r", 3)
 SLOTS = [33, 32, 47, 16, 17, 18]
+TOKENS = [7] * len(SLOTS)
 
 
 class Engine:
@@ -67,7 +68,7 @@ class Scene:
         self.engine = Engine()
         self.transport = Transport(problem)
         self.exporter = Exporter(self.engine, self.transport, "p0")  # type: ignore[arg-type]
-        self.request = EngineRequest(KEY, [7] * len(SLOTS), SamplingParams())
+        self.request = EngineRequest(KEY, TOKENS, SamplingParams())
 
     def attach(self, **handover: Any) -> Stream:
         target = worker_pb2.KvEndpoint(worker_id="d0", worker_epoch=5, host_id="h", unix_path="/x", host="y", port=1)
@@ -95,7 +96,7 @@ def test_what_the_decode_worker_does_not_take_is_not_loaded_for_it(near_allowed:
 def test_rows_leave_as_they_are_in_the_pool_cached_ones_first() -> None:
     scene = Scene()
     stream, pool = scene.attach(), scene.engine.pool
-    scene.export.begin(KEY, SLOTS, 2)
+    scene.export.begin(KEY, TOKENS, SLOTS, 2)
     scene.export.layer_ready(0, 2, 6)
     assert [row[:3] for row in stream.rows] == [(0, 0, 2), (1, 0, 2), (0, 2, 6)]
     out = bytearray(3 * pool.row_bytes)
@@ -108,7 +109,7 @@ def test_rows_leave_as_they_are_in_the_pool_cached_ones_first() -> None:
 def test_the_first_token_travels_with_its_report() -> None:
     scene = Scene()
     stream = scene.attach()
-    scene.export.begin(KEY, SLOTS, 0)
+    scene.export.begin(KEY, TOKENS, SLOTS, 0)
     scene.export.finished(RequestOutput(KEY, token_ids=[42], prompt=PromptReport(cached_tokens=3, prefill_s=0.5)))
     first = unpack_first(stream.payload, local_host_id(), float("inf"))
     assert first.token_ids == [42]
@@ -137,7 +138,7 @@ def test_a_stream_that_ends_before_the_engine_knows_the_request_releases_again_a
     scene = Scene()
     scene.attach().listener.on_refuse(Reason("overloaded", "no room"))
     scene.engine.released.clear()  # it meant nothing to the engine
-    scene.export.begin(KEY, SLOTS, 0)
+    scene.export.begin(KEY, TOKENS, SLOTS, 0)
     ((key, error),) = scene.engine.released
     assert key == KEY
     assert "no room" in error

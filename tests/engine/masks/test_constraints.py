@@ -248,8 +248,9 @@ def test_stop_tokens_are_not_masked_where_the_grammar_has_nothing_else(pool: Mas
     sampler = Sampler(1, VOCAB_SIZE, CPU)
     one = make_sequence("a", [5], temperature=0.0, min_tokens=9, constraint=REGEX, eos=frozenset({0, 2}))
     one.guide = opened(pool, Constraint("regex", ""))
+    sampler.admit(one, 0)
     assert sampler.sample(torch.randn(1, VOCAB_SIZE), [one])[0][0] in (0, 2)
-    assert not one.dead_end
+    assert not sampler.dead_ends
 
 
 # What goes wrong
@@ -344,8 +345,8 @@ class Held:
     """Holds back the process from which mask processes are made."""
 
     def __init__(self, engine: EngineUnderTest) -> None:
-        engine.engine._masks.start()
-        origin = engine.engine._masks._origin
+        engine.engine._requests.guided.masks.start()
+        origin = engine.engine._requests.guided.masks._origin
         assert origin is not None
         self._pid = origin.pid
         os.kill(self._pid, signal.SIGSTOP)
@@ -364,7 +365,7 @@ def test_others_go_on_while_a_grammar_is_compiled(engine: EngineUnderTest) -> No
     assert outputs[0] == outputs[1] == outputs[2]
     ask_again = ask(engine, "later", REGEX)
     assert engine.tokens(ask_again) == outputs[0]
-    assert len(engine.engine._masks.processes) == 1, "once for all of them"
+    assert len(engine.engine._requests.guided.masks.processes) == 1, "once for all of them"
 
 
 def test_a_request_may_end_while_its_grammar_is_compiled(engine: EngineUnderTest) -> None:
@@ -382,7 +383,7 @@ def test_an_engine_that_stops_ends_those_whose_grammar_is_compiled(folder: Path)
     with EngineUnderTest(folder) as engine:
         Held(engine)
         keys = [ask(engine, name, Constraint("regex", name)) for name in ("a", "b")]
-        wait_for(lambda: len(engine.engine._guided) == 2)
+        wait_for(lambda: len(engine.engine._requests.guided) == 2)
         assert engine.engine.stop(20)
         assert [engine.last(key).error_code for key in keys] == ["unavailable"] * 2
 

@@ -83,7 +83,7 @@ def forked(pool: MaskPool) -> list[int]:
 def test_a_mask_that_does_not_come_delays_nobody_else_and_changes_nothing(engine: EngineUnderTest) -> None:
     expected = engine.tokens(ask(engine, "alone", REGEX_LONG))
     free = engine.generate("free alone", PROMPT, max_tokens=200)
-    (process,) = forked(engine.engine._masks)
+    (process,) = forked(engine.engine._requests.guided.masks)
     key = ask(engine, "held", REGEX_LONG)
     engine.wait_tokens(key, 2)
     os.kill(process, signal.SIGSTOP)
@@ -211,14 +211,14 @@ def test_a_killed_process_costs_nothing_but_time(engine: EngineUnderTest) -> Non
     expected = engine.tokens(ask(engine, "alone", REGEX_LONG))
     keys = [ask(engine, f"{index}", REGEX_LONG) for index in range(3)]
     engine.wait_tokens(keys[0], 3)
-    for pid in forked(engine.engine._masks):
+    for pid in forked(engine.engine._requests.guided.masks):
         os.kill(pid, signal.SIGKILL)
     assert [engine.tokens(key) for key in keys] == [expected] * 3
 
 
 def test_the_process_that_makes_the_others_is_made_again(engine: EngineUnderTest) -> None:
     expected = engine.tokens(ask(engine, "first", REGEX))
-    os.kill(group_of(engine.engine._masks), signal.SIGKILL)
+    os.kill(group_of(engine.engine._requests.guided.masks), signal.SIGKILL)
     assert engine.tokens(ask(engine, "known", REGEX)) == expected
     for index in range(3):
         assert engine.tokens(ask(engine, f"new {index}", Constraint("regex", f"{index}{REGEX.text}")))
@@ -316,7 +316,7 @@ def test_work_of_sequences_that_are_gone_is_charged(pool: MaskPool, monkeypatch:
 def test_no_process_outlives_its_engine(folder: Path) -> None:
     with EngineUnderTest(folder) as engine:
         assert engine.tokens(ask(engine, "a", REGEX))
-        group = group_of(engine.engine._masks)
+        group = group_of(engine.engine._requests.guided.masks)
         assert len(members(group)) == 2
     wait_for(lambda: not members(group))
 
@@ -342,7 +342,7 @@ def test_no_process_outlives_a_worker_that_is_killed(folder: Path) -> None:
 def test_an_answer_that_nobody_waits_for_is_dropped(engine: EngineUnderTest) -> None:
     held = Held(engine)
     keys = [ask(engine, f"{index}", REGEX) for index in range(5)]
-    wait_for(lambda: len(engine.engine._guided) == 5)
+    wait_for(lambda: len(engine.engine._requests.guided) == 5)
     for key in keys[:4]:
         engine.engine.cancel(key)
     held.go()
@@ -385,7 +385,7 @@ def test_who_comes_ends_the_wait_for_masks_of_a_step(engine: EngineUnderTest, mo
     monkeypatch.setattr(pool_module, "PROMPT_S", TIMEOUT_S)
     key = ask(engine, "a", REGEX_LONG)
     engine.wait_tokens(key, 1)
-    (process,) = forked(engine.engine._masks)
+    (process,) = forked(engine.engine._requests.guided.masks)
     os.kill(process, signal.SIGSTOP)
     try:
         assert len(engine.tokens(engine.submit("newcomer", PROMPT, max_tokens=3))) == 3

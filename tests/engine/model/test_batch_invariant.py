@@ -231,8 +231,7 @@ def test_a_drawn_token_does_not_depend_on_the_other_rows() -> None:
     def sampler() -> Sampler:
         made = Sampler(9, vocab, torch.device("cpu"), batch_invariant=True)
         for row, sequence in enumerate(sequences):
-            sequence.row = row
-            made.admit(sequence)
+            made.admit(sequence, row)
         return made
 
     together = sampler().sample(logits.clone(), sequences)

@@ -9,7 +9,7 @@ from tandem.engine.schedule.plan import Chunk, StepPlan
 from tandem.engine.schedule.ranges import TokenRanges
 from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Sequence
-from tandem.engine.step.runner import Runner
+from tandem.engine.step.runner import Runner, slots_of
 from tests.engine_harness import make_sequence
 
 BLOCK = 16
@@ -117,7 +117,7 @@ def test_slots_of_a_prompt_follow_its_table() -> None:
     sequence = make_sequence("a", range(35))
     bench.blocks.allocate(sequence.key, 35, [])
     table = bench.blocks.table(sequence.key)
-    assert bench.runner.slots(sequence).tolist() == [table[i // BLOCK] * BLOCK + i % BLOCK for i in range(35)]
+    assert slots_of(bench.blocks, sequence).tolist() == [table[i // BLOCK] * BLOCK + i % BLOCK for i in range(35)]
 
 
 def test_a_chunk_that_stops_short_samples_nothing() -> None:

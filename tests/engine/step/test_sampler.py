@@ -65,10 +65,16 @@ def expected_token(logits: npt.NDArray[np.float64], sequence: Sequence) -> int:
     return int(np.searchsorted(cdf, uniform(sequence.seed, len(sequence.tokens)), side="right"))
 
 
+def fresh(sequences: list[Sequence]) -> Sampler:
+    """A sampler with these sequences."""
+    sampler = Sampler(len(sequences), VOCAB, CPU)
+    admit(sampler, sequences)
+    return sampler
+
+
 def admit(sampler: Sampler, sequences: list[Sequence]) -> None:
     for row, sequence in enumerate(sequences):
-        sequence.row = row
-        sampler.admit(sequence)
+        sampler.admit(sequence, row)
 
 
 def sequence(index: int, **sampling: Any) -> Sequence:
@@ -170,7 +176,7 @@ def test_the_lowest_id_wins_a_tie() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[1, 7] = logits[1, 30] = 1.0
     sequences = [sequence(0, temperature=0.0), sequence(1, temperature=0.0)]
-    assert Sampler(2, VOCAB, CPU).sample(logits, sequences)[0] == [0, 7]
+    assert fresh(sequences).sample(logits, sequences)[0] == [0, 7]
 
 
 def test_stop_tokens_are_not_masked_when_nothing_else_is_allowed() -> None:
@@ -197,10 +203,10 @@ def test_no_token_left_beside_bad_words_is_a_dead_end_of_that_request_alone() ->
     sampler = Sampler(2, VOCAB, CPU)
     admit(sampler, [stuck, free])
     tokens, _ = sampler.sample(torch.zeros(2, VOCAB), [stuck, free])
-    assert stuck.dead_end is not None
-    assert stuck.dead_end.code == "invalid_request"
-    assert "bad_words" in stuck.dead_end.message
-    assert (tokens[1], free.dead_end) == (5, None)
+    assert sampler.dead_ends[stuck].code == "invalid_request"
+    assert "bad_words" in sampler.dead_ends[stuck].message
+    assert tokens[1] == 5
+    assert free not in sampler.dead_ends
 
 
 def test_the_noise_is_fixed_for_ever() -> None:
@@ -225,11 +231,10 @@ def test_the_noise_is_even_and_uncorrelated() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.7, "top_k": 12}, {"min_p": 0.1, "temperature": 1.4}])
 def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
     draws = 6000
-    sampler = Sampler(1, VOCAB, CPU)
     logits = logits_of(1, 1)
     probs = kept_distribution(logits[0].double().numpy(), sequence(0, **options))
     sequences = [make_sequence(f"s{i}", [1], seed=i, **options) for i in range(draws)]
-    tokens, _ = sampler.sample(logits.expand(draws, VOCAB).clone(), sequences)
+    tokens, _ = fresh(sequences).sample(logits.expand(draws, VOCAB).clone(), sequences)
     counts = np.bincount(tokens, minlength=VOCAB)
     assert not counts[probs == 0].any()
     likely = probs * draws >= 5
@@ -243,7 +248,8 @@ def test_the_ends_of_the_noise_give_tokens_of_some_probability(noise: float, mon
     monkeypatch.setattr("tandem.engine.step.sampler.uniform", lambda seed, position: noise)
     logits = torch.full((1, VOCAB), -torch.inf)
     logits[0, 10:20] = torch.randn(10, generator=torch.Generator().manual_seed(0))
-    token = Sampler(1, VOCAB, CPU).sample(logits, [sequence(0)])[0][0]
+    one = sequence(0)
+    token = fresh([one]).sample(logits, [one])[0][0]
     assert token == (10 if noise == 0 else 19)
 
 
@@ -278,11 +284,12 @@ def test_alternatives_beyond_the_vocabulary_are_all_of_it() -> None:
 
 
 def test_plain_greedy_takes_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = Sampler(4, VOCAB, CPU)
+    sequences = [sequence(i, temperature=0.0) for i in range(4)]
+    sampler = fresh(sequences)
     monkeypatch.setattr(sampler, "_edit", None)
     monkeypatch.setattr(sampler, "_choose", None)
     logits = logits_of(0, 4)
-    tokens, logprobs = sampler.sample(logits, [sequence(i, temperature=0.0) for i in range(4)])
+    tokens, logprobs = sampler.sample(logits, sequences)
     assert tokens == logits.argmax(-1).tolist()
     assert logprobs is None
 
@@ -319,10 +326,9 @@ def test_a_row_without_a_permitted_token_ends_its_request_and_changes_no_other(
     tokens, scores = sampler.sample(logits.clone(), sequences)
     assert all(0 <= token < VOCAB for token in tokens)
     stuck = sequences.pop(1)
-    assert stuck.dead_end is not None
-    assert stuck.dead_end.code == "invalid_request"
-    assert "leave no token" in stuck.dead_end.message
-    assert not any(each.dead_end for each in sequences)
+    assert sampler.dead_ends.keys() == {stuck}
+    assert sampler.dead_ends[stuck].code == "invalid_request"
+    assert "leave no token" in sampler.dead_ends[stuck].message
     alone, others = Sampler(4, VOCAB, CPU), rows()
     admit(alone, others)
     del others[1]
@@ -345,7 +351,7 @@ def test_a_row_of_no_finite_logits_ends_its_request_and_changes_no_other(value: 
     tokens, scores = sampler.sample(logits, sequences)
     assert (tokens[0], tokens[2]) == (expected[0], expected[2])
     assert 0 <= tokens[1] < VOCAB
-    assert [each.dead_end.code if each.dead_end else "" for each in sequences] == ["", "computation_failed", ""]
+    assert {each: error.code for each, error in sampler.dead_ends.items()} == {sequences[1]: "computation_failed"}
     assert scores is None or all(math.isfinite(entry.logprob) for entry in scores if entry)
 
 
@@ -361,5 +367,5 @@ def test_a_token_whose_logit_is_no_number_is_never_chosen(value: float, options:
     logits[:, 7] = value
     tokens, scores = sampler.sample(logits, sequences)
     assert tokens == expected
-    assert not any(each.dead_end for each in sequences)
+    assert not sampler.dead_ends
     assert scores is None or all(math.isfinite(entry.logprob) for entry in scores if entry)

@@ -206,7 +206,7 @@ class Play(RuleBasedStateMachine):
     @rule(at=WORKER, number=NUMBER, what=st.sampled_from(["hand-over", "request"]))
     def cut(self, at: str, number: int, what: str) -> None:
         streams = [stream for stream in self.wire.streams if not stream.over]
-        keys = list(self.workers[at].engine._sequences)
+        keys = list(self.workers[at].engine._requests.sequences)
         if what == "request" and keys:
             self.workers[at].engine.cancel(keys[number % len(keys)])
         elif what == "hand-over" and streams:
@@ -218,7 +218,7 @@ class Play(RuleBasedStateMachine):
     def cached_blocks_are_exact(self) -> None:
         for worker in self.workers.values():
             engine = worker.engine
-            for text in (*(sequence.tokens for sequence in engine._sequences.values()), *self._spoken(worker)):
+            for text in (*(sequence.tokens for sequence in engine._requests.sequences.values()), *self._spoken(worker)):
                 self.books.learn(text)
             size = engine.blocks.block_size
             for block_hash, block in engine.blocks._by_hash.items():
@@ -246,7 +246,7 @@ class Play(RuleBasedStateMachine):
     def sequences_know_what_is_exact(self) -> None:
         for worker in self.workers.values():
             engine = worker.engine
-            for sequence in engine._sequences.values():
+            for sequence in engine._requests.sequences.values():
                 if sequence.phase not in (Phase.RUNNING, Phase.HOLDING) or sequence.gated:
                     continue
                 assert worker.near or sequence.inexact_from is None, "a worker without near KV has some"
@@ -288,7 +288,7 @@ class Play(RuleBasedStateMachine):
         self.saved_objects_are_exact()
         self.answers_said_to_be_exact_are()
         for worker in self.workers.values():
-            left = {key: sequence.phase for key, sequence in worker.engine._sequences.items()}
+            left = {key: sequence.phase for key, sequence in worker.engine._requests.sequences.items()}
             assert not left, f"{worker.name} does not end {left}"
             assert worker.engine.blocks.available_blocks == worker.engine.blocks.usable_blocks
             assert worker.engine.stop(1.0)

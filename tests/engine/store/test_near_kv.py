@@ -38,7 +38,7 @@ def make_near(home: ScriptedHome, *places: int) -> None:
 
 def cached(engine: EngineUnderTest, key: RequestKey) -> int:
     """Leading tokens of PROMPT that the worker would give to the next one, and tells routers of."""
-    chain = engine.engine._intake.sequence(EngineRequest(key, PROMPT, SamplingParams()), 0.0).chain
+    chain = engine.engine._requests._intake.sequence(EngineRequest(key, PROMPT, SamplingParams()), 0.0).chain
     told = set(engine.engine.cache_log.snapshot()[1])
     count = engine.engine.blocks.cached_prefix(chain, len(PROMPT))
     assert [each in told for each in chain] == [index < count for index in range(len(chain))]

@@ -30,7 +30,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gated(engine: EngineUnderTest) -> bool:
-    return any(sequence.gated for sequence in list(engine.engine._sequences.values()))
+    return any(sequence.gated for sequence in list(engine.engine._requests.sequences.values()))
 
 
 class Held:
@@ -91,7 +91,7 @@ def test_a_gate_that_stays_shut_hurts_nobody_else(
     seen = len(held.engine.tokens_so_far(companion))
     held.engine.wait_tokens(companion, seen + 5)
     assert held.engine.tokens_so_far(key) == []
-    sequence = held.engine.engine._sequences[key]
+    sequence = held.engine.engine._requests.sequences[key]
     assert held.engine.engine.blocks.cached_prefix(sequence.chain, 150) == 0, "nothing of the broken step is published"
     held.engine.engine.check_integrity()
     held.home.layers_may_come.set()
@@ -142,11 +142,11 @@ def test_without_overlap_nobody_is_gated(make: MakeEngine, home: ScriptedHome, e
     home.layers_may_come.clear()
     key = second.submit("plain", PROMPT)
     wait_for(lambda: second.engine.scheduler.roster.loading)
-    load = next(iter(second.engine._sequences.values())).store.load  # type: ignore[union-attr]
+    load = next(iter(second.engine._requests.sequences.values())).store.load  # type: ignore[union-attr]
     assert load is not None
     wait_for(lambda: load._layers == 2)
     second.engine.check_integrity()
-    assert next(iter(second.engine._sequences.values())).phase is Phase.LOADING
+    assert next(iter(second.engine._requests.sequences.values())).phase is Phase.LOADING
     home.layers_may_come.set()
     second.tokens(key)
 

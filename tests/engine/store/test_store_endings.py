@@ -46,7 +46,7 @@ def wait_phase(phase: str, engine: EngineUnderTest, key: RequestKey) -> None:
     expected = {"lookup": Phase.LOOKUP, "waiting": Phase.WAITING, "loading": Phase.LOADING}
 
     def there() -> bool:
-        sequence = engine.engine._sequences.get(key)
+        sequence = engine.engine._requests.sequences.get(key)
         if sequence is None:
             return False
         if phase == "gated":
@@ -81,7 +81,7 @@ def test_a_request_ends_in_any_phase(
     else:
         engine.expire(key)
         assert engine.last(key).error_code == "deadline_exceeded"
-    for other in list(engine.engine._sequences):
+    for other in list(engine.engine._requests.sequences):
         engine.engine.cancel(other)
     engine.engine.check_integrity()
     open_up(home)
@@ -98,7 +98,7 @@ def test_nothing_is_written_once_a_request_has_ended(
     monkeypatch.setattr(loading, "POLL_S", 10.0)  # the loader is still waiting when the bytes come
     key = engine.submit("ends", PROMPT)
     wait_phase("loading", engine, key)
-    load = engine.engine._sequences[key].store.load  # type: ignore[union-attr]
+    load = engine.engine._requests.sequences[key].store.load  # type: ignore[union-attr]
     assert load is not None
     wait_for(lambda: load._layers == 1)
     engine.engine.cancel(key)
@@ -149,7 +149,7 @@ def test_an_export_that_ends_before_it_began(
     assert engine.last(key).finish_reason is FinishReason.CANCELLED
     assert export.aborted_because is not None
     engine.engine.release(key)
-    for other in list(engine.engine._sequences):
+    for other in list(engine.engine._requests.sequences):
         engine.engine.cancel(other)
     open_up(home)
     engine.check_all_free()

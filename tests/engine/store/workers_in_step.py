@@ -20,6 +20,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
 from tandem.engine.settings import EngineConfig
+from tandem.engine.step import local
 from tandem.engine.store import flow, loading
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.threads import Job
@@ -63,7 +64,7 @@ class Jobs:
 def without_threads(patch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
     """Engines made from now on run `ChainedDecoder`, and nothing of theirs depends on time."""
     chained = replace(loaded, decoder=ChainedDecoder(loaded.config.vocab_size))  # type: ignore[arg-type]
-    patch.setattr(engine_module, "load_model", lambda *_, **__: chained)
+    patch.setattr(local, "load_model", lambda *_, **__: chained)
     patch.setattr(engine_module, "StepMeter", lambda: SimpleNamespace(prefill_tokens_per_s=1.0, add=lambda *_: None))
     patch.setattr(flow, "Workers", Jobs)
     patch.setattr(flow, "RETAINED_SHARE", 1)
@@ -126,7 +127,7 @@ class WorkerInStep:
 
     def message(self) -> bool:
         found = self.engine._inbox.run_next()
-        self.engine._flush()
+        self.engine._outputs.flush()
         return found
 
     def job(self) -> bool:
@@ -137,10 +138,10 @@ class WorkerInStep:
     def step(self) -> bool:
         engine = self.engine
         plan = engine.scheduler.schedule(time.monotonic())
-        engine._begin(plan)
+        engine._requests.begin(plan)
         if plan.num_tokens:
             engine._step(plan)
-        engine._flush()
+        engine._outputs.flush()
         return bool(plan.num_tokens or plan.admitted or plan.preempted)
 
     def give_up(self) -> None:
