@@ -162,7 +162,7 @@ class EngineUnderTest:
 
     def check_all_free(self) -> None:
         """Nothing runs any more, every block is back, and the books balance."""
-        wait_for(lambda: not self.engine._known)
+        wait_for(lambda: not self.engine._requests.known)
         assert self.engine.wait_saved(TIMEOUT_S)
         self.engine.check_integrity()
         status = self.engine.status()
@@ -222,7 +222,7 @@ class DirectExport:
             assert self.target.reservation is not None
             self.target.reservation.fail(f"lost at {point}")
 
-    def begin(self, key: RequestKey, slots: Seq[int], cached_tokens: int) -> None:
+    def begin(self, key: RequestKey, tokens: Seq[int], slots: Seq[int], cached_tokens: int) -> None:
         self.key, self.slots = key, list(slots)
         self._lose("begin")
         if cached_tokens:

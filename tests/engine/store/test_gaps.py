@@ -28,7 +28,9 @@ ROW_BYTES = 2 * 3 * 2 * 16 * 4
 
 def chain_rows(engine: EngineUnderTest) -> list[Tensor]:
     """[layer, K|V, token of the block, ...] of each full block of PROMPT in the prefix cache."""
-    chain = engine.engine._intake.sequence(EngineRequest(RequestKey("chain", 0), PROMPT, SamplingParams()), 0.0).chain
+    chain = engine.engine._requests._intake.sequence(
+        EngineRequest(RequestKey("chain", 0), PROMPT, SamplingParams()), 0.0
+    ).chain
     blocks = engine.engine.blocks
     assert blocks.cached_prefix(chain, len(PROMPT)) == len(chain) == len(PROMPT) // 16
     return [engine.engine.pool.storage[:, :, blocks._by_hash[block_hash]] for block_hash in chain]
