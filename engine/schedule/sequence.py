@@ -12,7 +12,6 @@ from tandem.kvstore.identity import BlockHash
 if TYPE_CHECKING:
     from tandem.common.fairness import Account
     from tandem.engine.masks.guide import Guide
-    from tandem.engine.store.state import StoreState
 
 
 class Phase(enum.Enum):
@@ -70,7 +69,6 @@ class Sequence:
         "root",
         "seed",
         "stop_ids",
-        "store",
         "stored",
         "submitted",
         "tokens",
@@ -134,8 +132,6 @@ class Sequence:
         """Somebody else reads its blocks: it is not preempted."""
         self.gated = False
         """RUNNING, though its last layers are still being filled from the KV store."""
-        self.store: StoreState | None = None
-        """What `engine/store` keeps of it; None without a store."""
         self.chunk_ends: list[int] = []
         """Where the prompt's chunks ended the first time, so that a recompute runs the same kernels on the same
         shapes."""

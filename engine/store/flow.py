@@ -29,14 +29,13 @@ from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.engine.settings import MAX_WAITING, EngineConfig
 from tandem.engine.status import StepMeter
 from tandem.engine.store.cache import EngineStore
+from tandem.engine.store.chunks import Chunks
 from tandem.engine.store.loading import Gate, Load
 from tandem.engine.store.lookup import LookUp
+from tandem.engine.store.saver import Saver
 from tandem.engine.store.saving import KnownKeys, Save
 from tandem.engine.store.state import StoreState
 from tandem.engine.store.threads import Workers
-from tandem.kvstore.bundle import ChunkSpec
-from tandem.kvstore.identity import extend_chain
-from tandem.kvstore.interfaces import ObjectKey
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,6 @@ UNKNOWN_LOAD_S = 2.0
 could have saved. The third is for an engine that has not measured itself yet."""
 STUCK_S = 1.0
 """A load that has not ended so long after its time is given up by the engine."""
-RETAINED_SHARE = 4
-"""At most a quarter of the pool is held for saving."""
 STOP_S = 3.0
 
 
@@ -79,7 +76,6 @@ class StoreFlow:
         self._chunk_tokens = store.chunk_tokens
         self._max_step_tokens = config.max_num_batched_tokens
         self._loaded = loaded
-        self._dtype = str(loaded.dtype).removeprefix("torch.")
         self._pool = pool
         self._blocks = blocks
         self._scheduler = scheduler
@@ -88,19 +84,29 @@ class StoreFlow:
         self._about = about
         self._resume = resume
         self._known = KnownKeys()
+        self._states: dict[RequestKey, StoreState] = {}
+        """Those of sequences that have asked, loaded or saved something, until they end."""
         self._pending: dict[RequestKey, Sequence] = {}
         """With a look-up or a load in progress."""
         self._closing = False
         self._lookups = Workers("kv-lookup", 1, MAX_WAITING)
         self._loaders = Workers("kv-load", store.loaders, 2 * config.max_num_seqs)
-        self._saver = Workers("kv-save", 1, store.save_queue)
+        self._chunks = Chunks(store, loaded)
+        self._saver = Saver(
+            store,
+            self._chunks,
+            self._known,
+            pool,
+            blocks,
+            meter,
+            lambda save: post((), partial(self._saver.ended, save)),
+        )
         scheduler.on_full_blocks = self._full_blocks
 
     # Requests come, wait and go
 
     def accept(self, sequence: Sequence) -> bool:
         """Whether the store is to be asked (`look_up`) before `sequence` queues."""
-        sequence.store = StoreState()
         if sequence.wants_import or sequence.computes_all:
             return False
         known = len(sequence.tokens)
@@ -108,7 +114,7 @@ class StoreFlow:
         return gain >= self._blocks.block_size
 
     def look_up(self, sequence: Sequence) -> None:
-        state = _state(sequence)
+        state = self._state(sequence)
         state.lookup = LookUp(
             self._store,
             sequence.root,
@@ -127,14 +133,14 @@ class StoreFlow:
 
     def runs(self, sequence: Sequence) -> None:
         """`sequence` got its blocks, or its load ended: what was prefetched for it and not loaded is let go."""
-        state = sequence.store
+        state = self._states.get(sequence.key)
         if state is not None and state.lookup is not None:
             self._discard(state.lookup)
             state.lookup = None
 
     def load(self, sequence: Sequence, slots: npt.NDArray[np.int64]) -> None:
         """`sequence` has its blocks and is LOADING. `slots` int64 [known tokens]."""
-        state = _state(sequence)
+        state = self._state(sequence)
         if state.lookup is None:
             raise ValueError(f"{sequence.key} has nothing to load")
         lookup, state.lookup = state.lookup, None
@@ -152,7 +158,7 @@ class StoreFlow:
             lookup,
             slots=torch.from_numpy(slots).to(self._loaded.device),
             start=sequence.num_computed,
-            spec_of=partial(self._spec, sequence),
+            spec_of=partial(self._chunks.spec, sequence, state),
             near_allowed=self._store.near_allowed and sequence.request.near_allowed,
             limit_s=limit_s,
             step_s=step_s,
@@ -168,7 +174,7 @@ class StoreFlow:
 
     def forget(self, sequence: Sequence) -> None:
         """`sequence` ends: nothing is written into its blocks after this."""
-        state = sequence.store
+        state = self._states.pop(sequence.key, None)
         if state is None:
             return
         self._pending.pop(sequence.key, None)
@@ -178,21 +184,20 @@ class StoreFlow:
                 self._discard(state.lookup)
         if state.load is not None:
             state.load.close()
-        state.lookup = state.load = None
         sequence.gated = False
 
     # Time
 
     def next_due(self) -> float | None:
-        return min((_state(sequence).given_up_at for sequence in self._pending.values()), default=None)
+        return min((self._state(sequence).given_up_at for sequence in self._pending.values()), default=None)
 
     def expire(self, now: float) -> None:
-        for sequence in [s for s in self._pending.values() if _state(s).given_up_at <= now]:
+        for sequence in [s for s in self._pending.values() if self._state(s).given_up_at <= now]:
             self._about((sequence,), partial(self._give_up, sequence))
 
     def _give_up(self, sequence: Sequence) -> None:
         """The store is too slow: `sequence` goes on without."""
-        state = _state(sequence)
+        state = self._state(sequence)
         self._pending.pop(sequence.key, None)
         if state.lookup is not None:
             state.lookup.abandoned = True
@@ -215,8 +220,8 @@ class StoreFlow:
             self._post((sequence,), partial(self._answered, sequence, lookup))
 
     def _answered(self, sequence: Sequence, lookup: LookUp) -> None:
-        state = _state(sequence)
-        if state.lookup is not lookup:
+        state = self._states.get(sequence.key)
+        if state is None or state.lookup is not lookup:
             self._discard(lookup)
             return
         self._pending.pop(sequence.key, None)
@@ -232,21 +237,21 @@ class StoreFlow:
         self._scheduler.looked_up(sequence)
 
     def _joinable(self, sequence: Sequence, load: Load) -> None:
-        if _state(sequence).load is load and sequence.phase is Phase.LOADING:
-            _report_wait(sequence)
+        if self._load_of(sequence) is load and sequence.phase is Phase.LOADING:
+            self._report_wait(sequence)
             self._scheduler.join(sequence, load.planned, inexact_from=load.inexact_from, gated=True)
             self._resume(sequence)
 
     def _ended(self, sequence: Sequence, load: Load) -> None:
         for index in load.bad:
             self._known.discard(load.located[index].key)
-        if _state(sequence).load is load:
+        if self._load_of(sequence) is load:
             self._settle(sequence, load)
             self._go_on(sequence, load.there, load.inexact_from)
 
     def _settle(self, sequence: Sequence, load: Load) -> None:
         """The load is over and counted; the report says what it brought."""
-        _state(sequence).load = None
+        self._state(sequence).load = None
         self._pending.pop(sequence.key, None)
         tokens = load.tokens_by_tier()
         self._store.counters.load(load.outcome, load.seconds, tokens)
@@ -260,7 +265,7 @@ class StoreFlow:
         """The tokens `there` are, exact below `inexact_from`; the rest is computed."""
         sequence.stored = EMPTY
         if sequence.phase is Phase.LOADING:
-            _report_wait(sequence)
+            self._report_wait(sequence)
             self._scheduler.join(sequence, there, inexact_from=inexact_from)
             self._scheduler.publish(sequence)
             self._resume(sequence)
@@ -275,19 +280,21 @@ class StoreFlow:
 
     def loading_from(self, sequence: Sequence) -> int:
         """Tokens of a gated sequence that are there in all layers already."""
-        load = _state(sequence).load
+        load = self._load_of(sequence)
         return load.start if load is not None else sequence.num_computed
 
     def gate(self, plan: StepPlan) -> Gate | None:
         """What a step has to wait for, if there is anything."""
-        gate = Gate(plan) if plan.chunks and self._pending else None
-        return gate if gate else None
+        if not self._pending:
+            return None
+        loads = {chunk.sequence: self._load_of(chunk.sequence) for chunk in plan.chunks if chunk.sequence.gated}
+        return Gate(loads) if loads else None
 
     def stepped(self, gate: Gate) -> None:
         """The forward is over. All layers of those that passed are there; the others wait for the end of their load,
         and then compute what it has not brought."""
         for sequence in gate.passing:
-            if (load := _state(sequence).load) is not None:
+            if (load := self._load_of(sequence)) is not None:
                 self._settle(sequence, load)
             if sequence.report is not None:
                 sequence.report.load_s += gate.waited_s
@@ -295,57 +302,18 @@ class StoreFlow:
             sequence.stored = EMPTY
         for sequence in gate.broken:
             self._store.counters.gate_missed()
-            load = _state(sequence).load
-            _state(sequence).load_began = time.monotonic()
+            load = self._load_of(sequence)
+            self._state(sequence).load_began = time.monotonic()
             self._scheduler.suspend(sequence, load.before if load is not None else EMPTY)
 
     # Saving
 
     def _full_blocks(self, sequence: Sequence) -> None:
-        """Offers the chunks that have become complete, and are exact, to the saver."""
-        state = sequence.store
-        if state is None:
-            return
-        chunks = sequence.exact_tokens // self._chunk_tokens
-        try:
-            for index in range(state.offered, chunks):
-                self._offer(sequence, index)
-        except Exception:
-            logger.exception("chunks of %s could not be offered to the KV store", sequence.key)
-            self._store.counters.save("failed")
-        state.offered = max(state.offered, chunks)
-
-    def _offer(self, sequence: Sequence, index: int) -> None:
-        key, now = self._key(sequence, index), time.monotonic()
-        if self._known.has(key, now):
-            return
-        count = self._chunk_tokens // self._blocks.block_size
-        if (self._blocks.num_retained + count) * RETAINED_SHARE > self._blocks.usable_blocks:
-            self._store.counters.save("dropped")
-            return
-        spec = self._spec(sequence, index)
-        blocks = self._blocks.retain(sequence.key, index * count, count)
-        offsets = np.arange(self._blocks.block_size, dtype=np.int64)
-        slots = (np.array(blocks, dtype=np.int64)[:, None] * self._blocks.block_size + offsets).ravel()
-        rate = self._meter.prefill_tokens_per_s
-        save = Save(
-            self._store,
-            self._pool,
-            spec,
-            slots=torch.from_numpy(slots).to(self._loaded.device),
-            blocks=blocks,
-            recompute_s=self._chunk_tokens / rate if rate > 0 else 0.0,
-            ended=lambda save: self._post((), partial(self._saved, save)),
-        )
-        self._known.add(key, now)  # nobody else need offer it while it is being saved
-        if not self._saver.put(save):
-            self._saved(save)
+        self._saver.offer_new(sequence, self._state(sequence))
 
     def _saved(self, save: Save) -> None:
-        self._blocks.give_back(save.blocks)
-        self._store.counters.save(save.outcome, save.seconds)
-        if not save.is_stored:
-            self._known.discard(save.key)
+        """On the saver's thread, or on the engine's."""
+        self._post((), partial(self._saver.ended, save))
 
     # End
 
@@ -371,29 +339,19 @@ class StoreFlow:
         if lookup.fetch is not None and not self._loaders.put(_Discard(lookup)):
             lookup.discard()
 
-    def _key(self, sequence: Sequence, index: int) -> ObjectKey:
-        keys = _state(sequence).keys
-        while len(keys) <= index:
-            tokens = sequence.tokens[len(keys) * self._chunk_tokens : (len(keys) + 1) * self._chunk_tokens]
-            keys.append(ObjectKey(extend_chain(keys[-1] if keys else sequence.root, tokens)))
-        return keys[index]
+    def _state(self, sequence: Sequence) -> StoreState:
+        """The state of a sequence that has not ended."""
+        return self._states.setdefault(sequence.key, StoreState())
 
-    def _spec(self, sequence: Sequence, index: int) -> ChunkSpec:
-        start = index * self._chunk_tokens
-        model = self._loaded.config
-        return ChunkSpec(
-            key=_state(sequence).keys[index],
-            namespace=sequence.root,
-            tokens=sequence.tokens[start : start + self._chunk_tokens],
-            start_position=start,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=self._dtype,
-            owner=sequence.request.tenant,
-            model=self._store.model,
-            provenance=self._store.worker_id,
-        )
+    def _load_of(self, sequence: Sequence) -> Load | None:
+        """The load of `sequence` that is in progress."""
+        state = self._states.get(sequence.key)
+        return state.load if state is not None else None
+
+    def _report_wait(self, sequence: Sequence) -> None:
+        """Reports how long `sequence`, which is about to leave LOADING, was there."""
+        if sequence.report is not None:
+            sequence.report.load_s += time.monotonic() - self._state(sequence).load_began
 
 
 class _Discard:
@@ -407,16 +365,3 @@ class _Discard:
 
     def drop(self) -> None:
         self._lookup.discard()
-
-
-def _report_wait(sequence: Sequence) -> None:
-    """`sequence` is about to leave LOADING."""
-    if sequence.report is not None:
-        sequence.report.load_s += time.monotonic() - _state(sequence).load_began
-
-
-def _state(sequence: Sequence) -> StoreState:
-    """Of a sequence that was accepted."""
-    if sequence.store is None:
-        raise ValueError(f"{sequence.key} is not known to the store's part of the engine")
-    return sequence.store

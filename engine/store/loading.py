@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from tandem.engine.model.batch import KvPool, all_finite
-from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.schedule.ranges import TokenRanges
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.store.cache import EngineStore
@@ -308,19 +307,17 @@ class Load:
 class Gate:
     """The `before_attention` callback of one forward step: waits for the layers of gated sequences."""
 
-    def __init__(self, plan: StepPlan) -> None:
+    def __init__(self, loads: Mapping[Sequence, Load | None]) -> None:
+        """`loads` of the gated sequences that the step computes."""
+        self._loads = loads
         self.broken: list[Sequence] = []
         """Whose KV did not come in time: what the step computes for them means nothing."""
-        self.passing: list[Sequence] = [chunk.sequence for chunk in plan.chunks if chunk.sequence.gated]
+        self.passing: list[Sequence] = list(loads)
         self.waited_s = 0.0
-
-    def __bool__(self) -> bool:
-        return bool(self.passing)
 
     def __call__(self, layer: int) -> None:
         for sequence in tuple(self.passing):
-            load = sequence.store.load if sequence.store is not None else None
-            began = time.monotonic()
+            load, began = self._loads[sequence], time.monotonic()
             if load is None or not load.wait_layer(layer, max(GATE_S - self.waited_s, 0.0)):
                 self.passing.remove(sequence)
                 self.broken.append(sequence)

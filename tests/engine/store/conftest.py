@@ -81,6 +81,8 @@ def make(folder: Path, home: ScriptedHome) -> Iterator[MakeEngine]:
         event.set()
     for engine in engines:
         engine.__exit__(None, None, None)
+        assert engine.engine._store is not None
+        assert not engine.engine._store._states, "what is kept of a sequence goes with it"
     wait_for(lambda: not set(threading.enumerate()) - before)
 
 

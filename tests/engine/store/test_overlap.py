@@ -142,7 +142,9 @@ def test_without_overlap_nobody_is_gated(make: MakeEngine, home: ScriptedHome, e
     home.layers_may_come.clear()
     key = second.submit("plain", PROMPT)
     wait_for(lambda: second.engine.scheduler.roster.loading)
-    load = next(iter(second.engine._requests.sequences.values())).store.load  # type: ignore[union-attr]
+    store = second.engine._store
+    assert store is not None
+    (load,) = [state.load for state in store._states.values()]
     assert load is not None
     wait_for(lambda: load._layers == 2)
     second.engine.check_integrity()

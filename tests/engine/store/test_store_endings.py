@@ -14,6 +14,7 @@ from tandem.engine.request import FinishReason, RequestKey
 from tandem.engine.schedule.sequence import Phase
 from tandem.engine.store import loading
 from tandem.engine.store.cache import EngineStore
+from tandem.engine.store.state import StoreState
 from tests.engine.store.conftest import CHUNK, MakeEngine, fill
 from tests.engine.store.scripted_home import ScriptedHome
 from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, wait_for
@@ -42,6 +43,11 @@ def reach(phase: str, engine: EngineUnderTest, home: ScriptedHome, monkeypatch: 
         monkeypatch.setattr(loading, "GATE_S", 0.2)
 
 
+def state_of(engine: EngineUnderTest, key: RequestKey) -> StoreState | None:
+    assert engine.engine._store is not None
+    return engine.engine._store._states.get(key)
+
+
 def wait_phase(phase: str, engine: EngineUnderTest, key: RequestKey) -> None:
     expected = {"lookup": Phase.LOOKUP, "waiting": Phase.WAITING, "loading": Phase.LOADING}
 
@@ -51,7 +57,7 @@ def wait_phase(phase: str, engine: EngineUnderTest, key: RequestKey) -> None:
             return False
         if phase == "gated":
             return sequence.gated
-        if phase == "waiting" and (sequence.store is None or sequence.store.lookup is None):
+        if phase == "waiting" and ((state := state_of(engine, key)) is None or state.lookup is None):
             return False
         return sequence.phase is expected[phase]
 
@@ -98,7 +104,9 @@ def test_nothing_is_written_once_a_request_has_ended(
     monkeypatch.setattr(loading, "POLL_S", 10.0)  # the loader is still waiting when the bytes come
     key = engine.submit("ends", PROMPT)
     wait_phase("loading", engine, key)
-    load = engine.engine._requests.sequences[key].store.load  # type: ignore[union-attr]
+    state = state_of(engine, key)
+    assert state is not None
+    load = state.load
     assert load is not None
     wait_for(lambda: load._layers == 1)
     engine.engine.cancel(key)

@@ -21,7 +21,7 @@ from tandem.engine.model.loader import LoadedModel
 from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
 from tandem.engine.settings import EngineConfig
 from tandem.engine.step import local
-from tandem.engine.store import flow, loading
+from tandem.engine.store import flow, loading, saver
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.threads import Job
 from tandem.handover import Reason
@@ -67,7 +67,8 @@ def without_threads(patch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
     patch.setattr(local, "load_model", lambda *_, **__: chained)
     patch.setattr(engine_module, "StepMeter", lambda: SimpleNamespace(prefill_tokens_per_s=1.0, add=lambda *_: None))
     patch.setattr(flow, "Workers", Jobs)
-    patch.setattr(flow, "RETAINED_SHARE", 1)
+    patch.setattr(saver, "Workers", Jobs)
+    patch.setattr(saver, "RETAINED_SHARE", 1)
     patch.setattr(loading, "arrives_in_time", lambda *_: True)
     patch.setattr(loading, "GATE_S", 0.0)
 
@@ -133,7 +134,7 @@ class WorkerInStep:
     def job(self) -> bool:
         store = self.engine._store
         assert store is not None
-        return any(jobs.run_one() for jobs in (store._lookups, store._loaders, store._saver))  # type: ignore[attr-defined]
+        return any(jobs.run_one() for jobs in (store._lookups, store._loaders, store._saver._worker))  # type: ignore[attr-defined]
 
     def step(self) -> bool:
         engine = self.engine
