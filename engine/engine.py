@@ -64,7 +64,9 @@ class Engine:
             store.check(config.block_size)
         folder = resolve_model(config.model)
         self.loaded, self.pool, self.max_model_len = load(config, folder)
-        self.blocks = BlockManager(self.pool.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.blocks = BlockManager(
+            self.pool.num_blocks, config.block_size, config.enable_prefix_caching, longest_request=self.max_model_len
+        )
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

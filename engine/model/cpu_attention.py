@@ -87,7 +87,7 @@ class _PrefillPiece:
     row: int
     num_tokens: int
     first_key: int
-    """Of the keys gathered for the slice."""
+    """First of the keys gathered for the slice that it reads."""
     mask: Tensor
     """[tokens * group, or a few rows more, keys], 0 or -inf."""
 
@@ -296,7 +296,7 @@ class _Band:
         return self._of(torch.cat((rows, spare)), keys)
 
     def _rows(self, tokens: int) -> int:
-        """Of a mask for so many tokens."""
+        """Rows of a mask for so many tokens."""
         rows = tokens * self._group
         last = rows % _ROW_TILE
         return rows + max(0, self._fewest_rows - last) if last else rows

@@ -15,7 +15,7 @@ from tandem.engine.settings import CPU_POOL_BYTES, EngineConfig
 logger = logging.getLogger(__name__)
 
 GPU_POOL_SHARE = 0.8
-"""Of the memory that is free once the weights are loaded."""
+"""Share of the memory that is free once the weights are loaded."""
 
 
 def make_pool(config: EngineConfig, loaded: LoadedModel) -> tuple[KvPool, int]:

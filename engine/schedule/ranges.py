@@ -57,10 +57,6 @@ class TokenRanges:
         cut = ((max(first, start), min(end, stop)) for start, stop in self.parts)
         return TokenRanges(tuple(part for part in cut if part[0] < part[1]))
 
-    def covers(self, first: int, end: int) -> bool:
-        """Whether all of [first, end) is in it."""
-        return not self.gaps(first, end)
-
     def gaps(self, first: int, end: int) -> TokenRanges:
         """What of [first, end) is not in it."""
         missing: list[tuple[int, int]] = []

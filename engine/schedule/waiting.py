@@ -21,7 +21,7 @@ class WaitingQueue:
     def __init__(self, counters: ServiceCounters) -> None:
         self._counters = counters
         self._lines: dict[int, dict[str, _Line]] = {}
-        """By priority and tenant; none is empty."""
+        """Lines by priority and tenant; none is empty."""
 
     def __len__(self) -> int:
         return sum(len(line) for tenants in tuple(self._lines.values()) for line in tuple(tenants.values()))

@@ -92,15 +92,7 @@ class StoreFlow:
         self._lookups = Workers("kv-lookup", 1, MAX_WAITING)
         self._loaders = Workers("kv-load", store.loaders, 2 * config.max_num_seqs)
         self._chunks = Chunks(store, loaded)
-        self._saver = Saver(
-            store,
-            self._chunks,
-            self._known,
-            pool,
-            blocks,
-            meter,
-            lambda save: post((), partial(self._saver.ended, save)),
-        )
+        self._saver = Saver(store, self._chunks, self._known, pool, blocks, meter, self._saved)
         scheduler.on_full_blocks = self._full_blocks
 
     # Requests come, wait and go

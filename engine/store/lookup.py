@@ -39,13 +39,13 @@ class LookUp:
         self._answered = answered
         self.first_chunk = cached_tokens // store.chunk_tokens
         self.keys: list[ObjectKey] = []
-        """Of all full chunks of the prompt."""
+        """Keys of all full chunks of the prompt."""
         self.found: list[Located] = []
         """The leading run from `first_chunk` on that the store has."""
         self.located: list[Located] = []
         """The part of it that is worth fetching."""
         self.fetch: Fetch | None = None
-        """Of `located`; None: nobody has asked for them yet."""
+        """The fetch of `located`; None: nobody has asked for them yet."""
         self.fetch_began = 0.0
         """time.monotonic()."""
         self.outcome = "miss"

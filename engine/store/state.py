@@ -17,7 +17,7 @@ class StoreState:
     """Engine thread only."""
 
     keys: list[ObjectKey] = field(default_factory=list)
-    """Of the leading full chunks, as far as they were needed; grows with the output."""
+    """Keys of the leading full chunks, as far as they were needed; grows with the output."""
     offered: int = 0
     """Leading chunks that were offered to the saver, or need not be."""
     lookup: LookUp | None = None

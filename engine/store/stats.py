@@ -15,11 +15,11 @@ class StoreStats:
     """By outcome: fetch (something is worth fetching), miss, recompute (computing is faster), slow, crowded."""
     loads: dict[str, int]
     """By outcome: ok, or why less was loaded than was there: missing, slow, corrupt, mismatch, fidelity, stuck,
-   , internal."""
+    cancelled, internal."""
     saves: dict[str, int]
     """Chunks by outcome: saved, lapsed, failed, dropped (too many at once), or the store's refusal."""
     loaded_tokens: dict[str, int]
-    """By tier."""
+    """Tokens by tier."""
     gates_missed: int
     """Steps that a loaded request had joined early, and in which its KV came too late."""
     load_s: float

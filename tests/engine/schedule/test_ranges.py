@@ -38,7 +38,6 @@ def test_a_window_is_split_into_what_is_there_and_the_gaps(parts: list[tuple[int
     ranges, there, window = TokenRanges.of(*parts), tokens(parts), set(range(first, end))
     assert positions(ranges.within(first, end)) == there & window
     assert positions(ranges.gaps(first, end)) == window - there
-    assert ranges.covers(first, end) == (window <= there)
 
 
 @given(PARTS, PLACES)
