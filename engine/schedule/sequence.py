@@ -61,7 +61,6 @@ class Sequence:
         "phase",
         "pinned",
         "preempted",
-        "prefill_finished",
         "priority",
         "published",
         "report",
@@ -137,7 +136,6 @@ class Sequence:
         shapes."""
         self.submitted = submitted
         self.first_scheduled: float | None = None
-        self.prefill_finished: float | None = None
         self.report: PromptReport | None = PromptReport()
         """Until it has gone out with the first output."""
 
