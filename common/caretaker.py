@@ -19,6 +19,8 @@ PATIENCE_S = 10.0
 
 
 def main(folder: str) -> None:
+    """Runs until standard input ends, then kills every process of the run folder and removes the folder, for
+    `PATIENCE_S` at the most. Ignores SIGINT, SIGTERM and SIGHUP."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 1):

@@ -105,6 +105,8 @@ def _papers(secret: bytes) -> _Papers:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
     def signed(name: str, key: ec.EllipticCurvePrivateKey, *, is_authority: bool) -> bytes:
+        """A certificate in PEM for `key`, signed by the deployment's authority. `is_authority`: it may sign others
+        itself."""
         builder = (
             x509.CertificateBuilder()
             .subject_name(named(name))

@@ -36,6 +36,8 @@ class _Job(Future[Any]):
         self.work: Callable[[], Any] | None = work
 
     def cancel(self) -> bool:
+        """Cancels the job and takes it from its owner's line, so that it counts against no share. False: it runs or has
+        ended."""
         cancelled = super().cancel()
         if cancelled:
             self.owner.forget(self)

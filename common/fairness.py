@@ -114,7 +114,7 @@ class Changes:
     accounts: dict[AccountKey, tuple[float, float]]
     """(added, at_least) of every account that changed or has waiting requests."""
     least: dict[int, float]
-    """By band: the least counter of those who wait, or who were granted last. Absent: nothing happens there."""
+    """Least counter, by band, of those who wait or were granted last. A band where nothing happens is absent."""
     waiting: frozenset[int] = frozenset()
     """The bands in which somebody waits."""
     wrong: frozenset[AccountKey] = frozenset()
@@ -135,7 +135,7 @@ class ServiceCounters:
         self._floors: dict[int, float] = {}
         self._least: dict[int, float] = {}
         self._elsewhere: dict[int, float] = {}
-        """By band: the least counter of those who wait at other routers."""
+        """Least counters, by band, of those who wait at other routers."""
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -303,6 +303,7 @@ class FairQueue(Generic[T]):
         return min(self._bands)
 
     def push(self, item: T, tenant: str, band: int) -> None:
+        """Appends `item` to its tenant's line in `band` (0 is first). Lines take turns; each keeps its order."""
         account = self._counters.enter(tenant, band)
         account.waiting += 1
         lines = self._bands.setdefault(band, {})

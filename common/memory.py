@@ -25,7 +25,7 @@ def usable_memory() -> int:
 
 
 def limit_address_space(num_bytes: int) -> None:
-    """Of this process, for good; where it is limited to less already, that stays."""
+    """Limits the address space of this process to `num_bytes`, for good. A limit that is lower already stays."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -17,7 +17,7 @@ MIN_REPETITION_PENALTY = 0.01
 """Logits are divided by it; close to 0 they would overflow."""
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0
-"""Of presence and frequency, and its negative."""
+"""Largest presence and frequency penalty; the smallest is its negative."""
 MAX_BIAS = 100.0
 MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
@@ -34,6 +34,7 @@ class Constraint:
     """A JSON schema as JSON, a regular expression of the whole output, or a grammar in llguidance's Lark dialect."""
 
     def to_proto(self) -> worker_pb2.Constraint:
+        """The protobuf form, which `from_proto` reads."""
         match self.kind:
             case "json_schema":
                 return worker_pb2.Constraint(json_schema=self.text)
@@ -44,6 +45,7 @@ class Constraint:
 
     @classmethod
     def from_proto(cls, message: worker_pb2.Constraint) -> Constraint | None:
+        """The constraint in a message; None where none of its kinds is set. The text is not checked here."""
         match message.WhichOneof("kind"):
             case "json_schema":
                 return cls("json_schema", message.json_schema)
@@ -150,6 +152,7 @@ class SamplingParams:
         return bool(self.allowed_token_ids) and set(stop_ids).issuperset(self.allowed_token_ids)
 
     def to_proto(self) -> worker_pb2.SamplingParams:
+        """The protobuf form, which `from_proto` reads."""
         return worker_pb2.SamplingParams(
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,
@@ -173,6 +176,7 @@ class SamplingParams:
 
     @classmethod
     def from_proto(cls, message: worker_pb2.SamplingParams) -> SamplingParams:
+        """The parameters in a message. Their ranges are not checked here."""
         return cls(
             max_tokens=message.max_tokens,
             min_tokens=message.min_tokens,

@@ -25,6 +25,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
+    """One setting: a field of a settings class, with the flag and the environment variable that set it."""
+
     name: str
     type: Any
     default: Any

@@ -93,6 +93,8 @@ class Known:
 
 @dataclass(slots=True)
 class CommandLine:
+    """What a command line says: settings as they were given, and the options that are no settings."""
+
     given: dict[str, Given] = field(default_factory=dict)
     config_file: str = ""
     print_config: bool = False
@@ -101,6 +103,8 @@ class CommandLine:
 
 
 def read_command_line(argv: Sequence[str], known: Known) -> CommandLine:
+    """Reads the words after the command's name. Stops at --help. Raises ConfigError for a flag that is unknown or lacks
+    its value."""
     line = CommandLine()
     words = list(argv)
     before = "the command"
@@ -123,6 +127,8 @@ def read_command_line(argv: Sequence[str], known: Known) -> CommandLine:
 
 
 def read_variables(known: Known) -> dict[str, Given]:
+    """Settings that environment variables (TANDEM_...) give, by setting. Raises ConfigError for the variable of a
+    setting that was renamed."""
     for old in RENAMED:
         if (variable := f"TANDEM_{old.upper()}") in os.environ:
             known.check_current(old, variable)
@@ -141,6 +147,8 @@ def _is_service_link(setting: Setting, raw: str) -> bool:
 
 
 def read_file(path: str, known: Known) -> dict[str, Given]:
+    """Settings that the YAML file at `path` gives, by setting. Keys of other servers that `known` translates are taken,
+    too. Raises ConfigError with the line for a key that is no setting."""
     given = {}
     for key, node in YamlFile(Path(path).expanduser(), "--config").items:
         name = key.replace("-", "_")
