@@ -63,6 +63,8 @@ class Importer:
     # Handover: event loop
 
     def attach(self, request: EngineRequest, submit: worker_pb2.Submit) -> None:
+        """Gives `request` the import through which its KV will come, if the router has announced a hand-over. On the
+        event loop. Raises TandemError `invalid_request` where the message is meant for a prefill worker."""
         match submit.WhichOneof("handover"):
             case None:
                 return
@@ -78,12 +80,15 @@ class Importer:
         request.kv_import = entry
 
     def ended(self, key: RequestKey) -> None:
+        """Closes the import of a request that is over, if it has one. For any thread."""
         with self._lock:
             entry = self._imports.get(key)
         if entry is not None:
             entry.closed()
 
     def peer_lost(self, key: RequestKey, reason: str) -> None:
+        """Fails the import of a request whose prefill worker is gone: the prompt is then computed here. For any
+        thread."""
         with self._lock:
             entry = self._imports.get(key)
         if entry is not None:
@@ -104,6 +109,8 @@ class Importer:
     # KvSink: connection threads
 
     def opened(self, stream: Incoming) -> None:
+        """Takes a stream that a prefill worker has opened. Where its request is not known yet the stream waits, among
+        `MAX_UNCLAIMED` at the most; beyond them it is refused. On the transport's thread."""
         key = RequestKey(stream.request_id, stream.epoch)
         with self._lock:
             entry = self._imports.get(key)
@@ -125,6 +132,8 @@ class Importer:
         return entry is not None and entry.complete(payload)
 
     def lost(self, request_id: str, epoch: int, reason: Reason) -> None:
+        """Forgets a stream that ended before its time, and fails the import that it belongs to. On the transport's
+        thread."""
         key = RequestKey(request_id, epoch)
         with self._lock:
             self._unclaimed.pop(key, None)
@@ -175,6 +184,8 @@ class _Import:
     # KvImport: engine thread
 
     def reserved(self, reservation: KvReservation) -> None:
+        """Takes the memory that the engine has reserved for the KV; the stream is accepted once both are there. On the
+        engine's thread."""
         with self._lock:
             self.reservation = reservation
             failed = self._failed
@@ -191,6 +202,8 @@ class _Import:
     # Transport and event loop
 
     def stream_opened(self, stream: Incoming) -> None:
+        """Takes the stream, or refuses it where its shape or sender is wrong or the import is over; a wrong one also
+        fails the import."""
         problem = self._importer.check_shape(stream, self._num_tokens)
         if not problem and stream.sender_id != self._source:
             problem = f"the stream is from {stream.sender_id}, expected was {self._source}"
@@ -206,6 +219,8 @@ class _Import:
             self.fail(problem, stream_open=False)
 
     def complete(self, payload: bytes) -> bool:
+        """Completes the reservation with the first token, which `payload` holds. False: the import is over already, or
+        the payload cannot be read, and then the prompt is computed here."""
         reservation = self.reservation
         if reservation is None or not self._end(""):
             return False
