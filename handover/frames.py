@@ -17,7 +17,7 @@ PROTOCOL_VERSION = 3
 
 MAX_CONTROL_BYTES = 16 << 10
 MAX_PAYLOAD_BYTES = 64 << 20
-"""Of one Rows or Finish frame: the most a receiver allocates for a peer."""
+"""Most bytes of the payload of one Rows or Finish frame, which a receiver allocates for a peer."""
 
 _U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 _Size = Annotated[int, Meta(ge=1, le=MAX_PAYLOAD_BYTES)]

@@ -17,7 +17,7 @@ class PayloadSender(Protocol):
     """Owned by the sender of one connection. Calls are serialised by the connection's lock, except `send`."""
 
     offset: int
-    """Of what the last `reserve` returned, for the Rows frame."""
+    """Where the memory that the last `reserve` returned lies, for the Rows frame."""
 
     def reserve(self, length: int) -> memoryview | None:
         """Writable memory of `length` bytes for the next frame; None: ask again after an Ack. Raises ValueError when
