@@ -36,7 +36,7 @@ PRIORS: dict[str, LinkCost] = {
     TierName.PEER: LinkCost(0.5e-3, 1 / 1e9),
     TierName.REMOTE: LinkCost(1e-3, 1 / 0.3e9),
 }
-"""By the part of a link's name before `:`, believed until there is data."""
+"""Costs by the part of a link's name before `:`, believed until there is data."""
 
 
 def _latencies(num_objects: int) -> float:
@@ -52,10 +52,10 @@ class _Fit:
     """
 
     DECAY = 0.95
-    """Of old data per observation: some 20 fetches are remembered."""
+    """Share of the weight of old data that each observation leaves: some 20 fetches are remembered."""
     DOUBT = 0.85
-    """Of old data per look-up that passes the link over: it is tried again after some 20, and one slow fetch in 20
-    look-ups costs little."""
+    """Share of the weight of old data that is left after each look-up that passes the link over: it is tried again
+    after some 20, and one slow fetch in 20 look-ups costs little."""
     RIDGE = 0.005
     PRIOR_WEIGHT = 0.1
     CLIP = 3.0
@@ -260,6 +260,7 @@ def choose_codec(
     path = links.cost(link)
 
     def seconds(name: str) -> float:
+        """Estimated seconds to have all objects here, raw, if they cross the link in the codec `name`."""
         codec = table[name]
         if name == RAW:
             whole = path.seconds(size, num_objects)

@@ -47,7 +47,8 @@ class ObjectInfo:
     recompute_s: float = 0.0
     """Measured time to compute it again; 0: unknown."""
     start_position: int = 0
-    """Of its first token on a prefix chain: what lies behind is of no use without it. 0 also where that is unknown."""
+    """Position of its first token on a prefix chain: what lies behind is of no use without it. 0 also where that is
+    unknown."""
 
 
 class Refusal(enum.StrEnum):
@@ -215,9 +216,11 @@ class PeerReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Location:
+    """One place where the store has an object: a tier of a node."""
+
     node_id: str
     epoch: int
-    """Of the process that announced it: entries of an earlier epoch are void."""
+    """Epoch of the process that announced it: entries of an earlier epoch are void."""
     tier: TierName
     size: int
 
@@ -240,6 +243,8 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class DirectoryEvent:
+    """An object that came to a tier of the node that says so, or left it."""
+
     key: ObjectKey
     tier: TierName
     size: int

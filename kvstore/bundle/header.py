@@ -12,10 +12,12 @@ from tandem.kvstore.identity import tokens_digest
 MAX_LAYERS = 1024
 MAX_ROWS = 1 << 20
 MAX_LAYER_BYTES = 1 << 30
-"""Of one layer, decoded."""
+"""Most bytes of one layer, decoded."""
 
 
 class RopeState(enum.IntEnum):
+    """Whether K already has the rotary position embedding applied."""
+
     PRE = 1
     """K is not rotated yet, so it can be placed anywhere: passages."""
     POST = 2
@@ -88,7 +90,7 @@ class Segment:
     head_dim: int
     dtype: str
     positions: tuple[PositionRun, ...]
-    """Of the rows, in order. Never implied by the row number: rows can be dropped or moved."""
+    """Positions of the rows, in order. They are never implied by the row number: rows can be dropped or moved."""
     rope_state: RopeState
     codec: str
 

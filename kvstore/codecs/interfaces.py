@@ -39,6 +39,8 @@ class LayerShape:
 
 
 class Codec(Protocol):
+    """A way to write the KV rows of one layer in fewer bytes."""
+
     @property
     def name(self) -> str: ...
 

@@ -25,7 +25,8 @@ from tandem.kvstore.codecs.interfaces import Fidelity, LayerShape, check_raw
 
 GROUP = 32
 _BATCH_VALUES = 1 << 17
-"""Of K, and as many of V, worked on at a time: few calls of numpy, and float32 scratch of 1.5 MiB at most."""
+"""Values of K, and as many of V, that are worked on at a time: few calls of numpy, and 1.5 MiB of float32 scratch at
+most."""
 _FP16_MAX = np.float32(65504)
 _LEAST_STEP = np.float32(2**-24)
 """Between the smallest fp16 numbers: added to a scale, it is never rounded to 0."""

@@ -21,6 +21,9 @@ _BATCH_WORDS = 1 << 16
 
 
 class LosslessCodec:
+    """A `Codec` that gives back the same bits; ordinary KV shrinks by the bits of its exponents, random bits not at
+    all."""
+
     name = "lossless"
     fidelity = Fidelity.EXACT
 

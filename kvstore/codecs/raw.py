@@ -6,6 +6,8 @@ from tandem.kvstore.codecs.interfaces import Fidelity, LayerShape, check_raw
 
 
 class RawCodec:
+    """A `Codec` that changes nothing: `encode` and `decode` return the buffer that they were given."""
+
     name = "raw"
     fidelity = Fidelity.EXACT
 

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 MAX_CONTEXTS = 2048
 MAX_TOKENS = 1 << 20
-"""Of one context."""
+"""Most tokens of one context."""
 MAX_BYTES = 128 << 20
-"""Of all recipes, four bytes a token."""
+"""Most bytes of all token ids together, four bytes a token."""
 MIN_TTL_S = 1.0
 MAX_TTL_S = 30 * 86400.0
 PIN_INTERVAL_S = 0.5
@@ -85,7 +85,7 @@ class ContextShelf:
         self._clock = clock
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[str, str], _Held] = OrderedDict()
-        """By owner and name; the one whose pins were renewed longest ago first."""
+        """Contexts by owner and name; the one whose pins were renewed longest ago is first."""
         self._bytes = 0
         self._work = threading.Event()
         self._closed = False

@@ -41,7 +41,8 @@ MAX_TICKETS = 1024
 MAX_FETCHES = 256
 MAX_LEASES = 64
 MAX_LOOKUPS = 64
-"""Of one connection at a time. Beyond: the put is refused, the fetch fails, the lease and the look-up find nothing."""
+"""Most puts, fetches, leases and look-ups of one connection at a time. Beyond: the put is refused, the fetch fails, the
+lease and the look-up find nothing."""
 MIN_HELD_OBJECTS = 32
 """Memory is held for the next put only of objects of which the node has room for so many."""
 SCRATCH_BYTES = 64 << 20

@@ -31,7 +31,7 @@ STALL_S = PATIENCE.stall_s
 """A transfer that takes longer has failed."""
 PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl")
 PIECE_BYTES = 64 << 20
-"""Of one transfer, which may take `STALL_S`; an object that is larger is one by itself."""
+"""Bytes of one transfer, which may take `STALL_S`; an object that is larger is one by itself."""
 RETRY_S = 30.0
 """A node that could not be read is read over its connection for so long."""
 REST_S = 60.0

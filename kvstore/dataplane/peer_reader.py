@@ -49,6 +49,8 @@ class PeerConnection:
         HandshakeRefused."""
 
         def open_on(link: Link) -> PeerConnection:
+            """Greets the node on a connected link and maps its arena where both are on one host. The connection gets a
+            NIXL window where both ends have NIXL and the link is TCP."""
             greeting = greet(link, me, expected=node.node_id)
             connection = cls(link, MappedArena(greeting.memory.map()) if greeting.memory is not None else None)
             if agent is not None and agent.info is not None and not link.is_unix:

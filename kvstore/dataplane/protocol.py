@@ -24,13 +24,13 @@ PATIENCE = Patience(connect_s=2.0, stall_s=5.0)
 MAX_BODY_BYTES = 1 << 20
 MAX_OBJECT_BYTES = 1 << 30
 MAX_KEYS = 4096
-"""Of one Locate or Fetch: with chunks of 256 tokens, a million tokens."""
+"""Most keys of one Locate or Fetch: with chunks of 256 tokens, a million tokens."""
 MAX_HELD = 4
-"""Of one Commit."""
+"""Most runs of memory for puts to come that one Commit asks for."""
 MAX_RANGES = 4096
-"""Of one Read or Lease."""
+"""Most ranges of one Read or Lease."""
 MAX_METADATA_BYTES = 64 << 10
-"""Of a NIXL agent: some hundred bytes for each network device."""
+"""Most bytes of a NIXL agent's metadata: it has some hundred bytes for each network device."""
 
 _Key = Annotated[ObjectKey, Meta(min_length=32, max_length=32)]
 _Name = Annotated[str, Meta(max_length=512)]
@@ -109,7 +109,7 @@ class Fetching(Body, frozen=True):
 
     sources: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
     offsets: Annotated[list[_Offset], Meta(max_length=MAX_KEYS)]
-    """Of the objects in the arena."""
+    """Offsets of the objects in the arena, in bytes."""
     layers: int
     """Can be read of every object; `ALL_LAYERS` when it is complete."""
 
@@ -158,7 +158,7 @@ class Leased(Body, frozen=True):
     """Answers a Lease."""
 
     offsets: Annotated[list[_Offset], Meta(max_length=MAX_RANGES)]
-    """Of each range in the arena; -1: not in host memory, use Read."""
+    """Offset of each range in the arena, in bytes; -1: it is not in host memory, use Read."""
 
 
 class Read(Body, frozen=True):
@@ -194,7 +194,7 @@ class AgentInfo(Body, frozen=True):
     metadata: Annotated[bytes, Meta(max_length=MAX_METADATA_BYTES)]
     """Empty: it cannot be read in this way."""
     address: Annotated[int, Meta(ge=0, le=1 << 62)]
-    """Of the arena, in the node's process."""
+    """Address of the arena in the node's process."""
     arena_bytes: Annotated[int, Meta(ge=0, le=1 << 52)]
 
 

@@ -12,7 +12,7 @@ from tandem.kvstore.directory.messages import Page, Update
 MAX_EVENTS = 50_000
 """About 10 MB. An update without events counts as one."""
 PAGE_EVENTS = 16_384
-"""Of one answer, about 1 MB on the wire."""
+"""Most events of one answer, which is then about 1 MB on the wire."""
 
 
 class UpdateLog:

@@ -33,6 +33,8 @@ class Update:
 
 
 class Verdict(enum.Enum):
+    """What a directory makes of a node's update."""
+
     OK = "ok"
     RESYNC = "resync"
     """The directory lacks something: say everything again."""

@@ -60,10 +60,13 @@ _LETTERS = {
 _TIERS = {letter: name for name, letter in _LETTERS.items()}
 _VERDICTS = {verdict.value.encode(): verdict for verdict in Verdict}
 _FAULTS = (redis.RedisError, OSError, ValueError, KeyError, IndexError, TypeError, msgspec.MsgspecError)
-"""Of the connection, and of an answer that is not ours."""
+"""Exceptions that a broken connection raises, or an answer that is not in our format."""
 
 
 class RedisDirectory(RemoteDirectory):
+    """A `RemoteDirectory` whose state is in Redis or Valkey. For any thread; faults of Redis are answers here, never
+    exceptions."""
+
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a malformed URL; Redis itself need not be there yet."""
         super().__init__(without_password(url))

@@ -18,7 +18,7 @@ from tandem.proto import kvdirectory_pb2_grpc as pb_grpc
 log = logging.getLogger(__name__)
 
 MAX_LOOKUP_KEYS = 16_384
-"""Of one call: four million tokens."""
+"""Most keys of one look-up: four million tokens."""
 MAX_KEY_BYTES = 64
 MAX_NODE_ID = 256
 REFUSALS = 3

@@ -14,6 +14,9 @@ from tandem.kvstore.interfaces import Directory, DirectoryEvent, NodeInfo, Objec
 
 
 class Announcer:
+    """Collects changes of one node's tiers and publishes them to the directory, in order. Does nothing where there is
+    no directory."""
+
     def __init__(self, directory: Directory | None, node_id: str, lock: threading.Lock) -> None:
         self._directory = directory
         self._node_id = node_id

@@ -19,7 +19,7 @@ from tandem.kvstore.node.pages import PageWarmer
 from tandem.wire.shared_memory import can_share, share
 
 ALIGNMENT = 4096
-"""Of every run: one page, which is also what direct disk reads need."""
+"""Alignment of every run in bytes: one page, which is also what direct disk reads need."""
 
 
 def aligned(size: int) -> int:
@@ -39,7 +39,8 @@ class HostArena:
                 f"kv_host_bytes is {capacity_bytes}, more than the memory there is ({readable_size(usable)}): give less"
             )
         self.fd = -1
-        """Of the memfd, sealed against a change of size; -1 where there is none and the memory is this process's."""
+        """Descriptor of the memfd, sealed against a change of size; -1 where there is none and the memory is this
+        process's."""
         try:
             self._view = self._map_memory()
         except OSError as error:

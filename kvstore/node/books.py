@@ -69,7 +69,7 @@ class Books:
             )
             for tier in sorted(tiers, key=lambda tier: LOWER_TIERS.index(tier.name))
         }
-        """By name, nearest first; the same as long as the node lives."""
+        """Lower tiers by name, nearest first; the same as long as the node lives."""
 
     # Without the lock
 

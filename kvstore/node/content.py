@@ -6,7 +6,7 @@ from tandem.kvstore import bundle
 from tandem.kvstore.interfaces import ObjectInfo
 
 HEAD_BYTES = bundle.HEADER_ALIGN
-"""Of every object, read first: holds the header of all but very deep models."""
+"""Leading bytes of an object that are read first: they hold the header of all but very deep models."""
 
 
 def layer_ends(head: memoryview, size: int) -> tuple[int, ...] | int | None:

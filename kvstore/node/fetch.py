@@ -28,7 +28,7 @@ class Load:
         self.filled = 0
         """Leading bytes that are there."""
         self.ends: tuple[int, ...] = ()
-        """Of the layers; empty until the header is there."""
+        """Ends of the layers in bytes; empty until the header is there."""
         self.complete = False
         self.failed = False
         """It has ended without the whole object: a fault, or nobody wanted it any more."""

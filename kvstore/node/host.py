@@ -18,6 +18,8 @@ from tandem.kvstore.node.index import PolicyFactory, Resident, Shelf
 
 
 class Phase(enum.Enum):
+    """Where an object of the host tier is in its life."""
+
     WRITING = enum.auto()
     """A put that is not committed: its key is taken, nobody finds it."""
     LOADING = enum.auto()
@@ -29,6 +31,8 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class HostObject(Resident):
+    """An object with memory in the arena."""
+
     offset: int = -1
     phase: Phase = Phase.WRITING
     origin: str = ""
@@ -45,6 +49,8 @@ class HostObject(Resident):
 
 
 class HostTier:
+    """Memory and books of the host tier. Not thread-safe: the caller holds the node's lock."""
+
     def __init__(
         self,
         capacity_bytes: int,

@@ -46,7 +46,7 @@ class Shelf:
         self.hard_pinned_bytes = 0
         self._residents: dict[ObjectKey, Resident] = {}
         self._pins: dict[ObjectKey, dict[str, Pin]] = {}
-        """By owner; keys without pins are not listed. The order is that of the first pin."""
+        """Pins of each key by owner; keys without pins are not listed. The order is that of the first pin."""
 
     def __len__(self) -> int:
         return len(self._residents)

@@ -22,7 +22,7 @@ class LinkCodecs:
         self._near_allowed = near_allowed
         self._codecs: dict[str, CodecCost] = measure_codecs() if wanted == AUTO else {}
         self.links = LinkCosts()
-        """Of bytes on the wire, whatever they stand for."""
+        """Measured costs per byte on the wire, whatever the bytes stand for."""
 
     def choose(self, sources: Sequence[Located], overlap_s: float) -> str:
         """The codec for objects of one link that are fetched together."""

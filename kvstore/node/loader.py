@@ -69,7 +69,7 @@ class Loader:
         self._jobs: queue.SimpleQueue[tuple[list[Load], float] | None] = queue.SimpleQueue()
         self._closed = False
         self._layer_0_ends: dict[int, int] = {}
-        """By size of the object."""
+        """Ends of layer 0 in bytes, by size of the object."""
         self._threads = [
             threading.Thread(target=self._run, name=f"kv-load-{index}", daemon=True) for index in range(num_threads)
         ]

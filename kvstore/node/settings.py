@@ -17,6 +17,8 @@ READ_LEASE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings:
+    """What a node is told when it is opened."""
+
     node_id: str
     epoch: int
     """Differs for every start of the process, and grows."""

@@ -41,10 +41,12 @@ class NodeCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
+    """Counters and state of one tier of a node."""
+
     tier: TierName
     objects: int
     bytes: int
-    """Of the objects; the tier's own overhead is in `used_bytes`."""
+    """Bytes of the objects; the tier's own overhead is in `used_bytes`."""
     used_bytes: int
     capacity_bytes: int
     hits: int
@@ -65,6 +67,8 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStats:
+    """Counters and state of a whole node."""
+
     tiers: tuple[TierStats, ...]
     """Host first, then the lower tiers this node has."""
     peer_hits: int
@@ -92,7 +96,7 @@ class NodeStats:
     write_back_queued: int
     write_back_queued_bytes: int
     fragmentation: float
-    """Of the arena: share of the free bytes outside of the largest free run."""
+    """Share of the arena's free bytes that lie outside of the largest free run."""
 
     def tier(self, name: TierName) -> TierStats | None:
         return next((tier for tier in self.tiers if tier.tier is name), None)

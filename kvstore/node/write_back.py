@@ -12,6 +12,8 @@ from tandem.kvstore.node.lower import LowerTier
 
 
 class WriteBack:
+    """The queue to one lower tier, and the thread that writes what is in it. For any thread."""
+
     def __init__(
         self, lower: LowerTier, max_bytes: int, write: Callable[[WriteBack, HostObject], None], *, index_first: bool
     ) -> None:

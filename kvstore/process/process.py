@@ -70,7 +70,7 @@ class KvStoreConfig(StoreSettings):
     metrics_port: int = 0
     """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of this project's own loggers."""
+    """Level of this project's own loggers."""
 
     def __post_init__(self) -> None:
         StoreSettings.__post_init__(self)  # zero-argument super() does not work in a slotted dataclass
@@ -148,6 +148,8 @@ def _signals(most_s: float) -> threading.Event:
     stopping = threading.Event()
 
     def arrived(number: int, frame: object) -> None:
+        """Begins draining at the first signal, with a limit of `most_s` seconds; the second one ends the process at
+        once."""
         if stopping.is_set():
             os._exit(1)
         end_within(most_s)

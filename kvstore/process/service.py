@@ -19,7 +19,7 @@ from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 
 KEY_BYTES = 32
 MAX_KEYS = 4096
-"""Of one Lookup."""
+"""Most keys of one Lookup."""
 MAX_CHECKED = 1_000_000
 
 _TIERS = {
@@ -36,6 +36,8 @@ _TIER_NAMES = {number: name for name, number in _TIERS.items()}
 
 
 class KvNodeService(kvnode_pb2_grpc.KvNodeServicer):
+    """The gRPC servicer of one open node. Methods run on the server's threads."""
+
     def __init__(
         self, store: OpenNode, directory: Directory, contexts: ContextShelf, registry: CollectorRegistry
     ) -> None:

@@ -17,6 +17,8 @@ RECOUNT_INTERVAL_S = 30.0
 
 
 class Books:
+    """Sizes of the objects in a shared tier, and whether more fit. For any thread."""
+
     def __init__(self, capacity_bytes: int, sizes: Callable[[], Iterable[tuple[ObjectKey, int]] | None]) -> None:
         """`sizes` lists every object with the bytes that it takes up; None if that cannot be known now."""
         self.capacity_bytes = capacity_bytes

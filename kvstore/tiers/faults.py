@@ -10,6 +10,8 @@ INTERVAL_S = 10.0
 
 
 class FaultLog:
+    """Counts the faults of one tier and logs a few of them."""
+
     def __init__(self, tier: str) -> None:
         self._tier = tier
         self._silent_until = 0.0

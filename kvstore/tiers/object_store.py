@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = timedelta(seconds=1)
 REQUEST_TIMEOUT = timedelta(seconds=10)
-"""Of one request as a whole: a part of at most 5 MiB going up, or a layer coming down."""
+"""Time limit of one request as a whole: a part of at most 5 MiB going up, or a layer coming down."""
 RETRY_TIMEOUT = timedelta(seconds=5)
 LIST_PAGE = 256
 HEADER_READERS = 16
@@ -70,7 +70,7 @@ class ObjectStoreTier:
         self._breaker = breaker or Breaker()
         self._closed = False
         self._headers: dict[ObjectKey, Record] = {}
-        """Of objects met lately, so that reading layer by layer does not fetch the header every time."""
+        """Headers of objects met lately, so that reading layer by layer does not fetch the header every time."""
         self._books = Books(capacity_bytes, self._sizes)
         self._books.recount()
 
@@ -163,6 +163,8 @@ class ObjectStoreTier:
         """(time written, key, bytes) of everything under the prefix."""
 
         def walk() -> list[tuple[float, ObjectKey, int]]:
+            """Every object under the prefix: when it was written (seconds since 1970), its key, its bytes with the
+            header. Blocks; raises what obstore raises."""
             found = []
             for page in self._api.list(self._store, chunk_size=1000):
                 for meta in page:

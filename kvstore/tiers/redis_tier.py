@@ -91,6 +91,7 @@ class RedisTier:
             return False
 
         def store() -> bool:
+            """Writes record and content in one transaction. False: Redis did not take one of them."""
             with self._client.pipeline(transaction=True) as pipe:
                 pipe.set(CONTENT + key, content)
                 pipe.set(INFO + key, body)
@@ -157,6 +158,8 @@ class RedisTier:
 
     def _read_batch(self, batch: Sequence[tuple[ObjectKey, int, memoryview]]) -> list[bool]:
         def fetch() -> list[bytes]:
+            """The wanted range of each content in the batch, in one round trip; empty where Redis has none. Every range
+            is at least one byte, so that "nothing there" differs from "nothing wanted"."""
             with self._client.pipeline(transaction=False) as pipe:
                 for key, offset, out in batch:
                     pipe.getrange(CONTENT + key, max(offset, 0), offset + max(out.nbytes, 1) - 1)

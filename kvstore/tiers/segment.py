@@ -22,7 +22,7 @@ class Segment:
         """Bytes of the file that are taken by records, dead ones included."""
         self.live_bytes = 0
         self.keys: dict[ObjectKey, None] = {}
-        """Of the live records, in the order in which they were written."""
+        """Keys of the live records, in the order in which the records were written."""
         self.readers = 0
         self.gone = False
         """No longer a part of the tier: closed as soon as the last reader leaves."""
