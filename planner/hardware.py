@@ -11,16 +11,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
+    """Peak rates of one device, and the shares of them that are reached."""
+
     flops: float
     """Dense half-precision FLOP/s; single precision on a CPU."""
     bytes_per_s: float
-    """Of device memory."""
+    """Bandwidth of device memory."""
     step_overhead_s: float = 0.002
-    """Of one engine step: scheduling, launches, sampling."""
+    """Fixed time of one engine step: scheduling, launches, sampling."""
     compute_share: float = 0.5
-    """Of `flops` that a long prefill reaches."""
+    """Share of `flops` that a long prefill reaches."""
     memory_share: float = 0.7
-    """Of `bytes_per_s` that decoding reaches."""
+    """Share of `bytes_per_s` that decoding reaches."""
 
 
 _CLASSES: dict[str, Hardware] = {
@@ -53,7 +55,7 @@ UNKNOWN = Hardware(30e12, 0.3e12)
 
 
 def hardware(name: str) -> Hardware:
-    """Of the longest known class that `name` begins with; `UNKNOWN` for others."""
+    """The longest known class that `name` begins with; `UNKNOWN` where there is none."""
     slug = name.strip().lower().replace(" ", "-").replace("_", "-")
     known = [prefix for prefix in _CLASSES if slug == prefix or slug.startswith(prefix + "-")]
     return _CLASSES[max(known, key=len)] if known else UNKNOWN

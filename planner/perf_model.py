@@ -61,7 +61,8 @@ class PerfModel:
         return step + uncached_tokens * (per_token + per_pair * (context_tokens + 0.5 * uncached_tokens))
 
     def stall_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
-        """By which the same prefill holds up requests that decode on that worker: the step itself they take anyway."""
+        """Seconds by which that prefill holds up requests that decode on the worker, without the step that they take
+        anyway."""
         return max(self.prefill_s(uncached_tokens, context_tokens) - self._prefill.terms[0], 0.0)
 
     def decode_step_s(self, batch: float, kv_tokens: float) -> float:
@@ -137,17 +138,17 @@ class _Fit:
     """
 
     DECAY = 0.97
-    """Of old data per observation: some 33 are remembered."""
+    """Share of the weight of old data that each observation leaves: some 33 observations are remembered."""
     RIDGE = 0.01
     GUESS_WEIGHT = 0.1
-    """Of the first guess, in observations."""
+    """Weight of the first guess, in observations."""
     CLIP = 3.0
     """One outlier moves a settled estimate no more than a time 3 times as long (or as short) as expected."""
     SETTLED_WEIGHT = 4.0
     SWEEPS = 8
     STILL = 1e-3
-    """Of the mean ratio: a sweep that moves nothing further is the last. It begins where the last observation's ended,
-    so one is mostly enough; every request pays for it."""
+    """Share of the mean ratio: a sweep of coordinate descent that moves no factor further is the last. Each begins
+    where the last observation's ended, so one is mostly enough."""
 
     __slots__ = ("_guess", "_moment", "_ratio_sum", "_square", "_weight", "_x", "terms")
 
@@ -162,6 +163,8 @@ class _Fit:
         self._weight = self._ratio_sum = 0.0
 
     def observe(self, amounts: tuple[float, ...], seconds: float) -> None:
+        """Corrects the terms by one measured time. Times that are not positive and finite are dropped; outliers are
+        cut."""
         if not 0.0 < seconds < math.inf:
             return
         parts = [term * amount for term, amount in zip(self._guess, amounts, strict=True)]
