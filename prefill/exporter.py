@@ -45,6 +45,9 @@ class Exporter:
         self._lock = threading.Lock()
 
     def attach(self, request: EngineRequest, submit: worker_pb2.Submit) -> None:
+        """Opens a stream to the decode worker that `submit` names, and gives `request` the export that fills it. On the
+        event loop. Raises TandemError `invalid_request` without such a worker, `unavailable` where no stream can be
+        opened."""
         if submit.WhichOneof("handover") != "send_kv_to":
             raise TandemError("invalid_request", "a prefill worker needs send_kv_to: it cannot decode")
         target = submit.send_kv_to
@@ -71,6 +74,7 @@ class Exporter:
         request.near_allowed = request.near_allowed and target.near_allowed
 
     def ended(self, key: RequestKey) -> None:
+        """Aborts the export of a request that is over, if it has not been sent by then. For any thread."""
         with self._lock:
             export = self._exports.get(key)
         if export is not None:
@@ -101,6 +105,8 @@ class _Export:
     # KvExport: engine thread
 
     def begin(self, key: RequestKey, tokens: Sequence[int], slots: Sequence[int], cached_tokens: int) -> None:
+        """Takes the request's KV slots (one per token) and sends the rows of the `cached_tokens` leading tokens, which
+        are there already. On the engine's thread."""
         if self._ended is not None:
             # The stream was over before the engine knew the request, so the release meant nothing to it then.
             self._exporter.engine.release(key, self._ended)
@@ -109,6 +115,8 @@ class _Export:
             self.layer_ready(layer, 0, cached_tokens)
 
     def layer_ready(self, layer: int, start: int, stop: int) -> None:
+        """Sends the rows of tokens `start` to `stop` of one layer, which has just been computed. On the engine's
+        thread."""
         pool, slots = self._pool, self._slots
 
         def fill(start: int, stop: int, out: memoryview) -> None:
