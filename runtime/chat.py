@@ -23,6 +23,8 @@ _COMMANDS = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatConfig(ClientSettings):
+    """Settings of `tandem chat`."""
+
     basics: ClassVar[Group]
     prompt: str = ""
     """Asked once, without a conversation. Empty: standard input, line by line at a terminal, else as a whole."""

@@ -23,6 +23,8 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
+    """Settings of every command that asks a running server."""
+
     basics: ClassVar[Group]
     """Basics"""
     url: str = ""
@@ -36,6 +38,8 @@ class ServerError(Exception):
 
 
 class Client:
+    """A client of one server; each call opens a connection of its own and blocks."""
+
     def __init__(self, settings: ClientSettings) -> None:
         """Raises ConfigError."""
         url = settings.url

@@ -24,6 +24,8 @@ Prints a script for the shell. To have it in every terminal:
 
 @dataclass(frozen=True, slots=True)
 class Command:
+    """A command as the shell's script knows it."""
+
     name: str
     words: tuple[str, ...]
     """What may stand behind it besides files: flags, or names of its own commands."""

@@ -36,6 +36,8 @@ MAX_MESSAGE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainConfig:
+    """Settings of `tandem drain`."""
+
     basics: ClassVar[Group]
     """Basics"""
     target: str

@@ -12,6 +12,8 @@ Probe = Callable[[], Awaitable[bool]]
 
 
 def http_probe(path: Path) -> Probe:
+    """A probe of the process that answers HTTP on the unix socket `path`: whether /healthz says 200."""
+
     async def probe() -> bool:
         return (await http_get(path, "/healthz"))[0] == 200
 
@@ -33,6 +35,7 @@ def grpc_probe(address: str, secret: bytes, timeout_s: float) -> Probe:
     """Whether the health service at `address` says SERVING."""
 
     async def probe() -> bool:
+        """Whether the standard health service says SERVING within `timeout_s`."""
         import grpc.aio
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 

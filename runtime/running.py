@@ -17,6 +17,8 @@ _FILE = "serve.json"
 
 @dataclass(frozen=True, slots=True)
 class Running:
+    """One `tandem serve` that runs, as its file describes it."""
+
     url: str
     model: str
     node: str

@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
         url = f"http://{reachable(config.host)}:{port}"
 
         def processes(run_folder: Path) -> list[ProcessSpec]:
+            """The children to run. Writes the deployment's secret and the file by which other commands find this
+            server."""
             secret_file = run_folder / FILE
             write_secret(secret_file, secret)
             specs = processes_of(replace(config, secret_file=str(secret_file)), run_folder, port)

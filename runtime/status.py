@@ -26,6 +26,8 @@ Samples = dict[tuple[str, str, str], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusConfig(ClientSettings):
+    """Settings of `tandem status`."""
+
     basics: ClassVar[Group]
     json: bool = False
     """Print JSON."""
@@ -39,6 +41,8 @@ class StatusConfig(ClientSettings):
 
 @dataclass(frozen=True, slots=True)
 class Worker:
+    """A worker as the router's metrics show it."""
+
     name: str
     role: str
     connected: bool
@@ -56,6 +60,8 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Status:
+    """What a server is doing: the JSON that `--json` prints."""
+
     url: str
     ready: bool
     model: str

@@ -67,6 +67,9 @@ def supervise(deployment: Deployment) -> int:
 
 
 class Supervisor:
+    """Starts the processes of a deployment, says when each is ready, and stops them in order: routers first. Runs on
+    one event loop."""
+
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
         self._children: dict[Child, str] = {}
@@ -164,6 +167,7 @@ class Supervisor:
         _say(f"starting {', '.join(child.name for child in self._children)}")
 
         async def announce(child: Child) -> None:
+            """Says once that `child` is ready; a router is only when it sees all workers."""
             await child.ready.wait()
             if child in routers:
                 while not await _sees_all(health_path(run_folder, child.name)):  # noqa: ASYNC110  # over HTTP
