@@ -37,7 +37,7 @@ class Header(NamedTuple):
 
     kind: enum.IntEnum
     id: int
-    """Of a request and its answer, or of a stream."""
+    """Number of a request, which its answer repeats, or of a stream."""
     body_length: int = 0
     payload_length: int = 0
     sequence: int = 0

@@ -21,7 +21,7 @@ from tandem.wire.header import HEADER_BYTES, START, Header, ProtocolError
 from tandem.wire.protocol import Body, Protocol
 
 MAX_UNSENT_BYTES = 1 << 20
-"""Of posted frames that a peer has not taken."""
+"""Most bytes of posted frames that wait because the peer does not take them."""
 PACE_BYTES = 1 << 20
 """A peer that moves less than this of a frame in `Patience.stall_s` has stopped."""
 _TICK_S = 1.0

@@ -33,7 +33,7 @@ class Listener:
             raise ValueError(f"there is no address to listen on for {what}")
         self.unix_path = unix_path
         self.host, self.port = "", 0
-        """Of TCP, after `start`; as listened on, so the host may be a wildcard."""
+        """TCP address after `start`, as it was listened on: the host may be a wildcard. Port 0: no TCP."""
         self._tcp = tcp
         self._what = what
         self._accepted = accepted

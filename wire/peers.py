@@ -15,13 +15,13 @@ class PeerIdentity:
     """One end of connections, as the other end gets to know it."""
 
     name: str
-    """Of the worker or node."""
+    """Id of the worker or node."""
     epoch: int = 0
     """Differs for every start of the process."""
     compatibility: bytes = b""
     """Digest of everything both ends must share: model, dtype, layout, version."""
     key: bytes = field(default=b"", repr=False)
-    """Of `wire.protocol.Protocol.key`: both ends prove that they have it. Empty: there is no secret."""
+    """Key of `wire.protocol.Protocol.key`, which both ends prove that they have. Empty: there is no secret."""
 
 
 class Place(Protocol):

@@ -32,13 +32,13 @@ class Hello(Body, frozen=True):
     """Who is there. Comes with the descriptor of shared memory where `arena_bytes` is not 0."""
 
     name: Annotated[str, Meta(max_length=512)]
-    """Of the worker or node."""
+    """Id of the worker or node."""
     epoch: Annotated[int, Meta(ge=0)] = 0
     """Differs for every start of it."""
     compatibility: Annotated[bytes, Meta(max_length=64)] = b""
     """Digest of what both ends must share."""
     lease_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
-    """Of streams, which the client renews within. 0: there are none."""
+    """Seconds that a stream's lease lasts; the client renews it within them. 0: there are no streams."""
     arena_bytes: Annotated[int, Meta(ge=0, le=1 << 52)] = 0
 
 
