@@ -238,6 +238,8 @@ def _signals(most_s: float) -> asyncio.Event:
     stopping = asyncio.Event()
 
     def arrived() -> None:
+        """Begins draining at the first signal, with a limit of `most_s` seconds; the second one ends the process at
+        once."""
         if stopping.is_set():
             os._exit(1)
         end_within(most_s)

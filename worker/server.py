@@ -73,6 +73,9 @@ class _Live:
 
 
 class WorkerServer(worker_pb2_grpc.WorkerServicer):
+    """The gRPC servicer: takes requests of any number of routers into one engine, and sends each router the outputs of
+    its own. Made on the event loop."""
+
     def __init__(
         self,
         engine: WorkerEngine,
