@@ -52,14 +52,14 @@ def test_a_save_that_cannot_be_taken_note_of_ends_nobody(
 ) -> None:
     store = engine.engine._store
     assert store is not None
-    saved, raised = store._saved, []
+    saver, saved, raised = store._saver, store._saver.ended, []
 
     def failing(save: Any) -> None:
         saved(save)
         raised.append(save)
         raise KeyError("books")
 
-    monkeypatch.setattr(store, "_saved", failing)
+    monkeypatch.setattr(saver, "ended", failing)
     assert len(engine.generate("a", PROMPT, max_tokens=60)) == 60
     wait_for(lambda: raised)
     engine.engine.check_integrity()
