@@ -8,7 +8,7 @@ ARGS ?=
 ROUNDS ?= 10
 SEED ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all test-isa test-random lint types fmt proto lock bench model clean
+.PHONY: help setup serve test test-all test-isa test-random mutants lint types fmt proto lock bench model clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,13 @@ test-all: $(VENV)/.dev  ## run every test
 test-random: $(VENV)/.dev  ## property tests with random examples, ROUNDS times
 	@for round in $$(seq $(ROUNDS)); do seed=$(or $(SEED),$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')); echo "seed $$seed"; \
 	  $(BIN)/python -m pytest -m hypothesis -q --hypothesis-profile random --hypothesis-seed $$seed $(ARGS) || exit 1; done
+
+$(VENV)/.mutants: $(VENV)/.dev
+	@$(PIP) --no-build-isolation -e '.[mutants]'
+	@touch $@
+
+mutants: $(VENV)/.mutants  ## do tests notice small changes of the policies? (ARGS="common/fairness.py" tries one file)
+	@$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, import rules
 	@$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,51 @@ def test_nothing_takes_no_time() -> None:
     model = PerfModel("nvidia-h100", SHAPE)
     assert model.prefill_s(0, 5000) == model.decode_step_s(0, 0) == model.fetch_s("host", 0) == 0.0
     assert model.fetch_s("attic", 10) == math.inf
+
+
+def test_what_is_not_known_of_a_model_follows_from_what_is() -> None:
+    def ask(shape: ModelShape) -> tuple[float, ...]:
+        model = PerfModel("nvidia-h100", shape)
+        return model.prefill_s(2000, 500), model.decode_step_s(8, 4000), model.handover_s(1000)
+
+    assert ask(ModelShape()) == ask(ModelShape(10**9, 2 * 10**9, 64 * 1024)), "a billion parameters in half precision"
+    assert ask(ModelShape(weight_bytes=16 * 10**9)) == ask(ModelShape(8 * 10**9, 16 * 10**9, 64 * 1024))
+    assert ask(ModelShape(num_parameters=8 * 10**9)) == ask(ModelShape(8 * 10**9, 16 * 10**9, 64 * 1024))
+    assert ask(ModelShape(kv_bytes_per_token=1024)) == ask(ModelShape(10**9, 2 * 10**9, 1024))
+
+
+def test_the_least_that_can_be_measured_counts_and_less_than_that_does_not() -> None:
+    def moved(observe: Callable[[PerfModel], None]) -> bool:
+        guess, model = PerfModel("nvidia-h100", SHAPE), PerfModel("nvidia-h100", SHAPE)
+        observe(model)
+        figures = [
+            (m.prefill_s(9), m.decode_step_s(9, 9), m.handover_s(9), m.fetch_s("disk", 9)) for m in (guess, model)
+        ]
+        return figures[0] != figures[1]
+
+    assert moved(lambda model: model.observe_prefill(1, 0, 1.0))
+    assert not moved(lambda model: model.observe_prefill(0, 0, 1.0))
+    assert not moved(lambda model: model.observe_prefill(1, -1, 1.0))
+    assert moved(lambda model: model.observe_decode(1, 0, 1.0))
+    assert not moved(lambda model: model.observe_decode(0, 0, 1.0))
+    assert not moved(lambda model: model.observe_decode(1, -1, 1.0))
+    assert moved(lambda model: model.observe_handover(1, 1.0))
+    assert not moved(lambda model: model.observe_handover(0, 1.0))
+    assert moved(lambda model: model.observe_fetch({"disk": 1}, 1.0))
+    assert not moved(lambda model: model.observe_fetch({"disk": 0, "handover": 1}, 1.0))
+
+
+@pytest.mark.parametrize("observations", [1, 2, 500])
+def test_terms_that_were_never_measured_take_the_mean_of_what_was(observations: int) -> None:
+    """Short prompts say next to nothing of the pairs, which are most of a very long one. The first guess counts as a
+    tenth of an observation, and data of long ago is forgotten in the sum as in the weight."""
+    guess, model = PerfModel("nvidia-h100", SHAPE), PerfModel("nvidia-h100", SHAPE)
+    for _ in range(observations):
+        model.observe_prefill(16, 0, 2.0 * guess.prefill_s(16))
+    weight = (1.0 - 0.97**observations) / (1.0 - 0.97)
+    mean = (2.0 * weight + 0.1) / (weight + 0.1)
+    assert model._prefill.terms[2] / guess._prefill.terms[2] == pytest.approx(mean, rel=0.01)
+    assert model.prefill_s(16) == pytest.approx(2.0 * guess.prefill_s(16), rel=0.01)
 
 
 @settings(deadline=None, max_examples=40)
