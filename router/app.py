@@ -173,6 +173,8 @@ class Router:
         self.model.close()
 
     async def serve_until(self, stopped: asyncio.Event) -> None:
+        """Starts the servers, waits for `stopped`, then drains for `drain_grace_s` at the most. Raises what `start`
+        raises."""
         await self.start()
         await stopped.wait()
         log.info("draining: running requests have %g s to finish", self.config.drain_grace_s)

@@ -76,6 +76,7 @@ async def _serve(config: RouterConfig) -> None:
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
+        """Begins draining at the first signal, with a limit in time; the second one ends the process at once."""
         if stopped.is_set():
             os._exit(1)
         end_within(config.drain_grace_s + LATE_S)

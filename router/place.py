@@ -21,6 +21,8 @@ PLACE_VARIABLE = "TANDEM_SUPERVISOR_PLACE"
 
 @dataclass(frozen=True, slots=True)
 class RouterPlace:
+    """Number of this router among its siblings, and what its supervisor gave it."""
+
     index: int = 0
     count: int = 1
     folder: Path | None = None

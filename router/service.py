@@ -52,6 +52,8 @@ PUMP_S = 0.02
 
 
 class Service:
+    """What every front door uses of a router. On the event loop."""
+
     def __init__(
         self,
         config: RouterConfig,

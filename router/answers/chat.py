@@ -47,6 +47,7 @@ class ChatShapes(CompletionsShapes):
         """Choices that have called a function."""
 
     def opening(self) -> bytes:
+        """One event for each choice with its role, and with the text that it goes on from."""
         events: list[bytes] = []
         for index in range(self._num_choices):
             choice: dict[str, Any] = {
@@ -59,6 +60,7 @@ class ChatShapes(CompletionsShapes):
         return b"".join(events)
 
     def chunks(self, delta: Delta) -> bytes:
+        """Events in OpenAI's form: text as it comes, and the finish reason in an event of its own."""
         if self._tools is not None:
             return self._chunks_with_tools(delta)
         events = b""
@@ -91,6 +93,7 @@ class ChatShapes(CompletionsShapes):
         return events
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
+        """A `chat.completion` object with every choice."""
         choices: list[dict[str, Any]] = []
         for _, delta in deltas:
             choice: dict[str, Any] = {

@@ -35,6 +35,7 @@ class CompletionShapes(CompletionsShapes):
         return b""
 
     def chunks(self, delta: Delta) -> bytes:
+        """Events in OpenAI's form; the first of a choice has the prompt where that is echoed."""
         first = delta.index not in self._opened
         self._opened.add(delta.index)
         plain = not delta.piece.token_ids and not (first and (self._echo or self._token_ids))
@@ -56,6 +57,7 @@ class CompletionShapes(CompletionsShapes):
         return events
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
+        """A `text_completion` object with every choice."""
         choices = [self._choice(delta, True, delta.finish_reason) for _, delta in deltas]
         for shape, (choice, delta) in zip(choices, deltas, strict=True):
             shape["stop_reason"] = delta.stop_reason

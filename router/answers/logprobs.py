@@ -34,6 +34,7 @@ def chat_entries(
     """One for each token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        """One token with its log probability (not below `LOWEST`) and its bytes."""
         raw = text.token_bytes(token_id)
         return {
             "token": as_id(token_id) if as_ids else raw.decode("utf-8", errors="replace"),
@@ -61,6 +62,8 @@ def completion_logprobs(
     tokens = list(map(as_id, piece.token_ids)) if as_ids else piece.token_texts
 
     def tops() -> Iterator[dict[str, float] | None]:
+        """Log probabilities by text for each output token: the `top` likeliest and the token itself. None where it has
+        none."""
         for token, entry in zip(tokens, logprobs, strict=True):
             if entry is None:
                 yield None
@@ -87,6 +90,7 @@ def prompt_logprobs(text: ModelText, choice: Choice, top: int) -> LongList:
         return {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text.token_text(token_id)}
 
     def scored() -> Iterator[dict[str, dict[str, Any]] | None]:
+        """Entries by token id for each prompt token; None for the first, which nothing precedes."""
         yield None
         for token_id, token in zip(choice.spec.sequence.prompt.token_ids[1:], choice.prompt_logprobs[1:], strict=True):
             listed = {str(token_id): entry(token_id, token.logprob, token.rank)}

@@ -30,7 +30,7 @@ class MessageShapes:
         self._call = call
         self._index = -1
         self._kind = ""
-        """Of the block that is growing; empty: none is."""
+        """Kind of the block that is growing; empty: none is."""
         self._called = False
         self._last: Delta | None = None
         self._message: dict[str, Any] = {
@@ -51,6 +51,7 @@ class MessageShapes:
         return b"".join(map(self._event_of, self._parsed(delta)))
 
     def ending(self, usage: Usage) -> bytes:
+        """The end of the open block, then `message_delta` with the stop reason and usage, then `message_stop`."""
         return (
             self._stop_block()
             + _event("message_delta", delta=self._stop(), usage=_usage(usage))
@@ -61,6 +62,7 @@ class MessageShapes:
         return b"event: error\ndata: %b\n\n" % msgspec.json.encode(anthropic_error(error, self._request_id))
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
+        """A message with at most one block of text and one `tool_use` block for each call."""
         text, calls = collect([event for _, delta in deltas for event in self._parsed(delta)])
         content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
         for called in calls:

@@ -10,7 +10,7 @@ from tandem.router.text.tokenizer import ModelText
 
 MAX_WORDS = 256
 MAX_CHARACTERS = 256
-"""Of a word."""
+"""Most characters of one word."""
 
 
 async def bad_word_tokens(

@@ -49,6 +49,8 @@ _NESTED = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT})
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A constraint to be prepared and checked: one JSON line to the process."""
+
     kind: Literal["json_schema", "regex", "lark"]
     text: str
     tokenizer: str = ""
@@ -61,6 +63,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """What the process found out about one question."""
+
     problem: str = ""
     """Empty: it can be used."""
     expression: str = ""

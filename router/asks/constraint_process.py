@@ -26,9 +26,10 @@ from tandem.router.structured.lark import endless
 from tandem.router.structured.prepare import SchemaOptions, prepare
 
 CPU_S = 2.0
-"""Of one check; then the process is ended by SIGPROF. The largest schemas of good will take a tenth."""
+"""Processor time of one check in seconds; then the process is ended by SIGPROF. The largest schemas of good will take a
+tenth."""
 MEMORY_BYTES = 2 << 30
-"""Of address space; the process itself has about a quarter of it."""
+"""Address space that the process may have, in bytes; it has about a quarter of that to begin with."""
 STACK_BYTES = 2 << 20
 """A quarter of what threads have elsewhere, so that what passes here is safe in a worker."""
 WALKS = 2
@@ -171,6 +172,7 @@ def answer(questions: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main() -> None:
+    """Answers questions from standard input until it ends, on a thread with a small stack and with bounded memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

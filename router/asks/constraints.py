@@ -23,13 +23,15 @@ from tandem.router.text.tokenizer import ModelText
 from tandem.router.tools.grammar import literal
 
 MAX_CONSTRAINT_CHARACTERS = 128 * 1024
-"""Of a schema, expression or grammar. OpenAI's limit on schemas is about the same."""
+"""Most characters of a schema, expression or grammar. OpenAI's limit on schemas is about the same."""
 MAX_CHOICES_LISTED = 1024
 ALL_MASKS_S = 0.25
 """Processor time to find what may come next in all answers of a request, on average."""
 
 
 class JsonSchemaFormat(Fields):
+    """`response_format.json_schema`: the schema that the output must match."""
+
     name: str | None = None
     description: str | None = None
     schema: dict[str, Any] | None = None
@@ -56,7 +58,7 @@ class StructuredOutputs(Fields):
 
 
 class ConstraintFields(SamplingFields, kw_only=True):
-    """And those that say what the output must match."""
+    """Sampling fields, and those that say what the output must match."""
 
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -69,6 +71,8 @@ class ConstraintFields(SamplingFields, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class CheckedConstraint:
+    """A constraint that the workers' library has accepted."""
+
     constraint: Constraint
     ignored: tuple[str, ...] = ()
     """Fields that the output is not held to, by their names."""
@@ -140,7 +144,7 @@ async def _answer(question: Question, param: str, asking: Asking) -> Answer:
 
 
 _PLACES = {"response_format": "response_format.json_schema.schema"}
-"""Of schemas, where errors name a field around them."""
+"""Places of schemas by field, where errors name the fields around them."""
 
 
 def _options(fields: ConstraintFields) -> SchemaOptions:

@@ -21,6 +21,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
 class FunctionSpec(Fields):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -28,10 +30,14 @@ class FunctionSpec(Fields):
 
 
 class Tool(Fields):
+    """One of the tools that a request offers."""
+
     function: FunctionSpec
     type: Literal["function"] = "function"
 
     def for_template(self) -> dict[str, Any]:
+        """The tool as chat templates expect it, without `strict`; a function without parameters takes an empty
+        object."""
         function: dict[str, Any] = {"name": self.function.name}
         if self.function.description is not None:
             function["description"] = self.function.description

@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """The answer to one line: HTTP status and JSON body."""
+
     status: int
     body: bytes
     error: TandemError | None = None

@@ -121,6 +121,8 @@ class Storage:
         now = time.time()
 
         def sweep(index: Index) -> None:
+            """Deletes files that have expired, and those that the index does not know and that are older than
+            `ORPHAN_S`."""
             for file_id in index.drop_expired(now, now - kept_s):
                 self.path(file_id).unlink(missing_ok=True)
             known = index.known_names()
@@ -169,6 +171,8 @@ class Upload:
         )
 
         def register(index: Index) -> None:
+            """Gives the upload its final name once it is on disk, and lists it in the index. Where that fails the file
+            is removed again."""
             assert self._file is not None
             os.fsync(self._file.fileno())
             place = self._storage.path(self._id)

@@ -63,7 +63,7 @@ class BatchLane:
         self._caller_of = caller_of
         self._room = room
         self._runs: dict[str, BatchRun] = {}
-        """By batch; the next one to start a line is the first."""
+        """Runs by id of the batch; the first is the next one to start a line."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._main: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()

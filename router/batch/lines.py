@@ -185,6 +185,7 @@ class _Journal:
         self._file.truncate(self._size)
 
     def append(self, line: bytes) -> None:
+        """Writes one whole line. Raises OSError where that fails, and then none of it stays."""
         try:
             write_all(self._file.fileno(), line)
         except OSError:

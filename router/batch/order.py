@@ -62,7 +62,7 @@ class LineOrder:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._ranks, leaders = _ordered(items)
-        """By index: its place in the order."""
+        """Place in the order of each item, by its index."""
         self._followers: dict[int, list[int]] = defaultdict(list)
         self._ready: list[tuple[int, int]] = []
         for index, leader in enumerate(leaders):

@@ -18,6 +18,8 @@ UNFINISHED: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "ca
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
+    """One file of a tenant. Times are whole seconds since 1970."""
+
     id: str
     tenant: str
     filename: str
@@ -59,6 +61,8 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
+    """One batch of a tenant and how far it is. Times are whole seconds since 1970."""
+
     id: str
     tenant: str
     endpoint: str

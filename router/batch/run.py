@@ -309,6 +309,7 @@ class BatchRun:
         names = {file.id for file in files}
 
         def end(stored: BatchRecord) -> BatchRecord:
+            """The record of the ended batch. Only result files that have a line are named in it."""
             return replace(
                 stored,
                 status=self._outcome,

@@ -30,6 +30,8 @@ REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded"})
 
 
 class Accounts:
+    """Limits and usage of all tenants, as one router counts them. On the event loop."""
+
     def __init__(self, registry: CollectorRegistry | None = None, buckets: Buckets | None = None) -> None:
         """`buckets`: shared ones where routers share limits."""
         self.limits = Limits(LocalBuckets(time.monotonic) if buckets is None else buckets)

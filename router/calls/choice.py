@@ -33,6 +33,8 @@ _PREEMPTIONS = {worker_pb2.PREEMPTION_MEMORY: "memory", worker_pb2.PREEMPTION_PR
 
 @dataclass(frozen=True, slots=True)
 class ChoiceSpec:
+    """What one choice asks for: its sequence, and what becomes of the output."""
+
     sequence: SequenceSpec
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -75,6 +77,8 @@ class CallContext:
 
 @dataclass(slots=True)
 class CallSpec:
+    """What one call asks for: its choices, and what it is known by."""
+
     request_id: str
     """Unique among all calls of all routers; the workers' keys derive from it."""
     choices: Sequence[ChoiceSpec]
@@ -181,6 +185,7 @@ class Choice:
         return Delta(self.index, self._text.take(), self._finish_reason, self._stop_reason)
 
     def cancel(self) -> None:
+        """Ends the choice on its workers and in the metrics. Idempotent."""
         if not self.finished:
             self.finished = True
             self._call.context.metrics.completion_tokens.inc(by=self.num_tokens)
@@ -193,6 +198,8 @@ class Choice:
         del self._call
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
+        """Takes one output of the decode worker, on the event loop. Never raises: what goes wrong fails this call
+        only."""
         if self.finished:
             return
         try:

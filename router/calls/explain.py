@@ -22,9 +22,9 @@ MAX_RECORDS = 4000
 MAX_CANDIDATES = 8
 """The cheapest ones that are shown of a placement."""
 MAX_PREEMPTIONS = 8
-"""That are shown of an attempt; all are counted."""
+"""Preemptions that are shown of an attempt; all are counted."""
 MAX_ATTEMPTS = 32
-"""Of one record: a request with n=16 and retries."""
+"""Most attempts of one record, as many as a request with n=16 and retries has."""
 
 
 @dataclass(slots=True)
@@ -49,6 +49,8 @@ class AttemptNote:
     """`stop`, `length`, or what broke it."""
 
     def describe(self) -> dict[str, Any]:
+        """The attempt as JSON values: stages and hits are there once the worker has told of them, candidates up to
+        `MAX_CANDIDATES`."""
         value: dict[str, Any] = {
             "choice": self.choice,
             "attempt": self.epoch,
@@ -86,6 +88,9 @@ class AttemptNote:
 
 @dataclass(slots=True)
 class Record:
+    """One request's account: what `x-tandem-explain` shows of it. Times that end in `_s` are seconds since it
+    arrived."""
+
     request_id: str
     tenant: str
     arrived: float
@@ -108,6 +113,8 @@ class Record:
         self.granted_s = self._now()
 
     def placed(self, choice: int, epoch: int, attempt: Attempt, resumed: int) -> None:
+        """Notes that an attempt begins; `resumed`: output tokens that it starts with. Beyond `MAX_ATTEMPTS` nothing is
+        noted."""
         if len(self.attempts) >= MAX_ATTEMPTS:
             return
         decode, prefill = attempt.decode.name, attempt.prefill.name if attempt.prefill is not None else None

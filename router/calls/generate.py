@@ -34,6 +34,8 @@ SUBMITTING_S = 0.01
 
 @dataclass(slots=True)
 class Usage:
+    """Tokens of a call, as answers report them. A prompt with several choices counts once."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_by_tier: dict[str, int] = field(default_factory=dict)
@@ -154,6 +156,8 @@ class Call:
                 choice.close()
 
     def choice_ready(self, choice: Choice) -> None:
+        """Tells the call that `choice` has something new. Fails the call where a client reads so slowly that too much
+        is waiting."""
         self._heard = True
         if choice.finished:
             self._unfinished -= 1
@@ -166,6 +170,7 @@ class Call:
             self._wake()
 
     def prompt_computed(self, choice: Choice) -> None:
+        """Tells metrics and admission that the prompt of `choice` is computed, and how much of it was cached."""
         metrics = self.context.metrics
         metrics.prompt_tokens_seen += len(choice.spec.sequence.prompt.token_ids)
         metrics.cached_tokens_seen += sum(choice.cached_by_tier.values())

@@ -81,6 +81,8 @@ def _plain(bound: float) -> str:
 
 
 def stop_strings(fields: SamplingFields) -> tuple[str, ...]:
+    """The stop strings of a request. Raises TandemError `invalid_request` where there are too many, or one is empty or
+    too long."""
     stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     if len(stops) > MAX_STOPS:
         raise invalid("stop", f"may hold at most {MAX_STOPS} strings, got {len(stops)}")

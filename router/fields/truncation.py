@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
+    """How a prompt that is too long is cut."""
+
     keep: int
     """Tokens, special ones included."""
     side: Side

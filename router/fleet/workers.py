@@ -178,6 +178,7 @@ class Fleet:
                 source.look_again()
 
     def left(self, client: WorkerClient) -> None:
+        """Forgets a client that has ended. A worker that was listed again meanwhile gets a new one."""
         if self._clients.get(client.target) is client:
             del self._clients[client.target]
             self._sort()

@@ -28,6 +28,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcExchange:
+    """One call on the event loop; the counterpart of HTTP's `Exchange`."""
+
     def __init__(self, method: str, context: Context, accounts: Accounts, work: FairWork) -> None:
         """`work`: threads for what would hold the event loop."""
         self.method = method

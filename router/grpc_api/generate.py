@@ -105,6 +105,7 @@ class _Answers:
         return delta.index in self._before
 
     def of(self, delta: Delta) -> pb.GenerateResponse:
+        """The message for what is new of one choice; the first one also has what is told of the prompt."""
         answer = pb.GenerateResponse(request_id=self._request_id, index=delta.index, token_ids=delta.piece.token_ids)
         if delta.index not in self._before:
             self._add_prompt(answer)

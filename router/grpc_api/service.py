@@ -47,6 +47,8 @@ Handler = Callable[[GrpcExchange, Any, Service], Awaitable[Message | None]]
 
 @dataclass(frozen=True, slots=True)
 class Method:
+    """How one method of the service is read and answered."""
+
     request: type[Message]
     handler: Handler
     generates: bool = False
@@ -91,6 +93,8 @@ class InferenceService:
 
     def _behaviour(self, name: str, method: Method) -> Callable[[bytes, Context], Awaitable[bytes | None]]:
         async def answer(raw: bytes, context: Context) -> bytes | None:
+            """Runs the handler of one call, and turns errors into statuses. Counts the call and writes its line in the
+            log, whatever becomes of it."""
             exchange = GrpcExchange(f"/{SERVICE_NAME}/{name}", context, self._accounts, self._service.work)
             metrics, status = self._service.metrics, "CANCELLED"
             try:

@@ -33,6 +33,8 @@ class _ExpiresAfter(Fields):
 
 
 class BatchBody(Fields):
+    """Body of POST /v1/batches."""
+
     input_file_id: str
     endpoint: str
     completion_window: str

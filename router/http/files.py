@@ -191,6 +191,7 @@ class _Form:
         return [name for name in self._fields if name not in _FIELDS]
 
     def kept_s(self) -> int:
+        """Seconds that the file is to be kept. Raises TandemError `invalid_request` naming `expires_after`."""
         seconds = self._fields.get("expires_after[seconds]")
         anchor = self._fields.get("expires_after[anchor]")
         number = int(seconds) if seconds is not None and seconds.isdigit() and len(seconds) < 12 else None

@@ -29,6 +29,8 @@ def generating(endpoint: Endpoint[Any]) -> Callable[[Exchange, Service], Awaitab
     """The handler of an endpoint."""
 
     async def handler(exchange: Exchange, service: Service) -> None:
+        """Reads the body, plans, and answers: in events where the request says `stream`, else as one object. Raises
+        TandemError."""
         body = await exchange.decode(endpoint.reader)
         exchange.name(body.request_id)
         exchange.ignore(endpoint.ignored(body))

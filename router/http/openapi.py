@@ -48,6 +48,8 @@ _PAGE = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
+    """One path and method, as the document lists it."""
+
     method: str
     path: str
     """With `{name}` for what varies."""

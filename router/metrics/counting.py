@@ -28,6 +28,7 @@ class Counter(Collector):
         self._values[labels] = self._values.get(labels, 0.0) + by
 
     def collect(self) -> Iterator[Metric]:
+        """The counter in Prometheus' form, one sample for each set of labels."""
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
         for labels, value in self._values.items():
             family.add_metric(labels, value)
@@ -48,6 +49,7 @@ class Histogram(Collector):
         self._sum += value
 
     def collect(self) -> Iterator[Metric]:
+        """The histogram in Prometheus' form, with cumulative buckets."""
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = list(zip(names, accumulate(self._counts), strict=True))
         family = HistogramMetricFamily(self._name, self._text)

@@ -22,6 +22,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class RouterMetrics:
+    """All metrics of one router, in a registry of their own. Changed on the event loop only."""
+
     def __init__(self) -> None:
         self.registry = registry = process_registry()
         self.requests = Counter(
@@ -89,6 +91,7 @@ class _AdmissionCollector(Collector):
         self._admission = admission
 
     def collect(self) -> Iterator[Metric]:
+        """What waits for its turn now, and counters of what was granted, queued and refused."""
         admission = self._admission
         yield GaugeMetricFamily(
             "tandem_router_waiting_requests", "Requests that wait for their turn", admission.waiting_requests
@@ -115,6 +118,8 @@ class _FleetCollector(Collector):
         self._fleet = fleet
 
     def collect(self) -> Iterator[Metric]:
+        """Gauges of each worker from its last status, and of each source of workers. On the event loop."""
+
         def gauge(name: str, text: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"tandem_worker_{name}", text, labels=["target", "role", "worker"])
 

@@ -22,6 +22,8 @@ FAULT = "internal"
 
 
 class Listener(Protocol):
+    """Who hears of an attempt, on the event loop."""
+
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
         """An output of the decode worker; with a finish_reason it is the last call."""
 
@@ -30,6 +32,8 @@ class Listener(Protocol):
 
 
 class Attempt:
+    """One start of a sequence on its workers, until the decode worker finishes it or is lost."""
+
     def __init__(
         self,
         message: worker_pb2.SessionRequest,
@@ -68,6 +72,8 @@ class Attempt:
         self._cancel_prefill()
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
+        """Hands an output of the decode worker to the listener; an error that is the worker's fault counts against its
+        health."""
         if not self._answered and not output.preempted:
             self._note_answer(output)
         if output.finish_reason:
@@ -110,6 +116,8 @@ class _PrefillSide:
         self._attempt = attempt
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
+        """Hears how the prefill ended; unless the KV was handed over, the decode worker is told to compute the
+        prompt."""
         if output.finish_reason in (worker_pb2.FINISH_REASON_UNSPECIFIED, worker_pb2.FINISH_REASON_HANDED_OVER):
             return
         if output.error.code == FAULT and self._attempt.prefill is not None:

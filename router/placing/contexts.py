@@ -54,6 +54,8 @@ class ContextClient:
     async def put(
         self, owner: str, name: str, token_ids: Sequence[int], *, root: bytes, ttl_s: float, version: int
     ) -> kvnode_pb2.Context:
+        """Stores a version of a named context on the store node. Raises TandemError `invalid_request`, `overloaded`, or
+        `unavailable` where the node does not answer."""
         request = kvnode_pb2.PutContextRequest(
             owner=owner, name=name, version=version, token_ids=token_ids, root=root, ttl_s=ttl_s
         )
@@ -88,6 +90,8 @@ class ContextClient:
         return list((await _answered(self._node().ListContexts(request, timeout=CALL_S))).contexts)
 
     async def drop(self, owner: str, name: str) -> None:
+        """Removes a named context. Raises TandemError `not_found` where the owner has none of that name, `unavailable`
+        where the node does not answer."""
         request = kvnode_pb2.DropContextRequest(owner=owner, name=name)
         try:
             if not (await _answered(self._node().DropContext(request, timeout=CALL_S), name)).dropped:

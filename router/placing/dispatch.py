@@ -51,6 +51,8 @@ class SequenceSpec:
 
 
 class Dispatcher:
+    """Starts sequences on the workers that `placement.place` chooses. On the event loop."""
+
     def __init__(
         self,
         fleet: Fleet,

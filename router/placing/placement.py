@@ -34,9 +34,9 @@ it is on the decode worker; `cheaper_here`: neither, but nobody there is held up
 `left_free`: the last band leaves the last prefill worker to others."""
 
 Hits = Mapping[int, tuple[int, int]]
-"""By slot: leading prompt tokens present, and tokens promised right after them."""
+"""Prefix hits by slot of a worker: leading prompt tokens present, and tokens promised right after them."""
 Stored = Mapping[str, Sequence[tuple[str, int]]]
-"""By store node: the leading prompt tokens it can fetch, as runs of (tier, end of the run in tokens)."""
+"""Leading prompt tokens that each store node can fetch, as runs of (tier, end of the run in tokens)."""
 _NOTHING = (0, 0)
 
 PREFILL_WEIGHT = 2.0
@@ -51,6 +51,8 @@ DECODE_WEIGHT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """What the policy knows of a request."""
+
     prompt_tokens: int
     output_tokens: int = 256
     """Expected."""
@@ -60,7 +62,7 @@ class Request:
     """Why it cannot be handed over: `prompt_logprobs`, `pooling` or `left_free`."""
     stored: Stored = field(default_factory=dict)
     adapter_s: Mapping[int, float] = field(default_factory=dict)
-    """By slot of a decode worker: time to load the request's adapter there."""
+    """Seconds to load the request's adapter, by slot of a decode worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +80,17 @@ class CandidateCost:
     fetch_s: float
     """KV from the store."""
     stall_s: float
-    """By which the decode worker's other requests are held up, all together, while it computes the prompt."""
+    """Seconds that the decode worker's other requests are held up, all together, while it computes the prompt."""
     handover_s: float
     decode_s: float
     """All expected output of this request."""
     slowdown_s: float
-    """By which the others' steps become longer, all together, while this request decodes."""
+    """Seconds that the others' steps become longer, all together, while this request decodes."""
     memory_s: float
     """Until others have made room for its KV, and what being preempted would cost."""
     adapter_s: float
     device_tokens: int
-    """Of the prompt, on the worker that computes it."""
+    """Prompt tokens on the device of the worker that computes the prompt."""
     promised_tokens: int
     """More that an earlier request will have computed there by then."""
     stored_tokens: tuple[tuple[str, int], ...]
@@ -101,6 +103,8 @@ _Way = tuple["_Prompt", "_Decode", WorkerLoad, WorkerLoad | None]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
+    """The decision for one request, and what it was based on."""
+
     decode: int
     """Index of the decode worker."""
     prefill: int | None

@@ -17,7 +17,7 @@ from tandem.router.fleet.session import WorkerSession, hashes
 from tandem.router.placing.prefix_index import PrefixIndex
 
 FIRST_OUTPUT_TOKENS = 256.0
-"""Of an average answer, until some have ended."""
+"""Output tokens of an average answer, until some have ended."""
 _REMEMBERED = 100
 """Answers in that average, the latest most."""
 _COMPUTED = (worker_pb2.FINISH_REASON_HANDED_OVER, worker_pb2.FINISH_REASON_STOP)
@@ -30,11 +30,12 @@ class Pool:
     def __init__(self) -> None:
         self.index = PrefixIndex()
         self.output_tokens = FIRST_OUTPUT_TOKENS
-        """Of a recent answer, on average."""
+        """Output tokens of a recent answer, on average."""
         self._models: dict[tuple[str, ModelShape], PerfModel] = {}
         self._states: dict[tuple[str, int], WorkerState] = {}
 
     def state(self, session: WorkerSession) -> WorkerState:
+        """The state of a worker's session; a new one where the worker has connected again."""
         state = self._states.get(session.identity)
         if state is None or state.session is not session:
             state = self._states[session.identity] = WorkerState(self, session)
@@ -79,6 +80,8 @@ class WorkerState:
         self.alive = True
 
     def on_status(self, status: worker_pb2.WorkerStatus) -> None:
+        """Corrects the load by what the worker says of requests that are not this router's, and learns from its decode
+        steps."""
         load = self.load
         used = (status.total_blocks - min(status.free_blocks, status.total_blocks)) * self._block_size
         load.foreign(
@@ -93,6 +96,7 @@ class WorkerState:
             load.model.observe_decode(status.decoding, status.running_tokens, status.decode_step_s)
 
     def on_cache(self, events: worker_pb2.CacheEvents) -> None:
+        """Follows the worker's prefix cache. A reset voids what was known of it."""
         if not self.session.info.sends_cache_events:
             return
         index, load = self._pool.index, self.load
@@ -139,6 +143,7 @@ class Placed:
         pool.index.promise(state.load.slot, chain, self._promised_from)
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
+        """Follows one request on its worker: when its prompt is computed, how many tokens it has produced."""
         reason = output.finish_reason
         if self._fresh and (output.token_ids or reason in _COMPUTED):
             self._fresh = False

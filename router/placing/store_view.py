@@ -42,8 +42,8 @@ class StoreView:
     def reach(
         self, keys: Sequence[ObjectKey], chunk_tokens: int, nodes: Collection[str]
     ) -> Mapping[str, Sequence[tuple[str, int]]]:
-        """By home node of `nodes`: the leading chunks of the chain `keys` that it can fetch, as runs of (tier, end of
-        the run in tokens). The same tier everywhere else is a peer's."""
+        """Leading chunks of the chain `keys` that each of `nodes` can fetch, by node, as runs of (tier, end of the run
+        in tokens). An object on any other node counts as a peer's."""
         found: list[tuple[Location, ...]] = []
         for locations in self._watcher.lookup(keys):
             if not locations:

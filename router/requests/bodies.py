@@ -70,6 +70,8 @@ class GenerationBody(ConstraintFields, kw_only=True):
 
 
 class CompletionBody(GenerationBody, kw_only=True):
+    """Body of POST /v1/completions."""
+
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     context: str | None = None
@@ -86,6 +88,8 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 
 class ChatBody(GenerationBody, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

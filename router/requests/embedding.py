@@ -32,6 +32,8 @@ _POOLING = {"mean": worker_pb2.POOLING_MEAN, "last": worker_pb2.POOLING_LAST}
 
 
 class EmbeddingsBody(Fields):
+    """Body of POST /v1/embeddings."""
+
     input: str | list[str | int | list[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -77,6 +79,7 @@ async def _prompts(body: EmbeddingsBody, service: Service, caller: Caller) -> li
     )
 
     async def of_text(text: str, param: str) -> Prompt:
+        """The prompt of one text. Raises TandemError naming `param`."""
         special = body.add_special_tokens is not False
         return await model.text_prompt(
             text, param=param, caller=caller, add_special_tokens=special, truncation=truncation

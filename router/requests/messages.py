@@ -42,6 +42,8 @@ class Turn(Fields):
 
 
 class AnthropicTool(Fields):
+    """A tool as Anthropic's API has it; `input_schema` is the JSON schema of its arguments."""
+
     name: str
     input_schema: dict[str, Any]
     description: str | None = None
@@ -101,6 +103,8 @@ class CountBody(Fields, kw_only=True):
 
 
 class MessagesBody(CountBody, kw_only=True):
+    """Body of POST /v1/messages."""
+
     max_tokens: int
     stop_sequences: list[str] | None = None
     stream: bool | None = None

@@ -23,6 +23,8 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 class InputItem(Fields):
+    """One item of `input`: a message, a function call or its output."""
+
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[ContentPart] | None = None
@@ -50,6 +52,8 @@ class TextConfig(Fields):
 
 
 class ResponsesBody(DrawingFields, kw_only=True):
+    """Body of POST /v1/responses."""
+
     chat_names: ClassVar[list[tuple[str, str]]] = CHAT_NAMES
     input: str | list[InputItem]
     instructions: str | None = None

@@ -16,7 +16,7 @@ from tandem.router.structured.references import References
 
 MAX_KEYS = 64
 MAX_DEPTH = 10
-"""Of an object of which nothing is declared, as in JSON mode."""
+"""Most levels of an object of which nothing is declared, as in JSON mode."""
 
 _INSIDE = (MAPS | LISTS | SINGLE) - frozenset(IN_PLACE)
 _OF_OBJECTS_AT_LARGE = {"type", "required", "minProperties", "maxProperties"}
@@ -37,6 +37,7 @@ class _Names:
     """It is said what further keys there may be."""
 
     def add(self, other: _Names) -> _Names:
+        """Takes in what `other` declares, and returns itself."""
         self.keys |= other.keys
         self.patterns |= other.patterns
         self.needed |= other.needed

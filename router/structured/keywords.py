@@ -8,7 +8,7 @@ from typing import Any
 
 Schema = dict[str, Any] | bool
 Problem = Callable[[str], str]
-"""Of a pattern: why the grammar's library cannot use it; empty if it can."""
+"""Says of a pattern why the grammar's library cannot use it; empty if it can."""
 
 MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})

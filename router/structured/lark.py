@@ -34,6 +34,7 @@ class _Options:
     options: list[list[_Options | str]] = field(default_factory=lambda: [[]])
 
     def names(self) -> Iterator[str]:
+        """Names of all rules that the alternatives mention, also in groups; some more than once."""
         for option in self.options:
             for part in option:
                 if isinstance(part, str):
@@ -42,6 +43,7 @@ class _Options:
                     yield from part.names()
 
     def ends(self, known: set[str], rules: dict[str, _Options]) -> bool:
+        """Whether an alternative ends, if the rules in `known` do. Names that are no rules end."""
         return any(
             all(
                 part in known or part not in rules if isinstance(part, str) else part.ends(known, rules)

@@ -24,11 +24,13 @@ _OPTIONS: dict[str, type] = {
     "json_allowed_escapes": str,
     "json_allow_general_unicode_escapes": bool,
 }
-"""Of `x-guidance`, the library's own key at the top of a schema."""
+"""Types of the options in `x-guidance`, the library's own key at the top of a schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaOptions:
+    """How strictly a schema is read."""
+
     lenient: bool = True
     """Keywords that cannot be enforced are ignored, and named, instead of refused."""
     closed: bool = True

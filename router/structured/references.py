@@ -15,6 +15,7 @@ def with_definitions(root: dict[str, Any]) -> dict[str, Any]:
     moved: dict[str, str] = {}
 
     def visit(schema: Any, _: str) -> Any:
+        """The schema, its references to places that no keyword leads to turned into references to new definitions."""
         if not isinstance(schema, dict):
             return schema
         result = mapped(schema, MAPS | LISTS | SINGLE, visit)

@@ -21,9 +21,9 @@ class FairCache(Generic[K, V]):
         """The oldest first."""
         self._weight = 0
         self._keys: dict[str, OrderedDict[K, None]] = {}
-        """By owner, in the same order."""
+        """Keys of each owner, in the same order."""
         self._weights: dict[str, int] = {}
-        """By owner."""
+        """Weight of each owner's entries."""
 
     def __len__(self) -> int:
         return len(self._entries)

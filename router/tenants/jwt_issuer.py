@@ -23,6 +23,8 @@ ALGORITHMS = SYMMETRIC | ASYMMETRIC
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
+    """One issuer of tokens, and what its tokens must say."""
+
     name: str
     """The tokens' `iss`."""
     audience: str
@@ -32,7 +34,7 @@ class Issuer:
     claim: str
     """The claim that names the tenant."""
     keys: Mapping[str, Any]
-    """By key id; "" for a single key without one."""
+    """Public keys by key id; "" for a single key without one."""
 
     def verify(self, token: str) -> tuple[str, float]:
         """What names the tenant, and when the token ends, in seconds since 1970.

@@ -53,13 +53,15 @@ class _Book:
         """Tokens that were found good: checking a signature takes longer than placing a request."""
 
     def holder(self, credential: str) -> Caller | None:
-        """Of an API key, or of a token that was `remember`ed and is still in force."""
+        """The caller who has this API key, or a token that was `remember`ed and is still in force. None: nobody."""
         digest = hashlib.sha256(credential.encode()).digest()
         blinded = self._blind(digest)
         known, caller, end = self._keys.get(blinded) or self._tokens.get(blinded) or _NOBODY
         return caller if hmac.compare_digest(known, digest) and time.time() < end else None
 
     def remember(self, token: str, caller: Caller, end: float) -> None:
+        """Keeps a verified token until `end` (seconds since 1970), so that it is not verified each time. Beyond
+        `MAX_TOKENS` the oldest goes."""
         if len(self._tokens) >= MAX_TOKENS:
             self._tokens.pop(next(iter(self._tokens)))
         digest = hashlib.sha256(token.encode()).digest()

@@ -33,7 +33,7 @@ class Hour(msgspec.Struct):
 
 
 class TenantUsage(msgspec.Struct):
-    """Of one tenant. Also what routers tell each other."""
+    """Usage of one tenant, in memory and between routers."""
 
     tenant: str
     since: int
@@ -41,7 +41,7 @@ class TenantUsage(msgspec.Struct):
     requests: int = 0
     """Those that were let in and have ended."""
     failed: int = 0
-    """Of these, those that ended with an error before any output; their tokens do not count."""
+    """Requests among them that ended with an error before any output; their tokens do not count."""
     rejected: int = 0
     """Turned away: over a limit, or because the router was overloaded. No part of `requests`."""
     prompt_tokens: int = 0
@@ -52,6 +52,7 @@ class TenantUsage(msgspec.Struct):
     """Oldest first; those without traffic are missing."""
 
     def describe(self) -> dict[str, Any]:
+        """The usage as /v1/usage writes it: JSON values."""
         return {
             "tenant": self.tenant,
             "since": self.since,
@@ -86,6 +87,7 @@ class UsageLog:
         cached_by_tier: Mapping[str, int],
         failed: bool = False,
     ) -> None:
+        """Counts one request that was let in and is over. The tokens of a failed one do not count."""
         usage = self._of(tenant)
         hour = self._hour(usage)
         usage.requests += 1
@@ -107,7 +109,7 @@ class UsageLog:
         self._hour(usage).rejected += 1
 
     def report(self, tenant: str | None = None) -> list[TenantUsage]:
-        """Of one tenant, who may have used nothing yet, or of all that have used something."""
+        """Usage of one tenant, who may have used nothing yet, or of all that have used something."""
         usages = list(self._tenants.values())
         if tenant is not None:
             usages = [self._tenants.get(tenant) or TenantUsage(tenant, self._since)]
@@ -177,6 +179,8 @@ class UsageCollector(Collector):
         self._usage = usage
 
     def collect(self) -> Iterator[Metric]:
+        """Requests and tokens by tenant, in Prometheus' form."""
+
         def counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
             return CounterMetricFamily(f"tandem_tenant_{name}", text, labels=["tenant", *labels])
 

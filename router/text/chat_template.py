@@ -22,7 +22,7 @@ from tandem.router.tools.formats import ToolFormat, detect
 
 DEFAULT_NAME = "default"
 TOOLS_NAME = "tool_use"
-"""Of the template that some models have for requests with tools."""
+"""Name of the template that some models have for requests with tools."""
 
 
 class ChatTemplate:

@@ -179,6 +179,7 @@ def shifted(piece: Piece, characters: int) -> Piece:
 
 
 def joined(one: Piece, other: Piece) -> Piece:
+    """Two pieces, one after the other, as one."""
     return Piece(
         one.text + other.text,
         one.token_ids + other.token_ids,

@@ -31,7 +31,8 @@ NORMALIZERS |= {"Prepend", "Replace", "Strip", "StripAccents"}
 PRE_TOKENIZERS = {"BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "FixedLength", "Metaspace"}
 PRE_TOKENIZERS |= {"Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"}
 POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"}
-"""Of each, the kinds that are known to look at one stretch, or at offsets only."""
+"""Kinds of normalizers, pre-tokenizers and post-processors that are known to look at one stretch, or at offsets
+only."""
 
 
 def cut_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
@@ -50,6 +51,8 @@ def cut(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 
 def parts_stand_alone(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer treats each stretch between added tokens by itself. False where any of its parts is not
+    known to."""
     model = tokenizer.model
     drawn = (isinstance(model, BPE) and model.dropout) or (isinstance(model, Unigram) and model.alpha is not None)
     if drawn or not isinstance(model, BPE | Unigram | WordLevel | WordPiece):

@@ -33,6 +33,8 @@ class Detokenizer:
         """Whether the last token has text that is still held back."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens make certain; may be empty. A broken character is held back for `MAX_STUCK_TOKENS`
+        at the most."""
         self._ids += token_ids
         decoded = self._decode()
         certain = len(decoded.rstrip(REPLACEMENT))

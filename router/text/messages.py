@@ -27,12 +27,14 @@ class ToolCall(Fields):
 
 
 class Message(Fields):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    """Of a message with role tool: the call that it answers."""
+    """Id of the call that a message with role tool answers."""
 
 
 def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:

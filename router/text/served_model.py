@@ -91,6 +91,9 @@ def _fair_renderings() -> FairWork:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
+    """The served model as the router needs it: no weights. On the event loop; long work goes to threads and
+    processes."""
+
     name: str
     text: ModelText
     template: ChatTemplate | None
@@ -133,6 +136,7 @@ class ServedModel:
         )
 
     def close(self) -> None:
+        """Ends the threads and processes that render and tokenize."""
         self._renderings.close()
         if self.template is not None:
             self.template.close()
@@ -315,6 +319,8 @@ class Prompt:
         self._chain_of: tuple[bytes, int] | None = None
 
     def chain(self, root: Namespace, block_size: int) -> list[BlockHash]:
+        """Hashes of the prompt's full blocks from `root` on, the first `MAX_HASHED_BLOCKS` at the most. The latest
+        answer is kept."""
         if self._chain_of != (root, block_size):
             self._chain = prefix_chain(root, self.token_ids[: MAX_HASHED_BLOCKS * block_size], block_size)
             self._chain_of = (root, block_size)

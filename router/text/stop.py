@@ -9,6 +9,8 @@ from functools import lru_cache
 
 @dataclass(frozen=True, slots=True)
 class StopResult:
+    """What one piece of text comes to."""
+
     text: str
     """Text that may be shown now."""
     matched: str | None = None
@@ -36,6 +38,8 @@ class StopMatcher:
         return self._held
 
     def feed(self, piece: str) -> StopResult:
+        """Text that may be shown after `piece`: up to a stop string that is complete, and without what could begin
+        one."""
         if not self._held and self._begins.isdisjoint(piece):
             return StopResult(piece)
         text = self._held + piece

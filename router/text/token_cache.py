@@ -8,9 +8,9 @@ from collections import OrderedDict
 MAX_BYTES = 32 * 2**20
 """Texts, ids and their book-keeping: about three million tokens of English."""
 ENTRY_BYTES = 300
-"""Of an entry, beside its text and ids."""
+"""Bytes that an entry takes beside its text and ids."""
 MAX_SHARE = 0.25
-"""Of the cache that one text may take; a longer one is not kept."""
+"""Share of the cache that one text may take; a longer one is not kept."""
 
 
 class TokenCache:
@@ -37,6 +37,7 @@ class TokenCache:
         return ids
 
     def put(self, salt: bytes, text: str, ids: bytes) -> None:
+        """Keeps the ids of a text under a tenant's salt. The oldest entries leave where the cache is full."""
         key, size = (salt, text), _size(text, ids)
         if size > self._max_bytes * MAX_SHARE or key in self._kept:
             return

@@ -132,6 +132,8 @@ class ModelText:
         return [], []
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of some token ids. Raises TokenizerPanic (a TandemError `invalid_request`) where the library
+        panics."""
         with whole_failures():
             if len(token_ids) <= INLINE_TOKENS:
                 return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -151,7 +153,7 @@ class ModelText:
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def token_id(self, token: str) -> int | None:
-        """Of one token by its name, such as `<tool_call>`; None where the vocabulary has none."""
+        """Id of one token by its name, such as `<tool_call>`; None where the vocabulary has none."""
         return self._tokenizer.token_to_id(token)
 
     def is_special(self, token: str) -> bool:

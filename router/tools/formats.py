@@ -20,6 +20,8 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
+    """One form of calls: how to read it, and how to hold the output to it."""
+
     name: str
     marks: tuple[str, ...]
     """Tokens that begin or end a call; special in some tokenizers."""
@@ -52,7 +54,7 @@ def format_named(name: str) -> ToolFormat:
 
 
 def detect(template: str) -> ToolFormat | None:
-    """By what the template writes for calls of earlier turns. None: it knows no tools, or in another form."""
+    """The form that the template writes for calls of earlier turns. None: it knows no tools, or another form."""
     if "tools" not in template:
         return None
     if mistral.MARK in template:

@@ -18,6 +18,8 @@ _BETWEEN = " \t\r\n,;"
 
 
 class HermesParser:
+    """A `ToolParser` of one choice."""
+
     def __init__(self, names: frozenset[str]) -> None:
         self._writer = Writer()
         self._held = ""
@@ -28,12 +30,14 @@ class HermesParser:
         """Text before a call that belongs to it, in case that it is none."""
 
     def feed(self, text: str) -> list[Event]:
+        """Events that the next piece of text makes certain."""
         self._held += text
         while self._step():
             pass
         return self._writer.take()
 
     def finish(self) -> list[Event]:
+        """Events for what was held back; a call that never began is text."""
         if self._reader is not None and not self._reader.started:
             self._writer.text(self._read + self._reader.raw)
         elif self._at in ("text", "opened"):
@@ -104,6 +108,8 @@ class HermesParser:
 
 
 def hermes_rules(calls: Sequence[tuple[str, str]], parallel: bool, mark: Callable[[str], str]) -> list[str]:
+    """Rules in Lark of which `calls` is the first: one call, or several where `parallel`. `mark` writes a special token
+    in the grammar."""
     several = ' ("\\n" call)*' if parallel else ""
     return [
         f"calls: call{several}",

@@ -23,12 +23,14 @@ class Llama3Parser:
         self._at: Literal["begin", "call", "between", "text"] = "begin"
 
     def feed(self, text: str) -> list[Event]:
+        """Events that the next piece of text makes certain."""
         self._held += text
         while self._step():
             pass
         return self._writer.take()
 
     def finish(self) -> list[Event]:
+        """Events for what was held back; an answer without a call is text."""
         if self._reader is not None and not self._reader.started:
             self._writer.text(self._reader.raw)
         if not self._writer.calls:

@@ -18,21 +18,25 @@ _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
 class MistralParser:
+    """A `ToolParser` of one choice, for both forms."""
+
     def __init__(self, names: frozenset[str]) -> None:
         self._writer = Writer()
         self._held = ""
         self._reader: CallReader | None = None
         self._at: Literal["text", "marked", "list", "named"] = "text"
         self._read = ""
-        """Of a call that has not started yet: its text, in case that it is none."""
+        """Text of a call that has not started yet, in case that it is none."""
 
     def feed(self, text: str) -> list[Event]:
+        """Events that the next piece of text makes certain."""
         self._held += text
         while self._step():
             pass
         return self._writer.take()
 
     def finish(self) -> list[Event]:
+        """Events for what was held back; a call that never began is text."""
         if self._reader is not None:
             if not self._reader.started:
                 self._writer.text(self._read + self._reader.raw)

@@ -53,6 +53,8 @@ class Waiting:
 
 
 class Admission:
+    """The queue before the workers. On the event loop; grants and refusals come as calls to `Waiting`."""
+
     def __init__(
         self,
         counters: ServiceCounters,
@@ -73,7 +75,7 @@ class Admission:
         self.queued = 0
         """Granted requests that had to wait."""
         self.refused: Counter[str] = Counter()
-        """By reason: full, displaced, slo, deadline, unavailable."""
+        """Refused requests by reason: full, displaced, slo, deadline, unavailable."""
         self._counters = counters
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -302,7 +304,7 @@ class Admission:
         return victims
 
     def _share(self, waiting: Waiting) -> float:
-        """Of the queue's requests and tokens, per weight."""
+        """Share of the queue's requests and tokens that one request takes, per weight of its tenant."""
         return (1 / self._max_requests + waiting.prompt_tokens / self._max_tokens) / waiting.weight
 
     def _overloaded(self, reason: str) -> TandemError:
@@ -317,7 +319,7 @@ class _Held:
     requests: int = 0
     tokens: int = 0
     share: float = 0.0
-    """Of the queue's requests and tokens, per weight."""
+    """Share of the queue's requests and tokens, per weight of the tenant."""
 
 
 class _Rate:
@@ -340,6 +342,7 @@ class _Rate:
         self.tokens_per_s = math.inf
 
     def note(self, now: float, tokens: int) -> None:
+        """Counts prompt tokens that were granted at `now` (seconds), and closes the window when it is long enough."""
         self._tokens += tokens
         if self._since is not None and now - self._since >= _WINDOW_S:
             rate = self._tokens / (now - self._since)

@@ -23,7 +23,7 @@ FIRST_OUTPUT_GUESS = 256
 """Output tokens assumed of a tenant's first requests. `max_tokens` alone would not do: left out, it means the rest of
 the context, and one such request would empty a bucket."""
 GUESS_WEIGHT = 0.1
-"""Of the latest request in the running mean of output tokens."""
+"""Weight of the latest request in the running mean of output tokens."""
 CONCURRENCY_RETRY_S = 1.0
 BYTES_PER_REQUEST = 64 * 1024
 BYTES_PER_TOKEN = 64
@@ -73,13 +73,14 @@ class Buckets(Protocol):
 
 
 class LocalBuckets:
-    """Of this process alone. A bucket is one number: when it will be full."""
+    """Buckets of this process alone. A bucket is one number: when it will be full."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._full_at: dict[str, float] = {}
 
     def take(self, key: str, amount: float, rate: float, burst: float) -> float:
+        """Takes `amount`, or tells the seconds until it could; see `Buckets`."""
         now = self._clock()
         full_at = max(now, self._full_at.get(key, now))
         missing = min(amount, burst) - (burst - (full_at - now) * rate)
@@ -124,6 +125,8 @@ class LocalBuckets:
 
 
 class RateLimited(TandemError):
+    """A TandemError `rate_limit_exceeded` that names the limit."""
+
     def __init__(self, limit: str, message: str, retry_after_s: float) -> None:
         super().__init__("rate_limit_exceeded", message, retry_after_s=retry_after_s)
         self.limit = limit

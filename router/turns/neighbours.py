@@ -33,6 +33,8 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """What one router says of itself at each exchange."""
+
     beat: _Count
     """Grows with every exchange."""
     charged: _Amount = 0.0
@@ -79,6 +81,8 @@ class Neighbours:
         self._settled = False
 
     def hear(self, rows: Mapping[bytes, bytes]) -> None:
+        """Takes the rows of one exchange, by router. Rows that cannot be read are counted; a router that was silent for
+        `ALIVE_S` and has no row is gone."""
         now = self._clock()
         self._unreadable = []
         for name, text in rows.items():

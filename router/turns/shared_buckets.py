@@ -63,6 +63,7 @@ class _Bucket:
         return max(self.full_at.counter, self.own_full_at)
 
     def charge(self, seconds: float, now: float) -> None:
+        """Takes `seconds` worth of filling: from the lease first, the rest from the bucket."""
         leased = max(0.0, min(seconds, self.lease_s))
         self.lease_s -= leased
         if seconds != leased:
@@ -108,6 +109,8 @@ class SharedBuckets:
         return len(self._buckets)
 
     def take(self, key: str, amount: float, rate: float, burst: float) -> float:
+        """Takes `amount` from what all routers share, or from this router's part of it while Redis is away; see
+        `Buckets`."""
         if self._divided:
             wait_s = self._share.take(key, amount, rate / self.routers, burst / self.routers)
             if wait_s == 0.0:
@@ -128,24 +131,29 @@ class SharedBuckets:
         self._bucket(key, rate, burst).charge(-amount / rate, self._clock())
 
     def level(self, key: str, rate: float, burst: float) -> float:
+        """What is left in the bucket; negative: it is owed."""
         if self._divided:
             return self._share.level(key, rate / self.routers, burst / self.routers)
         bucket = self._buckets.get(key)
         return burst - max(0.0, bucket.until - self._clock()) * rate if bucket is not None else burst
 
     def in_flight(self, tenant: str, here: int) -> int:
+        """Requests in flight at all routers as last heard; while Redis is away the others are taken to have as many as
+        this one."""
         if self._divided:
             return here * self.routers
         places = self._places.get(tenant)
         return here + (places.elsewhere if places is not None else 0)
 
     def set_in_flight(self, tenant: str, here: int) -> None:
+        """Notes how many requests are in flight here, for the next exchange; a new one uses up a granted place."""
         places = self._places.setdefault(tenant, Places())
         if here > places.here and places.granted:
             places.granted -= 1
         places.here = here
 
     def may_decide(self, key: str, amount: float, rate: float, burst: float) -> bool:
+        """True without others, with a lease that is large enough, or where the bucket is too empty in any case."""
         if not self._shares:
             return True
         bucket, now = self._bucket(key, rate, burst), self._clock()
@@ -166,6 +174,7 @@ class SharedBuckets:
         places.most = most
 
     async def hear(self, timeout_s: float) -> None:
+        """Wants an exchange and waits for its news, `timeout_s` at the most."""
         news = self._news
         self.wanted()
         with contextlib.suppress(TimeoutError):

@@ -306,6 +306,7 @@ class SharedCollector(Collector):
         self._shared = shared
 
     def collect(self) -> Iterator[Metric]:
+        """Gauges and counters of the exchange with Redis, in Prometheus' form."""
         shared = self._shared
         for name, text, value in (
             ("active", "1 while limits and fairness are shared through Redis, 0 while it is away", shared.connected),

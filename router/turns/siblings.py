@@ -40,6 +40,7 @@ class Siblings:
         self._answers[topic] = answer
 
     async def start(self) -> None:
+        """Listens for questions, if there are other routers. Raises OSError where the socket cannot be bound."""
         if self._folder is not None and self.count > 1:
             path = self._path(self.index)
             path.unlink(missing_ok=True)  # of this router's former life

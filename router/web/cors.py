@@ -27,6 +27,8 @@ _PREFLIGHT_VARIES = b"Origin, Access-Control-Request-Method, Access-Control-Requ
 
 
 class Cors:
+    """Headers for browsers, by the origins that were named."""
+
     def __init__(self, origins: Sequence[str]) -> None:
         """`origins`: `https://example.com[:port]`, `null`, or `*` for all. Raises ConfigError naming a wrong one."""
         named = frozenset(_origin(origin) for origin in origins)

@@ -46,6 +46,8 @@ class ClientGone(Exception):
 
 
 class Exchange:
+    """One request, from its headers to the end of its answer. On the event loop."""
+
     def __init__(
         self,
         scope: HTTPScope,
@@ -69,7 +71,7 @@ class Exchange:
         self.cors: Cors | None = None
         """None: no page of another origin may read the answer."""
         self.status = 0
-        """Of the answer; 0 until it has begun."""
+        """HTTP status of the answer; 0 until it has begun."""
         self._headers = dict(scope["headers"])
         self._query_string = scope["query_string"]
         self._receive = receive

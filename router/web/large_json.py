@@ -65,6 +65,7 @@ def _parts(value: Any) -> list[bytes]:
     found: list[LongList] = []
 
     def place(part: Any) -> msgspec.Raw:
+        """A placeholder for a long list, which is written later. Raises TypeError for other values."""
         if not isinstance(part, LongList):
             raise TypeError(f"{type(part).__name__} is not written as JSON")
         found.append(part)

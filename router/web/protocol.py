@@ -58,6 +58,8 @@ class _Lingering(RequestResponseCycle):
     lingers = False
 
     async def send(self, message: ASGISendEvent) -> None:
+        """Sends a part of the answer. After the last one the connection stays until the request is read, if it is
+        not."""
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if is_last and self.more_body and not self.keep_alive:
             self.keep_alive = self.lingers = True
@@ -70,6 +72,7 @@ class _UntilClosed(_Lingering):
     _has_length = True
 
     async def send(self, message: ASGISendEvent) -> None:
+        """Sends a part of the answer as it is: in no chunks, even where its length is not known."""
         if message["type"] == "http.response.start":
             self._has_length = any(name == b"content-length" for name, _ in message["headers"])
             if not self._has_length:
@@ -87,6 +90,7 @@ class _Refusals:
         self._next = 0.0
 
     def note(self, status: int, problem: str) -> None:
+        """Counts a refused request, and logs one line in `TELL_S` for all of them."""
         self._untold += 1
         now = time.monotonic()
         if now >= self._next:
@@ -114,6 +118,8 @@ _dropped = _Dropped()
 
 
 class BoundedHttp(HttpToolsProtocol):
+    """One connection of a client, made by uvicorn. On the event loop."""
+
     _framing = 0
     """Bytes of the current request that were no body; 0 between two requests."""
     _piece = 0
@@ -135,6 +141,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._timer = self.loop.call_later(RECEIVE_S, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the timers."""
         if self._timer is not None:
             self._timer.cancel()
         if self._probe is not None:
@@ -154,6 +161,8 @@ class BoundedHttp(HttpToolsProtocol):
         return True
 
     def data_received(self, data: bytes) -> None:
+        """Parses what came, within the limits on headers and time. After a whole answer further data is dropped
+        slowly."""
         self._piece = len(data)
         self._framing += len(data)
         self._unset_keepalive_if_required()
@@ -199,6 +208,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.parser.feed_data(b"".join(head) + b"\r\n")
 
     def on_headers_complete(self) -> None:
+        """Begins a request. Raises ValueError, which stops the parser, where the headers are too large."""
         if max(self._framing, self._piece) > MAX_FRAMING_BYTES and self._head_bytes() > MAX_FRAMING_BYTES:
             self._refuse_headers()
             raise ValueError("the parser may stop")
@@ -212,6 +222,7 @@ class BoundedHttp(HttpToolsProtocol):
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
+        """A request is read: its timer stops, and a connection that only lingered for it closes."""
         if self.parser.should_upgrade():
             return
         self._framing = 0
@@ -224,6 +235,8 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()
 
     def on_response_complete(self) -> None:
+        """An answer is sent: the connection closes where the client has ended its side, or ends its own side where a
+        request is still unread."""
         HttpToolsProtocol.on_response_complete(self)
         if self._ended and self.cycle.response_complete:
             self.transport.close()

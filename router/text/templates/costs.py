@@ -58,6 +58,7 @@ def is_small(value: Any) -> bool:
 
 
 def check_replaced(text: str, old: Any, new: Any) -> None:
+    """Raises Elsewhere where the text after `replace` could be longer than `MAX_TEXT`, or an argument is no text."""
     if type(old) is not str or type(new) is not str:
         raise Elsewhere
     if len(new) > len(old) and len(text) + text.count(old) * (len(new) - len(old)) > MAX_TEXT:
@@ -65,6 +66,7 @@ def check_replaced(text: str, old: Any, new: Any) -> None:
 
 
 def check_joined(separator: str, texts: Any) -> None:
+    """Raises Elsewhere where the joined text would be longer than `MAX_TEXT`, or `texts` is no list of texts."""
     if type(texts) is not list or not all(type(text) is str for text in texts):
         raise Elsewhere
     if sum(map(len, texts)) + len(separator) * len(texts) > MAX_TEXT:

@@ -65,6 +65,8 @@ def _tojson(
     cut: dict[str, str] = {}
 
     def name_of(value: Any) -> str:
+        """A random text that stands for arguments that are cut, until the JSON is written. Raises TypeError for other
+        values."""
         if not isinstance(value, CutArguments):
             raise TypeError(f"{type(value).__name__} is not JSON")
         name = secrets.token_hex(16)

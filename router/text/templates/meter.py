@@ -106,6 +106,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # What compiled templates call
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """The result of `left operator right`. Raises Elsewhere where it might be large or take long."""
         self._tick()
         kind = type(left)
         if operator == "+" and kind is type(right) and (kind is str or kind is list):
@@ -117,6 +118,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.binop_table[operator](left, right)
 
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls what a template calls, if it is known to be short. Raises Elsewhere otherwise."""
         __self._tick()
         kind = type(__obj)
         if kind is BuiltinMethodType:
@@ -215,6 +217,8 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """`trim` takes characters that it looks for."""
 
         def metered(value: Any, *args: Any, **kwargs: Any) -> Any:
+            """Calls the filter on a scalar. Raises Elsewhere for other values, and where it would look for too many
+            characters."""
             self._tick()
             if type(value) not in SCALARS or kwargs:
                 raise Elsewhere
@@ -228,6 +232,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """A filter that writes a value, such as `tojson`."""
 
         def metered(value: Any, *args: Any, **kwargs: Any) -> Any:
+            """Calls the filter on a value that is small with all that it contains. Raises Elsewhere otherwise."""
             self._tick()
             for option in (*args, *kwargs.values()):
                 if type(option) is int and option > MAX_INDENT:
@@ -240,6 +245,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _comparing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def metered(*args: Any) -> Any:
+            """Calls the test on values that are short to compare. Raises Elsewhere otherwise."""
             self._tick()
             for each in args:
                 self._writable(each)

@@ -42,6 +42,8 @@ SIZE = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Task:
+    """One rendering: messages and variables for the template."""
+
     messages: list[dict[str, Any]]
     variables: Mapping[str, Any]
     special: SpecialNames
@@ -56,6 +58,8 @@ def rendered_with(rendering: ChatRendering, task: Task) -> RenderedChat:
 
 
 def compiled(source: str) -> tuple[Run, jinja2.nodes.Template]:
+    """A function that renders the template within the process's bounds, and the syntax tree. Raises
+    jinja2.TemplateSyntaxError."""
     environment = plain_environment()
     tree = syntax_tree(environment, source)
     template = jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))

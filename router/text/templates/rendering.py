@@ -34,6 +34,8 @@ class TemplateSource:
 
 
 class ChatRendering:
+    """A model's chat templates, compiled: one for requests with tools, one for all others."""
+
     def __init__(self, source: TemplateSource, compile: Compile) -> None:
         """Raises ConfigError where a template does not compile."""
         self._template = _Compiled(source.text, compile)

@@ -19,7 +19,10 @@ TEXT_FILTERS = ("capitalize", "lower", "title", "trim", "upper")
 
 
 class Metered(jinja2.visitor.NodeTransformer):
+    """Changes a template's syntax tree in place; the filters that it adds are those of `MeteredEnvironment`."""
+
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
+        """A loop: what it goes through is counted."""
         self.generic_visit(node)
         assert isinstance(node.iter, jinja2.nodes.Expr)
         node.iter = _filtered(node.iter, EACH)
@@ -40,6 +43,7 @@ class Metered(jinja2.visitor.NodeTransformer):
         return _filtered(self.visit(first), SUM, parts[::-1])
 
     def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:
+        """A comparison of two values that are not literals: each must be short to compare."""
         self.generic_visit(node)
         sides = [node.expr, *(operand.expr for operand in node.ops)]
         if sum(not _is_literal(side) for side in sides) > 1:
@@ -51,6 +55,7 @@ class Metered(jinja2.visitor.NodeTransformer):
         return node
 
     def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+        """A look-up by a computed key: the key must be short."""
         self.generic_visit(node)
         if not (_is_literal(node.arg) or isinstance(node.arg, jinja2.nodes.Slice)):
             assert isinstance(node.arg, jinja2.nodes.Expr)
@@ -58,6 +63,7 @@ class Metered(jinja2.visitor.NodeTransformer):
         return node
 
     def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:
+        """A dict with computed keys: each must be short."""
         self.generic_visit(node)
         for pair in node.items:
             if not isinstance(pair.key, jinja2.nodes.Const):
