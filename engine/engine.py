@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
+    """One model on one worker. Methods may be called from any thread."""
+
     def __init__(
         self,
         config: EngineConfig,

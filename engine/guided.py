@@ -48,7 +48,7 @@ class Guided:
         self._end = end
         self._fail = fail
         self._sequences: dict[int, Sequence] = {}
-        """By the number of the guide."""
+        """Sequences by the number of their guide."""
         self._patience = Patience()
 
     def __len__(self) -> int:

@@ -48,6 +48,7 @@ class Inbox:
         done: Future[None] = Future()
 
         def carry() -> None:
+            """Makes the call, and hands its end or its exception to the thread that waits."""
             try:
                 call()
                 done.set_result(None)

@@ -14,6 +14,8 @@ from tandem.kvstore.identity import prefix_chain, request_namespace
 
 
 class Intake:
+    """Makes a `Sequence` of each request that can be served. Engine thread only."""
+
     def __init__(self, config: EngineConfig, loaded: LoadedModel, max_model_len: int) -> None:
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching

@@ -32,7 +32,7 @@ class Pooling(enum.IntEnum):
 
     NONE = 0
     MEAN = 1
-    """Of the last layer's normalised hidden states of all prompt tokens."""
+    """Mean of the last layer's normalised hidden states of all prompt tokens."""
     LAST = 2
     """That of the last token."""
 
@@ -47,6 +47,8 @@ class Preemption(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
+    """Log probabilities of one token, and of the likeliest tokens at its place."""
+
     logprob: float
     rank: int
     """1: the most likely token."""
@@ -150,6 +152,8 @@ class KvImport(Protocol):
 
 @dataclass(slots=True)
 class EngineRequest:
+    """A request to one engine. The engine reads it on its own thread; nobody changes it once it is submitted."""
+
     key: RequestKey
     prompt_token_ids: list[int]
     sampling: SamplingParams

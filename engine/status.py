@@ -12,6 +12,8 @@ _DECAY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
+    """The load of an engine at one moment."""
+
     running: int
     """Requests with KV blocks: computed, waiting for an import, or kept for a hand-over."""
     waiting: int

@@ -90,6 +90,8 @@ class Reservation:
         self._completed(first)
 
     def fail(self, reason: str) -> None:
+        """Gives up the hand-over, for `reason`; the prompt is then computed here. Without effect once it has ended. For
+        any thread."""
         with self._lock:
             if not self._open:
                 return

@@ -34,6 +34,7 @@ class Work:
 
     @property
     def problem(self) -> str:
+        """Why the constraint is too much work for the tokens that it has covered; empty: it is not."""
         allowed_s = BUDGET_S + BUDGET_PER_TOKEN_S * self.tokens
         if self.spent_s <= allowed_s:
             return ""
@@ -82,6 +83,7 @@ class Guide:
         return not (self.ready or self.complete or self.error)
 
     def take(self, reply: Reply) -> None:
+        """Takes the reply to what was asked last: the next mask, an end, or an error."""
         self.opened = True
         self.work.masks += 1
         self.work.spent_s += reply.cost_s

@@ -46,6 +46,8 @@ Request = Open | Follow | Close
 
 
 class Reply(msgspec.Struct, array_like=True):
+    """A process's answer to one `Open` or `Follow`."""
+
     guide: int
     cost_s: float
     """Processor time, without that of compiling."""

@@ -167,6 +167,7 @@ class MaskPool:
             guide.prompt = home.backlog_s <= PROMPT_S
 
     def close(self, guide: Guide) -> None:
+        """Forgets a guide; what its process still answers for it is dropped. Without effect if it is closed."""
         home = self._homes.pop(guide.number, None)
         if home is not None:
             del home.guides[guide.number]
@@ -303,6 +304,7 @@ class MaskPool:
         self._failed_starts += 1  # until it is ready
 
     def stop(self) -> None:
+        """Ends all mask processes and the process that they are made from."""
         for process in self.processes:
             process.connection.close()
         self.processes.clear()

@@ -56,6 +56,8 @@ class Masks:
         """Processor time until this process yields."""
 
     def answer(self, request: Request) -> Reply | None:
+        """The reply to one request; None for `Close`. An error of the library is in the reply, except that a signal may
+        end the process."""
         match request:
             case Open(guide, kind, text, tokens):
                 try:

@@ -71,6 +71,8 @@ class ReferenceAttention:
         self._windows = sliding_windows
 
     def attend(self, layer: int, q: Tensor, batch: ForwardBatch, pool: KvPool) -> Tensor:
+        """Attention of one layer, a row at a time or a slice at a time: q [rows, heads, head_dim] -> [rows, heads *
+        head_dim], of q's dtype."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lengths = batch.context_lens.tolist()
         pieces = [(row, 1, lengths[row], batch.block_tables[row]) for row in range(batch.num_decode)]

@@ -181,6 +181,8 @@ class _Fields:
     def positive_float(
         self, name: str, default: float | None = None, *, least: float = LEAST_NUMBER, most: float = MOST_NUMBER
     ) -> float:
+        """A number above 0 from `least` to `most`. Raises ConfigError naming the field for anything else, and where it
+        is missing without a default."""
         value = self.values.get(name)
         if value is None:
             value = default
@@ -193,6 +195,7 @@ class _Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
+        """True or false; `default` where the field is absent or null. Raises ConfigError for anything else."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -201,6 +204,8 @@ class _Fields:
         return value
 
     def section(self, name: str) -> _Fields | None:
+        """The fields of an object inside this one; None where it is absent or empty. Raises ConfigError where it is no
+        object."""
         value = self.values.get(name)
         if not value:
             return None

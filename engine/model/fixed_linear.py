@@ -21,7 +21,7 @@ from tandem.engine.model.native_build import compiled, instruction_flags
 
 SOURCE = Path(__file__).with_name("fixed_linear.c")
 MACROS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("BFLOAT16",)}
-"""Of the dtypes that there is a kernel for."""
+"""Macros for the compiler, by each dtype that there is a kernel for."""
 _PARALLEL_WORK = 1 << 22
 """Products that a thread should have to do: fewer take less time than waking it."""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -90,6 +90,7 @@ class FixedLinear:
             kernels.spread(x.data_ptr(), operand.data_ptr(), rows, self._inputs)
 
         def compute(first: int, last: int) -> None:
+            """Computes panels `first` to `last`, without the interpreter lock; several threads share the panels."""
             kernels.linear(
                 operand.data_ptr(),
                 self._packed.data_ptr(),

@@ -24,7 +24,7 @@ from tandem.engine.model.fixed_linear import FixedLinear, fixed_kernels
 _mkldnn: Any = torch.ops.mkldnn
 
 MOST_ROWS = 512
-"""Of one product; more rows are computed in pieces."""
+"""Most rows of one product; more rows are computed in pieces."""
 _ROWS_HINT = 16
 """Row count that oneDNN chooses the packed layout for. In float32 only this one gave row-invariant results with AMX."""
 _UNSPLIT_INPUTS = 448
@@ -87,6 +87,8 @@ def in_pieces(compute: Callable[..., Tensor], most: int, *tensors: Tensor) -> Te
 
 
 class PlainLinear:
+    """A `Linear` that calls `F.linear`, for GPUs and for dtypes that oneDNN does not pack."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
@@ -103,6 +105,8 @@ class PlainLinear:
 
 
 class PackedLinear:
+    """A `Linear` of the CPU whose weight oneDNN has packed once. Keeps no reference to the weight given."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = _mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias

@@ -41,10 +41,10 @@ class LoadedModel:
     decoder: Decoder
     config: ModelConfig
     dtype: torch.dtype
-    """Of the weights, activations and the KV pool."""
+    """Dtype of the weights, activations and the KV pool."""
     device: torch.device
     namespace: Namespace
-    """Of its KV, without a tenant's salt."""
+    """Identity of its KV, without a tenant's salt."""
     compatibility: bytes
     """32 bytes; workers whose values are equal may exchange KV."""
     rows: RowPromise

@@ -179,6 +179,7 @@ class Decoder:
             return q.float(), k.float()
 
         def layers() -> Iterator[_Layer]:
+            """The layers in order, with the weights that the checkpoint has for each."""
             for index in range(config.num_layers):
                 prefix = f"model.layers.{index}."
                 attention, mlp = prefix + "self_attn.", prefix + "mlp."

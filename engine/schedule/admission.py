@@ -24,6 +24,8 @@ Pending = dict[BlockHash, tuple[int, int]]
 
 
 class Admission:
+    """Gives blocks and slots to sequences that wait, in their turn."""
+
     def __init__(self, blocks: BlockManager, roster: Roster, max_num_seqs: int) -> None:
         self._blocks = blocks
         self._roster = roster

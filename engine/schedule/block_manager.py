@@ -29,6 +29,9 @@ class IntegrityError(Exception):
 
 
 class BlockManager:
+    """The books of the KV pool: tables of requests, and the prefix cache. Block ids count from 1; block 0 is for rows
+    that nobody reads."""
+
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, longest_request: int = 0
     ) -> None:

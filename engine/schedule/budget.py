@@ -14,6 +14,8 @@ BlockId = NewType("BlockId", int)
 
 
 class BlockBudget:
+    """Free blocks, and who has borrowed some."""
+
     def __init__(
         self, num_blocks: int, least_for_kv: int, evictable: Callable[[], int], evict: Callable[[], BlockId]
     ) -> None:

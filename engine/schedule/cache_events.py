@@ -35,12 +35,14 @@ class CacheLog:
         return self._count
 
     def stored(self, block_hash: BlockHash) -> None:
+        """Notes that a block answers prefix look-ups from now on."""
         with self._lock:
             self._present.add(block_hash)
             self._changes.append((block_hash, True))
             self._count += 1
 
     def removed(self, block_hash: BlockHash) -> None:
+        """Notes that a block answers prefix look-ups no more."""
         with self._lock:
             self._present.discard(block_hash)
             self._changes.append((block_hash, False))

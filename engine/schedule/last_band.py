@@ -36,6 +36,9 @@ class Room:
 
 
 class LastBand:
+    """The account of the last band's time: `SHARE` of it while others have work. Seconds of time.monotonic() come with
+    the calls."""
+
     def __init__(self) -> None:
         self.due_at: float | None = None
         """When its next piece is due; None: it need not wait."""

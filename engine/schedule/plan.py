@@ -31,6 +31,8 @@ class Chunk:
 
 @dataclass(slots=True)
 class StepPlan:
+    """One step: `decodes` get one token each, `chunks` are pieces of prompts."""
+
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)

@@ -18,6 +18,8 @@ _APART = (Phase.LOOKUP, Phase.IMPORTING, Phase.LOADING, Phase.HOLDING)
 
 
 class Roster:
+    """Every live sequence, in the one phase that it is in."""
+
     def __init__(self, blocks: BlockManager, max_num_seqs: int) -> None:
         """`max_num_seqs`: slots, one for each that runs, imports or loads."""
         self._blocks = blocks

@@ -45,6 +45,8 @@ from tandem.kvstore.identity import extend_chain
 
 
 class Scheduler:
+    """Plans steps and keeps every sequence's phase. Engine thread only, except for the counts that status reads."""
+
     def __init__(
         self,
         blocks: BlockManager,

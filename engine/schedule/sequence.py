@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
+    """Where a sequence is on its way through the engine."""
+
     LOOKUP = "lookup"
     """The first mask of its constraint is on its way, or the KV store asked what it has of the prompt; not in the queue
     yet, without blocks."""

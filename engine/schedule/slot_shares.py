@@ -17,6 +17,8 @@ KEPT_S = 1.0
 
 
 class SlotShares:
+    """Says which running sequences a newcomer may displace, so that no tenant keeps nearly all slots."""
+
     def __init__(self, max_num_seqs: int) -> None:
         self._large = max_num_seqs / LARGE
         self._most = max(1, max_num_seqs // KEPT_SHARE)

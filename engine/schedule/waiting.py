@@ -18,6 +18,8 @@ _Line = list[tuple[int, Sequence]]
 
 
 class WaitingQueue:
+    """Lines of waiting sequences, one for each tenant and priority."""
+
     def __init__(self, counters: ServiceCounters) -> None:
         self._counters = counters
         self._lines: dict[int, dict[str, _Line]] = {}
@@ -42,6 +44,7 @@ class WaitingQueue:
         return [sequence for line in lines for _, sequence in tuple(line)]
 
     def add(self, sequence: Sequence) -> None:
+        """Queues `sequence` in its tenant's line, at its place by arrival."""
         tenant, weight = sequence.request.tenant, sequence.request.weight
         account = self._counters.enter(tenant, sequence.priority)
         account.waiting += 1
@@ -50,6 +53,7 @@ class WaitingQueue:
         insort(self._lines.setdefault(sequence.priority, {}).setdefault(tenant, []), (sequence.arrival, sequence))
 
     def remove(self, sequence: Sequence) -> None:
+        """Takes `sequence` out of the queue, uncharged. It has to be there."""
         tenant = sequence.request.tenant
         tenants = self._lines[sequence.priority]
         line = tenants[tenant]

@@ -37,7 +37,7 @@ class StepResult:
     """What of the plan has its KV in the pool, in all layers."""
     tokens: list[NextToken] = field(default_factory=list)
     embeddings: list[tuple[Sequence, bytes]] = field(default_factory=list)
-    """Of requests for one whose prompts are computed: float32, little-endian [hidden_size]."""
+    """Embeddings of requests for one whose prompts are computed: float32, little-endian [hidden_size]."""
     failed: list[tuple[Sequence, TandemError]] = field(default_factory=list)
     """Requests that end, each for a reason of its own; nothing of theirs is in `computed`."""
     seconds: float = 0.0

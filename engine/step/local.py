@@ -84,6 +84,7 @@ class LocalExecutor:
             self._poolers[sequence] = Pooler(sequence.request.pooling)
 
     def release(self, sequence: Sequence) -> None:
+        """Frees the sequence's row, and what the sampler and pooling keep of it."""
         self._runner.release(sequence)
         self._sampler.release(sequence)
         self._poolers.pop(sequence, None)
@@ -93,6 +94,8 @@ class LocalExecutor:
         return self._runner.holds(sequence)
 
     def execute(self, plan: StepPlan, watch: StepWatch) -> StepResult | None:
+        """Computes the plan; where that raises, in parts, so that only those that fail are in `failed`. None: `watch`
+        gave it up."""
         started = time.perf_counter()
         try:
             result = self._compute(plan, watch, stops=self._loaded.device.type == "cpu")

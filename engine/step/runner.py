@@ -90,6 +90,8 @@ class DecodeRows:
 
 
 class Runner:
+    """Rows of block tables, and the batches made from them. Engine thread only."""
+
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
         self._blocks = blocks
         self._device = device

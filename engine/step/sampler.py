@@ -59,6 +59,7 @@ class Traits:
 
     @classmethod
     def of(cls, params: SamplingParams, stop_ids: frozenset[int]) -> Traits:
+        """Which stages `params` need. `stop_ids`: tokens that end this output."""
         greedy = params.temperature == 0.0
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         penalised = penalties != (1.0, 0.0, 0.0)

@@ -12,6 +12,8 @@ from tandem.kvstore.interfaces import ObjectKey
 
 
 class Chunks:
+    """Tells for each full chunk of a sequence which object of the store it is."""
+
     def __init__(self, store: EngineStore, loaded: LoadedModel) -> None:
         self._store = store
         self._model = loaded.config

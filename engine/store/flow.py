@@ -106,6 +106,8 @@ class StoreFlow:
         return gain >= self._blocks.block_size
 
     def look_up(self, sequence: Sequence) -> None:
+        """Asks the store, on another thread. `sequence` queues when the answer is there, after `LOOKUP_S` at the
+        latest, or at once where too many are asking."""
         state = self._state(sequence)
         state.lookup = LookUp(
             self._store,

@@ -162,6 +162,8 @@ class Load:
     # Loader thread
 
     def run(self) -> None:
+        """Copies all layers, on a loader thread. Never raises: what goes wrong is the outcome, and fewer tokens are
+        loaded."""
         self._began = time.monotonic()
         try:
             self._copy()

@@ -60,6 +60,7 @@ class LookUp:
         return TokenRanges.of((self.first_chunk * chunk_tokens, min(end, len(self._tokens) - 1)))
 
     def run(self) -> None:
+        """Asks the store, on a thread of look-ups. Never raises: what goes wrong means that nothing is there."""
         try:
             if not self.abandoned:
                 self._ask()

@@ -49,6 +49,7 @@ class Save:
         return self.outcome in ("saved", Refusal.EXISTS)
 
     def run(self) -> None:
+        """Copies the chunk into the store, on the saver's thread. Never raises: see `outcome`."""
         began = time.monotonic()
         try:
             self.outcome = self._save()
@@ -102,6 +103,7 @@ class KnownKeys:
         self._until: OrderedDict[ObjectKey, float] = OrderedDict()
 
     def add(self, key: ObjectKey, now: float) -> None:
+        """Remembers `key` for `LIFETIME_S` from `now` on. Beyond `CAPACITY` the one added longest ago is forgotten."""
         self._until[key] = now + self.LIFETIME_S
         self._until.move_to_end(key)
         if len(self._until) > self.CAPACITY:

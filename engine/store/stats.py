@@ -12,9 +12,10 @@ class StoreStats:
     """Totals since the start."""
 
     lookups: dict[str, int]
-    """By outcome: fetch (something is worth fetching), miss, recompute (computing is faster), slow, crowded."""
+    """Look-ups by outcome: fetch (something is worth fetching), miss, recompute (computing is faster), slow,
+    crowded."""
     loads: dict[str, int]
-    """By outcome: ok, or why less was loaded than was there: missing, slow, corrupt, mismatch, fidelity, stuck,
+    """Loads by outcome: ok, or why less was loaded than was there: missing, slow, corrupt, mismatch, fidelity, stuck,
     cancelled, internal."""
     saves: dict[str, int]
     """Chunks by outcome: saved, lapsed, failed, dropped (too many at once), or the store's refusal."""
@@ -44,6 +45,7 @@ class StoreCounters:
             self._lookups[outcome] += 1
 
     def load(self, outcome: str, seconds: float, tokens: dict[str, int]) -> None:
+        """Counts one load, the seconds it took and the tokens it brought, by tier."""
         with self._lock:
             self._loads[outcome] += 1
             self._load_s += seconds
@@ -59,6 +61,7 @@ class StoreCounters:
             self._gates_missed += 1
 
     def snapshot(self) -> StoreStats:
+        """The totals now. For any thread."""
         with self._lock:
             return StoreStats(
                 lookups=dict(self._lookups),

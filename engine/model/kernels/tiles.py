@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 PIPELINE_STAGES = 3
-"""Of the inner loop: one for the block table, two for K and V. Keeps every kernel below 99 KiB of shared memory, what
-a block may use on the smallest chips of the Ampere and Ada generations."""
+"""Stages of the inner loop: one for the block table, two for K and V. Keeps every kernel below 99 KiB of shared memory,
+what a block may use on the smallest chips of the Ampere and Ada generations."""
 LOG2_E = math.log2(math.e)
 LOG_2 = tl.constexpr(math.log(2.0))
-"""Of kernels, like every module constant they read."""
+"""Constant of kernels, like every module constant that they read."""
 
 
 @dataclass(frozen=True, slots=True)
