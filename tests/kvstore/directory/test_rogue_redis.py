@@ -25,7 +25,7 @@ RUBBISH: list[Any] = [
     b"\xff\x00" * 100,
     "x" * 1_000_000,
     ["a list"],
-    {"a", "set"},
+    {"a set"},
     {"epoch": "9" * 20, "gen": "9" * 12, "seq": "1e300", "info": "x", "heard": "inf"},
     {"epoch": "nan", "gen": "", "seq": "-1", "info": b"\xc1", "heard": "nan"},
     {f"h{number:0>32}a": str(number) for number in range(3000)},

@@ -113,7 +113,7 @@ RUBBISH: list[Any] = [
     "9" * 1_000_000,
     ["a list"] * 10,
     {"a": "hash"},
-    {"a", "set"},
+    {"a set"},
     {f"field {number}": "x" * 100 for number in range(2000)},
 ]
 
