@@ -13,9 +13,9 @@ import sys
 import time
 
 RUN_FOLDER_VARIABLE = "TANDEM_SUPERVISOR_RUN_DIRECTORY"
-"""In the environment of all processes below a supervisor: its run folder."""
+"""Environment variable of all processes below a supervisor; its value is the run folder."""
 PATIENCE_S = 10.0
-"""For processes that die and may still write."""
+"""Seconds that it tries: dying processes may still write into the folder."""
 
 
 def main(folder: str) -> None:

@@ -54,7 +54,7 @@ def open_channel(target: str, secret: bytes, options: Options = ()) -> grpc.Chan
 
 
 def open_aio_channel(target: str, secret: bytes, options: Options = ()) -> grpc.aio.Channel:
-    """For the event loop that runs."""
+    """A channel to `target` for the event loop that runs. With a secret it is mutual TLS, without one it is plain."""
     if not secret:
         return grpc.aio.insecure_channel(target, options=list(options))
     return grpc.aio.secure_channel(target, _client(secret), options=_named(options))

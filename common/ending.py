@@ -20,8 +20,8 @@ def ending_signals() -> list[signal.Signals]:
 
 
 def end_within(seconds: float) -> None:
-    """From now on: should this process still be there then, it says where its threads are and ends with status 1. Needs
-    neither the event loop nor Python's lock."""
+    """Limits the life of this process from now on: should it still be there after `seconds`, it says where its threads
+    are and ends with status 1. Needs neither the event loop nor Python's lock."""
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 

@@ -25,7 +25,7 @@ def private_file(path: Path) -> None:
 
 
 def private_opener(path: str | Path, flags: int) -> int:
-    """For `open`: what it makes is private. Raises OSError."""
+    """An `opener` for `open`: the file that it makes is private. Raises OSError."""
     return os.open(path, flags | os.O_CLOEXEC, stat.S_IRUSR | stat.S_IWUSR)
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def without_password(url: str) -> str:
-    """For logs and errors: without user and password."""
+    """The URL for logs and errors: without user and password."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -72,9 +72,9 @@ class SamplingParams:
     """0: off."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Over prompt and output tokens, as in CTRL and transformers."""
+    """Penalty on tokens of prompt and output, as in CTRL and transformers. 1: none."""
     presence_penalty: float = 0.0
-    """Over output tokens, as OpenAI defines it."""
+    """Penalty on tokens of the output, as OpenAI defines it. 0: none."""
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()

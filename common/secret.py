@@ -54,7 +54,7 @@ def derive(secret: bytes, purpose: str) -> bytes:
 
 
 def write_secret(path: Path, secret: bytes) -> None:
-    """For this user alone, and whole or not at all. Raises OSError."""
+    """Writes the secret for this user alone, whole or not at all. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -94,7 +94,8 @@ def traceparent_of(span: trace.Span) -> str:
 
 
 def process_registry() -> CollectorRegistry:
-    """For a process's metrics; begins with what every process has: memory, processor time, descriptors, collections."""
+    """A registry for a process's metrics, with what every process has: memory, processor time, descriptors,
+    collections."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one, which nobody reads
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)

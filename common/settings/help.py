@@ -69,7 +69,7 @@ def _flags(shown: Iterable[Setting], settings: Mapping[str, Setting], width: int
 
 
 def _about(setting: Setting) -> str:
-    """Beyond what the placeholder says."""
+    """Text beyond what the placeholder says."""
     said = [describe(setting)] if placeholder(setting) in _TO_EXPLAIN else []
     if setting.default is REQUIRED:
         said.append("required")

@@ -48,7 +48,7 @@ class Foreign:
 class Given:
     raw: Raw
     where: str
-    """For errors, such as `--port`, `TANDEM_PORT` or `serve.yaml, line 3: port`."""
+    """Place for errors to name, such as `--port`, `TANDEM_PORT` or `serve.yaml, line 3: port`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def is_repeatable(setting: Setting) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """For YAML."""
+    """The value as YAML can have it."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
