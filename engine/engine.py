@@ -114,7 +114,8 @@ class Engine:
         self._thread.start()
 
     def start_masks(self) -> None:
-        """Before `start`: the first request with a constraint does not wait for the tokenizer to be read."""
+        """Starts the mask processes, before `start`: the first request with a constraint does not wait for the
+        tokenizer to be read."""
         with contextlib.suppress(TandemError):  # such requests will be told
             self._requests.guided.masks.start()
 

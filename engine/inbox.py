@@ -21,7 +21,7 @@ class Inbox:
         self._rung.setblocking(False)
 
     def put(self, call: Callable[[], None]) -> None:
-        """From any thread, at any time."""
+        """Appends a call. From any thread, at any time."""
         self._calls.put(call)
         if self._asleep:  # set before it looks whether there are calls
             with suppress(BlockingIOError):  # it has been rung often enough

@@ -34,7 +34,7 @@ class Pooling(enum.IntEnum):
     MEAN = 1
     """Mean of the last layer's normalised hidden states of all prompt tokens."""
     LAST = 2
-    """That of the last token."""
+    """Hidden state of the last token, normalised as for MEAN."""
 
 
 class Preemption(enum.StrEnum):
@@ -42,7 +42,7 @@ class Preemption(enum.StrEnum):
 
     MEMORY = "memory"
     PRIORITY = "priority"
-    """For a request of an earlier band, or of a tenant with far fewer slots."""
+    """Given up for a request of an earlier band, or of a tenant with far fewer slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,10 @@ class RequestOutput:
     error_message: str = ""
     stop_token_id: int | None = None
     prompt: PromptReport | None = None
-    """With the first output."""
+    """Report that comes with the first output."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    """With the first output, when asked for: one entry per prompt token, the first is None."""
+    """Log probabilities that come with the first output, when asked for: one entry per prompt token, the first is
+    None."""
     embedding: bytes = b""
     """Little-endian float32 [hidden_size], where pooling was asked for."""
     preempted: Preemption | None = None

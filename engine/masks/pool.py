@@ -39,7 +39,7 @@ MAX_PROCESSES = 32
 MAX_OF_TENANT = 12
 """Processes in use at one time. Its further constraints share them."""
 PATIENCE_S = 60.0
-"""For an answer on a busy machine; what it may cost is bounded in processor time."""
+"""Seconds to wait for an answer on a busy machine; what it may cost is bounded in processor time."""
 MAX_FAILED_STARTS = 3
 MAX_DEATHS = 3
 """Processes that a tenant may take down with one constraint; then the constraint is refused"""
@@ -121,7 +121,7 @@ class MaskPool:
         self.changed: list[Guide] = []
         """Guides that something came for, until somebody clears it."""
         self.processes: list[MaskProcess] = []
-        """In the order of their last use."""
+        """Processes in the order of their last use."""
         self._arguments = [str(tokenizer), str(vocab_size), *map(str, eos_ids)]
         self._eos_ids: frozenset[int] = frozenset(eos_ids)
         self._unavailable = ""

@@ -106,8 +106,8 @@ class Masks:
 
 
 def grammar(kind: str, text: str) -> str:
-    """In the library's form, and without forcing: it would tokenize text that must come as if it were a prompt, so
-    that a text equal to a special token became that token, which does not match."""
+    """The constraint in the library's form, and without forcing: it would tokenize text that must come as if it were a
+    prompt, so that a text equal to a special token became that token, which does not match."""
     match kind:
         case "json_schema":
             lark = f"start: %json {text}"

@@ -101,7 +101,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     """Per layer: a query at position p sees keys at positions > p - window; None: all before it."""
     eos_token_ids: tuple[int, ...]
-    """From `generation_config.json`, else `config.json`, and the tokenizer's own, as in vLLM; may be empty."""
+    """Ids from `generation_config.json`, else `config.json`, and the tokenizer's own, as in vLLM; may be empty."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:

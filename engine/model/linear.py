@@ -33,7 +33,7 @@ _SMALL_WEIGHTS = 1 << 19
 """Weights of a layer that stay in the second-level cache while it is computed in pieces."""
 _FEW_ROWS = 32
 _INT8_ROWS = 8
-"""Up to here the int8 kernel, which reads the weights once per row, beats restoring them to bfloat16."""
+"""Most rows with which the int8 kernel, which reads the weights once per row, beats restoring them to bfloat16."""
 
 
 class Linear(Protocol):

@@ -115,7 +115,7 @@ class _Layer:
     input_norm: RmsNorm
     qkv: Linear
     qk_norm: RmsNorm | None
-    """Over the heads of q, then those of k."""
+    """Norm over the heads of q, then those of k."""
     native_qk_norm: tuple[Tensor, Tensor] | None
     """The same for native kernels: float32 weights [head_dim] of q and k."""
     output: Linear

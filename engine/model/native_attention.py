@@ -51,7 +51,7 @@ class NativeAttention:
 
 
 def _slices(batch: ForwardBatch) -> Tensor:
-    """As `NativeKernels.attend` takes them. They point into the batch."""
+    """The batch's slices as `NativeKernels.attend` takes them. They point into the batch."""
     if not batch.block_tables.is_contiguous():
         raise ValueError("block tables must be dense")
     decodes, tables = batch.num_decode, batch.block_tables

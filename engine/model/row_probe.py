@@ -56,7 +56,7 @@ class RowPromise:
 
     holds: bool
     reason: str
-    """For the log."""
+    """Reason for the log."""
 
 
 @dataclass(frozen=True, slots=True)

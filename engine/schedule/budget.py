@@ -28,7 +28,7 @@ class BlockBudget:
         self._free = [BlockId(block) for block in range(1, num_blocks)]
         """A heap: the lowest id first, which makes runs of neighbours likely at no cost."""
         self._lent: set[BlockId] = set()
-        """With others than KV."""
+        """Blocks that others than KV have."""
 
     @property
     def for_kv(self) -> int:

@@ -54,8 +54,8 @@ class CacheLog:
             return self._count, list(self._present)
 
     def since(self, seen: int, most: int) -> list[tuple[BlockHash, bool]] | None:
-        """Up to `most` changes that followed the first `seen`: (hash, whether it is there now). None: some of them are
-        forgotten."""
+        """The changes that followed the first `seen`, `most` at the most: (hash, whether it is there now). None: some
+        of them are forgotten."""
         with self._lock:
             first = len(self._changes) - (self._count - seen)
             return None if first < 0 else list(islice(self._changes, first, first + most))

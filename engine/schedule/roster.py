@@ -41,7 +41,7 @@ class Roster:
             self._apart[phase][sequence.key] = sequence
 
     def move(self, sequence: Sequence, phase: Phase) -> None:
-        """From the phase in which it is to another."""
+        """Takes a sequence from the phase in which it is to another."""
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         elif sequence.phase is Phase.RUNNING:

@@ -106,7 +106,7 @@ class Scheduler:
             self.blocks.free(sequence.key)
 
     def hold(self, sequence: Sequence) -> None:
-        """Out of the steps, but the blocks stay: until `finish`."""
+        """Takes `sequence` out of the steps; its blocks stay until `finish`."""
         self.roster.move(sequence, Phase.HOLDING)
 
     def join(

@@ -43,7 +43,7 @@ class SlotShares:
         return found
 
     def reserve(self, slots: int, now: float) -> None:
-        """So many more were taken from others; 0: somebody with few came in."""
+        """Notes that `slots` more were taken from others; 0: somebody with few came in."""
         self._reserved = min(self.reserved(now) + slots, self._most)
         self._until = now + KEPT_S
 

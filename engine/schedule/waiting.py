@@ -39,7 +39,7 @@ class WaitingQueue:
         return min(self._lines, default=None)
 
     def sequences(self) -> list[Sequence]:
-        """In no particular order. From any thread: it copies before it looks."""
+        """All that wait, in no particular order. From any thread: it copies before it looks."""
         lines = [line for tenants in tuple(self._lines.values()) for line in tuple(tenants.values())]
         return [sequence for line in lines for _, sequence in tuple(line)]
 

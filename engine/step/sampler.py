@@ -85,7 +85,7 @@ class Traits:
 
 
 def uniform(seed: int, position: int) -> float:
-    """In [0, 1) with 24 bits, from (seed, position) by two rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
+    """A number in [0, 1) with 24 bits, from (seed, position) by two rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
     return (_splitmix64(_splitmix64(seed & _MASK64) ^ position) >> 40) * 2.0**-24
 
 

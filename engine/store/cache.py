@@ -15,7 +15,7 @@ so that a long queue does not fill the node with leases."""
 
 
 class EngineStore:
-    """For one engine. The worker that made it closes `home`, after the engine has stopped."""
+    """The KV store as one engine uses it. The worker that made it closes `home`, after the engine has stopped."""
 
     def __init__(
         self,

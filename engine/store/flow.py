@@ -87,7 +87,7 @@ class StoreFlow:
         self._states: dict[RequestKey, StoreState] = {}
         """Those of sequences that have asked, loaded or saved something, until they end."""
         self._pending: dict[RequestKey, Sequence] = {}
-        """With a look-up or a load in progress."""
+        """Sequences with a look-up or a load in progress."""
         self._closing = False
         self._lookups = Workers("kv-lookup", 1, MAX_WAITING)
         self._loaders = Workers("kv-load", store.loaders, 2 * config.max_num_seqs)
@@ -207,7 +207,7 @@ class StoreFlow:
     # Answers of the workers
 
     def _hand_back(self, sequence: Sequence, lookup: LookUp) -> None:
-        """On the look-up thread."""
+        """Takes an answered look-up to the engine thread. On the look-up thread."""
         if self._closing:
             lookup.discard()  # a call that took longer than the engine waited for it
         else:
@@ -306,7 +306,7 @@ class StoreFlow:
         self._saver.offer_new(sequence, self._state(sequence))
 
     def _saved(self, save: Save) -> None:
-        """On the saver's thread, or on the engine's."""
+        """Takes an ended save to the engine thread. On the saver's thread, or on the engine's."""
         self._post((), partial(self._saver.ended, save))
 
     # End

@@ -107,7 +107,7 @@ class Load:
         self.bad: list[int] = []
         """Objects whose bytes were wrong."""
         self.seconds = 0.0
-        """From its turn on a loader thread until the last layer."""
+        """Time from its turn on a loader thread until the last layer."""
         self._writing = threading.Lock()
         self._open = True
         self._progress = threading.Condition()

@@ -22,7 +22,7 @@ from tandem.engine.store.threads import Workers
 logger = logging.getLogger(__name__)
 
 RETAINED_SHARE = 4
-"""At most a quarter of the pool is held for saving."""
+"""A quarter of the pool, at most, is held for saving."""
 
 
 class Saver:

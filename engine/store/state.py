@@ -21,9 +21,9 @@ class StoreState:
     offered: int = 0
     """Leading chunks that were offered to the saver, or need not be."""
     lookup: LookUp | None = None
-    """In progress, or with what waits for blocks."""
+    """A look-up that is in progress, or whose answer waits for blocks."""
     load: Load | None = None
-    """In progress."""
+    """A load that is in progress."""
     load_began: float = 0.0
     """time.monotonic() since when it waits in LOADING."""
     given_up_at: float = 0.0

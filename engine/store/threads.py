@@ -15,7 +15,7 @@ class Job(Protocol):
     """Exactly one of the two is called, once."""
 
     def run(self) -> None:
-        """On a thread of the workers."""
+        """Does the job, on a thread of the workers."""
 
     def drop(self) -> None:
         """The workers stop: give back what the job holds, and do nothing else."""
