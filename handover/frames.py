@@ -51,7 +51,7 @@ class Rows(Body, frozen=True):
     checksum: Annotated[int, Meta(ge=0)]
     """xxh3-64 of them."""
     offset: Annotated[int, Meta(ge=0)] = 0
-    """In the arena."""
+    """Offset in the arena, in bytes."""
 
 
 class Finish(Body, frozen=True):

@@ -43,7 +43,7 @@ class Incoming:
         self.number = number
         self.receiver = receiver
         self.lease_until = 0.0
-        """On the receiver's clock. Used by its thread only."""
+        """End of the lease on the receiver's clock. Used by its thread only."""
         self.state = State.OPENED
         """Changed under the registry's lock."""
         self.skip_tokens = 0

@@ -86,7 +86,7 @@ class TransportSettings:
     """A sender drops a connection with open streams when the receiver was silent this long; either side drops one
     that stops in the middle of a frame."""
     connect_timeout_s: float = 2.0
-    """For each address tried, connect and handshake together."""
+    """Limit for each address that is tried, connect and handshake together."""
     arena_bytes: int = 8 << 20
     """Shared memory per connection on one host. More does not help: rows wait in the KV pool until there is room, and
     a ring that outgrows the CPU cache costs a quarter more CPU time per byte."""

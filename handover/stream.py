@@ -77,7 +77,7 @@ class KvStream:
         self.finishing = False
         """`finish` was called."""
         self.queued = False
-        """In the connection's round of streams to send from."""
+        """Whether it is in the connection's round of streams to send from."""
         self.busy = 0
         """Callbacks, fills and sends that run for it."""
         self.ending: Ending | None = None
