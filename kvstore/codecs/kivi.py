@@ -29,7 +29,7 @@ _BATCH_VALUES = 1 << 17
 most."""
 _FP16_MAX = np.float32(65504)
 _LEAST_STEP = np.float32(2**-24)
-"""Between the smallest fp16 numbers: added to a scale, it is never rounded to 0."""
+"""Distance of the smallest fp16 numbers: added to a scale, it is never rounded to 0."""
 _ROUND_UP = np.float32(1 + 2**-10)
 """More than rounding to fp16 takes away."""
 

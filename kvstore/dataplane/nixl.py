@@ -68,7 +68,7 @@ class NixlAgent:
         self._windows: dict[str, NixlWindow] = {}
         self._abandoned: list[_Abandoned] = []
         self.info: AgentInfo | None = None
-        """For other nodes; None before `register` and after `close`."""
+        """What other nodes need to read here; None before `register` and after `close`."""
         self._name = f"{name[:256]}-{secrets.token_hex(8)}"
         try:
             config = self._nixl.nixlAgentConfig()

@@ -45,8 +45,8 @@ class PeerConnection:
 
     @classmethod
     def open(cls, node: NodeInfo, me: PeerIdentity, agent: NixlAgent | None) -> PeerConnection:
-        """Over the unix socket where node and reader share a host, else TCP, with `agent` for reads. Raises OSError,
-        HandshakeRefused."""
+        """Connects over the unix socket where node and reader share a host, else over TCP, with `agent` for reads.
+        Raises OSError, HandshakeRefused."""
 
         def open_on(link: Link) -> PeerConnection:
             """Greets the node on a connected link and maps its arena where both are on one host. The connection gets a

@@ -37,7 +37,7 @@ _Name = Annotated[str, Meta(max_length=512)]
 _Count = Annotated[int, Meta(ge=0, le=MAX_KEYS)]
 _Size = Annotated[int, Meta(ge=0, le=MAX_OBJECT_BYTES)]
 _Offset = Annotated[int, Meta(ge=-1, le=1 << 52)]
-"""In the arena. -1: none."""
+"""Offset in the arena, in bytes. -1: none."""
 
 
 class BeginPut(Body, frozen=True):
@@ -58,7 +58,7 @@ class Commit(Body, frozen=True):
     """Makes a put visible."""
 
     ticket: int
-    """Or held memory, of the size and owner of `info`."""
+    """Number of a put, or of memory held for one, of the size and owner of `info`."""
     answer: bool
     """False: the client does not wait for a Done."""
     key: _Key | None = None
@@ -94,7 +94,7 @@ class LocatedRun(Body, frozen=True):
 
     located: Annotated[list[Located], Meta(max_length=MAX_KEYS)]
     offsets: Annotated[list[_Offset], Meta(max_length=MAX_KEYS)] = msgspec.field(default_factory=list)
-    """In the arena, if the fetch has begun: it is complete."""
+    """Offsets in the arena, in bytes, if the fetch has begun: it is complete."""
 
 
 class Fetch(Body, frozen=True):

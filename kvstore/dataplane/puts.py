@@ -62,7 +62,7 @@ class _Held:
     number: int
     call: Call
     index: int
-    """In the answer."""
+    """Place in the answer."""
     size: int
     owner: str
     asked_at: float

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 65_536
 """Events of a node that wait to be sent."""
 RETRY_S = 0.25
-"""Between attempts to reach a directory."""
+"""Pause between attempts to reach a directory."""
 RESYNC_S = 0.02
-"""Before everything is said again because a message was lost."""
+"""Pause before everything is said again because a message was lost."""
 LINGER_S = 0.002
-"""From the first change to its message, which then tells of those that followed. Without it each put would wake the
-publishing thread, at the expense of the thread that serves the next put."""
+"""Time from the first change to its message, which then tells of those that followed. Without it each put would wake
+the publishing thread, at the expense of the thread that serves the next put."""
 
 Snapshot = Callable[[], Sequence[DirectoryEvent]]
 

@@ -22,7 +22,7 @@ MAX_LOOKUP_KEYS = 16_384
 MAX_KEY_BYTES = 64
 MAX_NODE_ID = 256
 REFUSALS = 3
-"""In a row, before the log says that the secret may be another."""
+"""Refusals in a row before the log says that the secret may be another."""
 _DUMP_EVENTS = 4_096
 _DUMP_TIMEOUT_S = 30.0
 
@@ -122,7 +122,7 @@ class DirectoryClient(RemoteDirectory):
         self._channel = open_channel(address, secret, _CHANNEL_OPTIONS)
         self._stub = pb_grpc.KvDirectoryStub(self._channel)
         self._refusals = 0
-        """In a row."""
+        """Refusals in a row."""
         self._start()
 
     def announce(self, node: NodeInfo, seq: int) -> Reply:

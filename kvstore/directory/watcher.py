@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 MAX_KEYS = 1_000_000
 """About 250 MB. What does not fit is not seen, and so counts as not cached."""
 READ_S = 0.05
-"""Between two looks at the stream: no call waits at the directory, so watchers cost it no threads."""
+"""Pause between two looks at the stream: no call waits at the directory, so watchers cost it no threads."""
 STATES_S = 0.5
-"""Between two looks at who lives."""
+"""Pause between two looks at who lives."""
 MAX_PAGES = 64
 """Read at a time; a watcher that is further behind catches up later."""
 

@@ -24,7 +24,7 @@ class Load:
         self.item = item
         self.source = source
         self.resident = resident
-        """On this node's disk; the load has a lease of it."""
+        """The object on this node's disk; the load has a lease of it."""
         self.filled = 0
         """Leading bytes that are there."""
         self.ends: tuple[int, ...] = ()

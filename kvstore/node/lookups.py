@@ -21,7 +21,7 @@ class StoredObject:
 
     key: ObjectKey
     info: ObjectInfo
-    """From the copy in the first of `tiers`; codecs may make the others smaller."""
+    """Description from the copy in the first of `tiers`; codecs may make the others smaller."""
     tiers: tuple[TierName, ...]
 
 

@@ -16,7 +16,7 @@ from tandem.kvstore.node.index import PolicyFactory, Resident, Shelf
 logger = logging.getLogger(__name__)
 
 _EVICTIONS_PER_WRITE = 64
-"""At most, for one object: a tier whose files still hold dead bytes may need more than the object's size."""
+"""Most evictions for one object: a tier whose files still hold dead bytes may need more than the object's size."""
 _DELETES_PER_WRITE = 4
 _FULL_SHARE = 8
 """A write that fails while less than 1/8 of the tier is free failed for want of room; otherwise it is a fault."""
@@ -56,7 +56,8 @@ class LowerTier:
         self._on_change = on_change
         self._writing = threading.Lock()
         self._undeleted: set[ObjectKey] = set()
-        """Out of the books, and the tier could not delete them; tried again with the next writes. Under `_writing`."""
+        """Keys that are out of the books, but which the tier could not delete; tried again with the next writes. Under
+        `_writing`."""
 
     @property
     def is_shared(self) -> bool:

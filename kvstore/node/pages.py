@@ -17,7 +17,7 @@ from tandem.wire.shared_memory import HUGE_PAGE_BYTES
 
 AHEAD_BYTES = 64 << 20
 AHEAD_SHARE = 8
-"""At most an eighth of the arena."""
+"""An eighth of the arena at the most."""
 STEP_BYTES = 2 * HUGE_PAGE_BYTES
 """Asked for at a time: some milliseconds."""
 _POPULATE_WRITE = 23

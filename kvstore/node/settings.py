@@ -9,8 +9,8 @@ from tandem.kvstore.eviction import DEFAULT_POLICY, Shares
 PUT_LEASE_S = 30.0
 """A put that is neither committed nor aborted by then is reaped: the key is free for others."""
 ZOMBIE_GRACE_S = 60.0
-"""After that its memory is used again, even if the writer has not been heard of: a writer that sleeps for longer than
-both times may then write into another object, which the checksums of that object show (a miss)."""
+"""Time from then until its memory is used again, even if the writer has not been heard of: a writer that sleeps for
+longer than both times may then write into another object, which the checksums of that object show (a miss)."""
 READ_LEASE_S = 60.0
 """A fetch that nobody looks at for so long lapses; its memory stays for as long again."""
 

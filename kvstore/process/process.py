@@ -40,7 +40,7 @@ from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc
 log = logging.getLogger(__name__)
 
 STOP_S = 5.0
-"""For closing what is open, after the drain."""
+"""Time to close what is open, after the drain."""
 _THREADS = 8
 _SERVICE = kvnode_pb2.DESCRIPTOR.services_by_name["KvNode"].full_name
 _DIRECTORY = kvdirectory_pb2.DESCRIPTOR.services_by_name["KvDirectory"].full_name

@@ -27,7 +27,7 @@ from tandem.kvstore.tiers.records import KEY_BYTES, Record, decode_body, encode_
 
 INFO, CONTENT = b"tkv:i:", b"tkv:d:"
 TIMEOUT_S = 1.0
-"""To connect, and between two pieces of an answer."""
+"""Limit to connect, and between two pieces of an answer."""
 MAX_CONNECTIONS = 8
 MAX_OBJECT_BYTES = 64 << 20
 """Redis works on one command at a time: a larger value would make everybody wait."""
