@@ -54,7 +54,8 @@ class PerfModel:
         }
 
     def prefill_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
-        """To compute `uncached_tokens` that follow `context_tokens` whose KV is there; 0 where there are none."""
+        """Seconds to compute `uncached_tokens` that follow `context_tokens` whose KV is there; 0 where there are
+        none."""
         if uncached_tokens <= 0:
             return 0.0
         step, per_token, per_pair = self._prefill.terms
@@ -73,7 +74,8 @@ class PerfModel:
         return step + per_request * batch + per_token * kv_tokens
 
     def handover_s(self, tokens: float) -> float:
-        """From the first token until the KV of `tokens` is complete on the decode worker: what compute did not hide."""
+        """Seconds from the first token until the KV of `tokens` is complete on the decode worker: what compute did not
+        hide."""
         latency, per_token = self._transfers["handover"].terms
         return latency + per_token * tokens
 
