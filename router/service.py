@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from tandem.router.batch.lane import BatchLane
 
 KEEPALIVE_S = 15.0
-"""After so much silence a stream gets a comment, so that proxies do not close it."""
+"""Silence after which a stream gets a comment, so that proxies do not close it."""
 WORK_PLACES = 2
 """They share the interpreter, so more would do no more; one tenant alone takes one, so that another finds one."""
 MAX_WAITING_WORK = 256
 """Large bodies and answers of one tenant that wait for a thread."""
 PUMP_S = 0.02
-"""Between two looks at whether those who wait can go on."""
+"""Pause between two looks at whether those who wait can go on."""
 
 
 class Service:

@@ -14,7 +14,7 @@ EVERY_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """So far, of this router process."""
+    """Totals of this router process so far."""
 
     prompt_tokens: int
     cached_tokens: int

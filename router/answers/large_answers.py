@@ -10,7 +10,7 @@ from tandem.router.calls.generate import Call
 from tandem.router.web.body_memory import BodyMemory
 
 MAX_INLINE_ENTRIES = 2000
-"""As many are written on the event loop, in a few milliseconds."""
+"""Entries that are still written on the event loop, in a few milliseconds."""
 ENTRY_BYTES = 64
 IDS_PER_ENTRY = 32
 

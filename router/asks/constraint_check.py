@@ -34,7 +34,7 @@ MAX_WAITING = 32
 MAX_KEPT = 128
 """Answers."""
 PATIENCE_S = 30.0
-"""For an answer on a busy machine; what a check may cost is bounded in processor time."""
+"""Seconds to wait for an answer on a busy machine; what a check may cost is bounded in processor time."""
 PROMPT_S = 0.15
 """A check that takes longer yields to all else that the machine does."""
 YIELDING = 10
@@ -91,7 +91,8 @@ class ConstraintCheck:
         """Callers whose checks take long, and until when (s)."""
 
     async def answer(self, question: Question, caller: Caller) -> Answer:
-        """In `caller`'s turn. Raises TandemError `overloaded`, `unavailable` where none can be had now."""
+        """The answer to `question`, in `caller`'s turn. Raises TandemError `overloaded`, `unavailable` where none can
+        be had now."""
         if (known := self._remembered(question)) is not None:
             return known
         try:
@@ -100,7 +101,7 @@ class ConstraintCheck:
             raise TandemError("unavailable", f"constraints cannot be checked ({error})", retry_after_s=1.0) from error
 
     def _found(self, question: Question, caller: str) -> Answer:
-        """On a thread of ours. Raises OSError."""
+        """Asks a process, on a thread of ours. Raises OSError."""
         if (known := self._remembered(question)) is not None:  # somebody asked the same before its turn came
             return known
         found = self._ask(question, caller)

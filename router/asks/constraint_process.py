@@ -153,12 +153,12 @@ def _vocabulary(path: str) -> LLTokenizer | None:
 
 
 def _in_one_line(text: str) -> str:
-    """Without the place in a grammar that the client has not written."""
+    """The library's message without the place in a grammar that the client has not written."""
     return " ".join(_PLACE.sub("", text).split())[:200] or "it is malformed"
 
 
 def answer(questions: BinaryIO, answers: BinaryIO) -> None:
-    """For each an empty line when it begins with it and one of JSON, until there are no more."""
+    """Answers each question with an empty line when it begins with it and one of JSON, until there are no more."""
     for line in questions:
         question = json.loads(line)
         _vocabulary(question["tokenizer"])  # takes a second where it is large, which is not the question's fault

@@ -88,7 +88,7 @@ class Asking:
     caller: Caller
     text: ModelText
     answers: int = 1
-    """That the request is to have."""
+    """Answers that the request is to have."""
 
 
 async def constraint_of(fields: ConstraintFields, asking: Asking) -> CheckedConstraint | None:

@@ -30,8 +30,8 @@ INDEX = "index.sqlite"
 MAX_FILE_BYTES = 200 << 20
 """Bytes of one uploaded file, as OpenAI's batches."""
 MAX_UPLOADS = 32
-"""At once; each holds PART_BYTES of memory. A tenant may have as many as are left free then: one alone half of them,
-and whoever comes next finds a place."""
+"""Uploads at once; each holds PART_BYTES of memory. A tenant may have as many as are left free then: one alone half of
+them, and whoever comes next finds a place."""
 PART_BYTES = 1 << 20
 ORPHAN_S = 24 * 3600.0
 """Bytes without a record are dropped when they have not changed for so long."""

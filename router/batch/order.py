@@ -103,7 +103,7 @@ class _Node:
     item: int | None = None
     children: list[_Node] = field(default_factory=list)
     prompt_tokens: int = 0
-    """To compute for everything below the parent's prefix, each shared prefix once."""
+    """Prompt tokens to compute for everything below the parent's prefix, each shared prefix once."""
     output_tokens: int = 0
     above: int = 0
     """Blocks of the parent."""

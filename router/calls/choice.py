@@ -87,7 +87,7 @@ class CallSpec:
     traceparent: str = ""
     streaming: bool = False
     timeout_s: float | None = None
-    """From arrival to the last token; None: as the router allows."""
+    """Seconds from arrival to the last token; None: as the router allows."""
     prompt_tokens: int = field(init=False)
     """Each prompt counts once however many choices it has."""
 
@@ -194,7 +194,7 @@ class Choice:
             self._attempt = None
 
     def close(self) -> None:
-        """After `cancel`: lets go of the call."""
+        """Lets go of the call, after `cancel`."""
         del self._call
 
     def on_output(self, output: worker_pb2.RequestOutput) -> None:
@@ -375,7 +375,7 @@ def with_seeds(spec: ChoiceSpec, n: int) -> list[ChoiceSpec]:
 
 
 def _seeded(spec: ChoiceSpec) -> ChoiceSpec:
-    """With a seed of its own where tokens are drawn: another worker has to draw the same ones."""
+    """The choice with a seed of its own where tokens are drawn: another worker has to draw the same ones."""
     sampling = spec.sequence.sampling
     if sampling.seed is not None or sampling.temperature == 0.0:
         return spec

@@ -23,7 +23,7 @@ from tandem.router.turns.admission import Waiting
 log = logging.getLogger(__name__)
 
 STALLED_S = 30.0
-"""After its deadline, or after it failed, a call may take this long to reach a client that reads slowly."""
+"""Time that a call may take, after its deadline or a failure, to reach a client that reads slowly."""
 MAX_BUFFERED_BYTES = 4 * 1024 * 1024
 """A client that leaves this much unread is cut off. An upper estimate, see `Choice.buffered_bytes`."""
 
@@ -261,7 +261,7 @@ class Call:
             self._waiter.set_result(None)
 
     def _set_timer(self) -> None:
-        """For the deadline, or the next time to look whether a stream is silent."""
+        """Sets the timer for the deadline, or for the next look whether a stream is silent."""
         left_s = max(0.0, self.deadline - time.monotonic())
         if self.spec.streaming and self.context.keepalive_s < left_s:
             self._timer = self._loop.call_later(self.context.keepalive_s, self._tick)

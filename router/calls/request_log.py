@@ -21,7 +21,7 @@ from tandem.router.calls.explain import AttemptNote, Record
 
 FLUSH_S = 0.2
 MAX_LINES = 10_000
-"""That wait to be written; more are left out, and how many is said."""
+"""Lines that wait to be written; more are left out, and how many is said."""
 MAX_VALUE_CHARACTERS = 100
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+\-]+")
 
@@ -84,13 +84,13 @@ class RequestLog:
 
 
 def line_of(process: str, at: float, what: str, pairs: str) -> str:
-    """As `common/telemetry.py` formats records."""
+    """A line in the form of `common/telemetry.py`."""
     second = int(at)
     return f"{_stamp(second)}.{int((at - second) * 1000):03d}Z INFO {process} {__name__}: {what} {pairs}\n"
 
 
 def pairs_of(values: Mapping[str, Value]) -> str:
-    """Without those that are None."""
+    """The values as text, without those that are None."""
     return " ".join(
         [
             f"{name}={shown(value) if isinstance(value, str) else value}"
@@ -132,7 +132,7 @@ def request_pairs(
 
 @lru_cache(maxsize=1024)
 def shown(text: str) -> str:
-    """As it is where it is plain, else as a JSON string, cut."""
+    """The text as it is where it is plain, else as a JSON string, cut."""
     if _PLAIN.fullmatch(text) and len(text) <= MAX_VALUE_CHARACTERS:
         return text
     return json.dumps(text if len(text) <= MAX_VALUE_CHARACTERS else text[:MAX_VALUE_CHARACTERS] + "...")

@@ -70,7 +70,7 @@ def json_size(raw: bytes) -> JsonSize:
 
 
 def _most(raw: bytes) -> JsonSize:
-    """At least as large, and quickly found: as if texts were no texts."""
+    """A size that is at least as large, and quickly found: as if texts were no texts."""
     data = np.frombuffer(raw, np.uint8)
     opening, _ = _brackets(data, np.True_)
     containers, commas = int(np.count_nonzero(opening)), int(np.count_nonzero(data == _COMMA))

@@ -21,7 +21,7 @@ FAILURES_IN_A_ROW = 3
 FIRST_OUT_S = 5.0
 LONGEST_OUT_S = 120.0
 RECOVERED_S = 120.0
-"""So long after it came back a worker's next absence is short again."""
+"""Time from a worker's return after which its next absence is short again."""
 PROBE_S = 10.0
 """A probe that is not answered keeps the next one waiting no longer than this."""
 HALF_LIFE_S = 30.0

@@ -15,7 +15,7 @@ class Changes:
     come: tuple[Target, ...] = ()
     """Wanted, and not here yet."""
     leave: tuple[Target, ...] = ()
-    """Here, and not wanted any more."""
+    """Workers that are here and not wanted any more."""
     stay: tuple[Target, ...] = ()
     """Leaving, and wanted again."""
 

@@ -15,8 +15,8 @@ BURST = 1024.0
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 MAX_LOSSES = 3
-"""So many workers lost, one after the other, before any of them gave the next token: the sequence is taken for what
-kills them."""
+"""Workers lost, one after the other, before any of them gave the next token: then the sequence is taken for what kills
+them."""
 
 WorkerStart = tuple[str, int]
 """Id and epoch of a worker."""
@@ -47,8 +47,8 @@ class RetryBudget:
 
 
 def pause_s(retries: int, chance: float) -> float:
-    """Before the retry that follows `retries` others; `chance` is uniform in [0, 1). Full jitter: those who lost the
-    same worker come back spread over the whole pause."""
+    """Seconds before the retry that follows `retries` others; `chance` is uniform in [0, 1). Full jitter: those who
+    lost the same worker come back spread over the whole pause."""
     return chance * min(FIRST_PAUSE_S * 2.0 ** min(retries, 16), LONGEST_PAUSE_S)
 
 
@@ -90,7 +90,7 @@ class Setbacks:
         self._full.clear()
 
     def next_pause_s(self, chance: float) -> float:
-        """Before the next retry."""
+        """Seconds before the next retry."""
         self._retries += 1
         return pause_s(self._retries - 1, chance)
 

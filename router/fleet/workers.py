@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 QUIET_S = 2.0
 """A worker that was not heard of for so long may be cut off: it gets nothing new."""
 WATCH_AGAIN_S = 1.0
-"""After an unexpected error a source is followed again."""
+"""Pause after an unexpected error, until a source is followed again."""
 COMPARE_S = 1.0
 """How often workers are compared with each other, to find outliers."""
 

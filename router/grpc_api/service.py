@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
 SERVICE_NAME = _SERVICE.full_name
 MAX_METADATA_BYTES = 64 << 10
-"""As of HTTP's headers."""
+"""Most bytes of metadata, as of HTTP's headers."""
 MAX_STREAMS = 1024
 """Calls at a time on one connection; more wait at the client."""
 MAX_CONNECTION_AGE_S = 1800.0

@@ -52,7 +52,7 @@ class Operation:
 
     method: str
     path: str
-    """With `{name}` for what varies."""
+    """Path with `{name}` for what varies."""
     tag: str
     summary: str
     answer: str = ""
@@ -67,7 +67,7 @@ class Operation:
     is_open: bool = False
     """Needs no key."""
     errors: tuple[int, ...] = ()
-    """Beside those that all have."""
+    """Statuses beside those that all have."""
 
 
 _TEXT, _STORE, _ABOUT = "Generation", "Files, batches, contexts", "About the server"

@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 
 
 class Counter(Collector):
-    """Without labels it begins at 0; with labels each series begins when it is first counted."""
+    """A counter that begins at 0; one with labels has each series from when it is first counted."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str] = (), *, registry: CollectorRegistry) -> None:
         self._name, self._text, self._labels = name, text, labels

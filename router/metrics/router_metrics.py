@@ -72,7 +72,7 @@ class RouterMetrics:
         )
 
         self.prompt_tokens_seen = self.cached_tokens_seen = self.output_tokens_seen = 0
-        """So far, as they come: the counters above move when a request ends."""
+        """Totals so far, as tokens come: the counters above move when a request ends."""
 
     def watch(self, fleet: Fleet) -> None:
         self.registry.register(_FleetCollector(fleet))

@@ -18,7 +18,7 @@ from tandem.router.tenants.fair_cache import FairCache
 
 CALL_S = 2.0
 REMEMBERED_S = 2.0
-"""As long as another router's change may go unnoticed."""
+"""Time for which another router's change may go unnoticed."""
 MAX_REMEMBERED_TOKENS = 8 << 20
 _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -65,12 +65,12 @@ class ContextClient:
             self._forget(owner, name)
 
     async def get(self, owner: str, name: str) -> kvnode_pb2.Context:
-        """Without its token ids."""
+        """The context without its token ids. Raises TandemError."""
         request = kvnode_pb2.GetContextRequest(owner=owner, name=name)
         return (await _answered(self._node().GetContext(request, timeout=CALL_S), name)).context
 
     async def recipe(self, owner: str, name: str) -> kvnode_pb2.Context:
-        """With its token ids; at most REMEMBERED_S old."""
+        """The context with its token ids; at most REMEMBERED_S old. Raises TandemError."""
         known = self._remembered.get(owner, name)
         if (
             known is not None

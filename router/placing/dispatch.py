@@ -27,7 +27,7 @@ READY_S = 0.25
 """Requests are given to workers while some worker's prompts take no longer than this: enough that none runs dry between
 two decisions, and little enough that the order of the rest is still the router's."""
 SLACK_REQUESTS = 2
-"""Beyond a full batch, so that a place does not stay empty for a round trip."""
+"""Requests beyond a full batch, so that a place does not stay empty for a round trip."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ STALL_WEIGHT = 0.05
 """Waiting for the first token weighs more than as many seconds taken from running requests, which are spread over all
 of them and over many tokens."""
 DECODE_WEIGHT = 0.5
-"""So does waiting for the later tokens, of this answer and of those that it slows down."""
+"""Waiting for the later tokens weighs less, too: those of this answer, and of the answers that it slows down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class _Decode:
     handover_s: float
     """If the prompt is computed elsewhere."""
     total_s: float
-    """Without the hand-over."""
+    """Total without the hand-over."""
 
 
 def place(

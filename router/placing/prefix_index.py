@@ -46,7 +46,7 @@ class PrefixIndex:
         self._entries: dict[BlockHash, int | Run] = {}
         self._shared: dict[int, int] = {}
         self._line: deque[tuple[BlockHash, ...] | Run] = deque()
-        """In the order in which they are considered for being forgotten. May have runs without blocks, too."""
+        """Entries in the order in which they are considered for being forgotten. May have runs without blocks, too."""
         self._in_line = 0
         """Runs count once."""
         self._slots = 0
@@ -59,7 +59,7 @@ class PrefixIndex:
         """Slots without events."""
         self._asked: Sequence[BlockHash] | None = None
         self._answer: list[Match] = []
-        """To the latest `match`, while nothing changes."""
+        """Answer to the latest `match`, while nothing changes."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,7 +84,7 @@ class PrefixIndex:
         self._guessed.pop(slot, None)
 
     def renew(self, slot: int) -> int:
-        """For a worker that begins to list its cache anew: the slot it has from now on, which holds nothing."""
+        """Gives a worker that begins to list its cache anew another slot, which holds nothing."""
         self.retire(slot)
         return self.add(None)
 

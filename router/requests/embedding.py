@@ -39,7 +39,7 @@ class EmbeddingsBody(Fields):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     pooling: Literal["mean", "last"] = "last"
-    """Over the normalised hidden states of the last layer: their mean, or that of the last token."""
+    """What the vector is made of: the mean of the last layer's normalised hidden states, or that of the last token."""
     priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None

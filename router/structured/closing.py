@@ -99,7 +99,7 @@ class _Closer:
         return result
 
     def _with(self, node: dict[str, Any], names: _Names, rest: Any) -> dict[str, Any]:
-        """With no other keys than those; what is not declared here is declared beside it."""
+        """The schema with no other keys than those; what is not declared here is declared beside it."""
         if not names and rest is None:
             return self._bounded(node)
         properties = node.get("properties", {})

@@ -25,7 +25,7 @@ def _signed(low: int | None, high: int | None, end: str) -> list[str]:
 
 
 def _naturals(low: int, high: int | None) -> list[str]:
-    """From 0 on; one pattern for each number of digits."""
+    """Patterns of numbers from 0 on; one for each number of digits."""
     if high is not None and low > high:
         return []
     parts: list[str] = []

@@ -144,7 +144,7 @@ def _tokens(grammar: str) -> Iterator[tuple[str, str]]:
 
 
 def _after_braces(grammar: str, place: int) -> int:
-    """After the braces that may follow `place`, with strings in them."""
+    """The place after the braces that may follow `place`, with strings in them."""
     brace = re.compile(r"\s*\{").match(grammar, place)
     if brace is None:
         return place

@@ -19,7 +19,7 @@ from tandem.router.structured.references import References
 from tandem.router.tools.grammar import literal
 
 EXACT = 2**53
-"""Up to here a 64-bit float holds every integer."""
+"""Number up to which a 64-bit float holds every integer."""
 MAX_EXPONENT = 308
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _DEFINITIONS = frozenset({"$defs", "definitions"})
@@ -168,7 +168,7 @@ class ExactRules:
         return f'"{{" {self._members(members)} "}}"'
 
     def _members(self, members: list[tuple[str, bool]]) -> str:
-        """In this order; those that are not required may be left out."""
+        """The members in this order; those that are not required may be left out."""
         first = after = ""
         for item, required in reversed(members):
             follows = self._rule(f'"," {item} {after}' if required else f'("," {item})? {after}')

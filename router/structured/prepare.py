@@ -13,7 +13,8 @@ from tandem.router.structured.numbers import ExactRules, parse
 from tandem.router.structured.references import with_definitions
 
 WHITESPACE = r"[ \n\r\t]{0,16}"
-"""Between two tokens of JSON, where it is asked for. Bounded: a weak model left alone writes blanks for ever."""
+"""What may stand between two tokens of JSON, where it is asked for. Bounded: a weak model left alone writes blanks for
+ever."""
 _OPTIONS: dict[str, type] = {
     "item_separator": str,
     "key_separator": str,

@@ -33,7 +33,7 @@ class ChatTemplate:
         ConfigError."""
         self._environment = metered_environment()
         self.variables: frozenset[str] = frozenset()
-        """That the template reads."""
+        """Variables that the template reads."""
         given = TemplateSource(source, special_tokens, tools_source)
         self._rendering = ChatRendering(given, self._compiled)
         self._processes = TemplateProcesses(given)
@@ -61,12 +61,12 @@ class ChatTemplate:
             return self.render_elsewhere(task).text
 
     def render_here(self, task: Task) -> RenderedChat:
-        """On the event loop: takes a few milliseconds at most. Raises Elsewhere where it would take more, and
+        """Renders on the event loop, in a few milliseconds at most. Raises Elsewhere where it would take more, and
         TandemError."""
         return rendered_with(self._rendering, task)
 
     def render_elsewhere(self, task: Task) -> RenderedChat:
-        """In another process; this thread waits. Raises TandemError."""
+        """Renders in another process; this thread waits. Raises TandemError."""
         return self._processes.render(task)
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ class Hidden:
         return f"{self._name}{len(self._texts) - 1}x"
 
     def shown(self, rendered: str) -> RenderedChat:
-        """With the hidden text in its place."""
+        """The rendered text with the hidden text in its place."""
         if not self._texts:
             return RenderedChat(rendered)
         renamed = self.special.tokens.sub(lambda found: self.special.new_name(found.group()), rendered)

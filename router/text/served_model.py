@@ -34,7 +34,7 @@ MAX_HASHED_BLOCKS = 1024
 CHARACTERS_PER_TOKEN = 8
 """Where a prompt has more for each token of the context, its tokens are counted before it is taken as a whole."""
 RENDERINGS = 2
-"""At once, beside the event loop."""
+"""Renderings at once, beside the event loop."""
 MAX_WAITING = 64
 """Chats of one tenant that wait to be rendered there."""
 SHORT_MESSAGES, SHORT_TEXT = 256, 1 << 17
@@ -201,7 +201,7 @@ class ServedModel:
         any_length: bool = False,
         truncation: Truncation | None = None,
     ) -> Prompt:
-        """As `text_prompt`, of messages. `any_length`: also what the model cannot read."""
+        """The prompt of some messages, otherwise as `text_prompt`. `any_length`: also what the model cannot read."""
         if truncation is not None:
             return await self._cut_prompt(chat, "messages", truncation, add_special_tokens, caller)
         if not any_length and len(chat.text) > CHARACTERS_PER_TOKEN * self.max_position_embeddings:

@@ -75,7 +75,7 @@ class StopMatcher:
 
 @lru_cache(maxsize=1024)
 def _fallbacks(stop: str) -> tuple[int, ...]:
-    """For each length of its beginning: how long the longest beginning is that this one ends with, but itself."""
+    """The length, for each beginning of `stop`, of the longest other beginning that it ends with."""
     found = [0, 0]
     for end in range(1, len(stop)):
         length = found[end]

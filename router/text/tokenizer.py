@@ -32,7 +32,7 @@ MAX_PIECE_BYTES = 2 << 20
 MAX_TOKENS = 1 << 20
 """Tokens of one text."""
 INLINE_TOKENS = 2000
-"""As many are decoded on the event loop."""
+"""Tokens that are still decoded on the event loop."""
 LONG_TOKENS = 50_000
 
 

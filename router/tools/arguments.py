@@ -11,7 +11,7 @@ from tandem.router.fields.json_depth import too_deep
 
 
 class CutArguments(Mapping[str, Any]):
-    """For a chat template: a mapping without keys, which is written as the text that there is."""
+    """Arguments for a chat template: a mapping without keys, which is written as the text that there is."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -40,7 +40,7 @@ class CallReader:
 
     @classmethod
     def of_arguments(cls, writer: Writer, name: str) -> CallReader:
-        """For a call whose name was written otherwise: reads the arguments and ends with them."""
+        """A reader for a call whose name was written otherwise: it reads the arguments and ends with them."""
         reader = cls(writer)
         reader._depth, reader._expect, reader._key = 1, "value", "arguments"
         reader._only_arguments = True

@@ -39,7 +39,7 @@ class ToolParser(Protocol):
 
 
 class PlainText:
-    """For requests without tools: everything is text."""
+    """The parser for requests without tools: everything is text."""
 
     def feed(self, text: str) -> list[Event]:
         return [Text(text)] if text else []

@@ -38,7 +38,7 @@ class Waiting:
     """Its band: lower goes first."""
     prompt_tokens: int
     deadline: float
-    """On the clock of `Admission`."""
+    """Time after which it is refused, on the clock of `Admission`."""
     cached_tokens: Callable[[], int]
     """Prompt tokens that some worker holds now. Called a few times while the request waits: bounded and quick."""
     granted: Callable[[], None]

@@ -60,7 +60,7 @@ class Buckets(Protocol):
         """Whether what is known of the other routers is enough for `take`."""
 
     def ask(self, key: str, amount: float, rate: float, burst: float) -> None:
-        """So much is wanted of the others by who then calls `hear`."""
+        """Notes that so much is wanted of the others by who then calls `hear`."""
 
     def may_start(self, tenant: str, here: int, most: int) -> bool:
         """Whether it is enough to let in one more of `most` requests in flight, or to refuse it."""
@@ -176,8 +176,8 @@ class Limits:
         return Reservation(self, caller, state, estimate)
 
     async def hear_before_entering(self, caller: Caller) -> None:
-        """Before `enter`, where routers share limits: waits until it is known well enough what the others let in.
-        Takes nothing; no longer than HEAR_S."""
+        """Waits, where routers share limits, until it is known well enough what the others let in; no longer than
+        HEAR_S. Takes nothing. Called before `enter`."""
         if not caller.rates.unlimited:
             await self._hear(lambda: self._may_enter(caller))
 
@@ -296,7 +296,7 @@ class Place:
             self._check()
 
     def charge(self, size: int) -> None:
-        """So many bytes were read, and not for a worker. Once for each of them, however often it is called."""
+        """Charges bytes that were read, and not for a worker. Each is charged once, however often it is called."""
         rates = self._caller.rates
         if self._state is None:
             return
@@ -356,7 +356,7 @@ class Reservation:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: `0s`, `120ms`, `1.5s`, `6m0s`."""
+    """The time as OpenAI writes it: `0s`, `120ms`, `1.5s`, `6m0s`."""
     milliseconds = math.ceil(seconds * 1000 - 1e-6)
     if milliseconds < 1000:
         return f"{milliseconds}ms" if milliseconds > 0 else "0s"

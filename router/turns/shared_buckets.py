@@ -26,7 +26,7 @@ class BucketChange:
     full_at: float
     """It is full then at the earliest; -inf: whenever."""
     fill_s: float
-    """From empty to full."""
+    """Seconds from empty to full."""
     asked_s: float = 0.0
     """Wanted for requests that wait, if there is so much."""
 

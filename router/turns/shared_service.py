@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.1
 PAUSE_S = 0.005
-"""Between two exchanges, also where the others should hear of something soon."""
+"""Pause between two exchanges, also where the others should hear of something soon."""
 TIMEOUT_S = 1.0
-"""For one exchange, while the loop runs. A Redis that takes longer counts as away."""
+"""Limit for one exchange, while the loop runs. A Redis that takes longer counts as away."""
 MAX_ENTRIES = 1000
 """Entries of each kind per exchange; more go in several."""
 DISAGREED_S = 60.0
@@ -107,7 +107,7 @@ class SharedService:
         self._router = secrets.token_hex(8)
         self._number = 1
         self._changes = Changes({}, {})
-        """As last taken."""
+        """The changes as last taken."""
         self._anyhow = False
         """The next batch is taken whatever number Redis knows."""
         self._beat = 0

@@ -31,7 +31,7 @@ MAX_FRAMING_BYTES = 64 * 1024
 CHUNK_BYTES = 32
 """Framing that each piece of a body may need on top of that."""
 RECEIVE_S = 30.0
-"""From the first byte of a request, or from the connection's beginning, to the end of its headers."""
+"""Time from the first byte of a request, or from the connection's beginning, to the end of its headers."""
 MIN_BODY_BYTES = 1024
 """Bytes of a body that must come every `RECEIVE_S`."""
 
@@ -39,12 +39,13 @@ DROPPED_BYTES_PER_S = 16 << 20
 """Read and dropped, of all requests together that were answered before they ended. They have their answer already."""
 
 FIRST_PROBE_S = 0.1
-"""Between the first two questions whether a client that ended its side is still there; twice as long each time."""
+"""Pause between the first two questions whether a client that ended its side is still there; twice as long each
+time."""
 LONGEST_PROBE_S = 5.0
 OLD_CLIENT_S = 10.0
 """A client of HTTP/1.0 that ended its side cannot be asked; it is taken to be there for so long."""
 TELL_S = 10.0
-"""Between two lines about requests that are none."""
+"""Pause between two lines about requests that are none."""
 
 _PROBE = STATUS_LINE[100] + b"\r\n"
 _FRAMING_OF_LINE = len(b"  HTTP/1.1\r\n")
@@ -264,7 +265,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def _in_head(self) -> bool:
-        """Or before it."""
+        """Whether the next headers are not read whole, or have not begun."""
         return self.cycle is self._read
 
     def _look(self) -> None:

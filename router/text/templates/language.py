@@ -23,12 +23,12 @@ _PADDED = re.compile(r"%[^a-zA-Z%]*[0-9]")
 
 
 def metered_environment() -> MeteredEnvironment:
-    """For rendering on the event loop."""
+    """The environment for rendering on the event loop."""
     return MeteredEnvironment({"tojson": _tojson}, _FUNCTIONS, **_options())
 
 
 def plain_environment() -> jinja2.Environment:
-    """For rendering whatever it takes. Nothing is computed while a template is compiled."""
+    """The environment for rendering whatever it takes. Nothing is computed while a template is compiled."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(optimized=False, finalize=_as_it_is, **_options())
     environment.filters["tojson"] = _tojson
     environment.globals.update(_FUNCTIONS)
@@ -86,7 +86,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
-    """Without widths, which can make any length."""
+    """The time now, without widths, which can make any length."""
     if len(format) > MAX_FORMAT or _PADDED.search(format):
         raise jinja2.TemplateError("strftime_now: the format is too long")
     return datetime.datetime.now().strftime(format)

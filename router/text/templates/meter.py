@@ -54,7 +54,7 @@ _COMPARING_TESTS = (
 
 
 class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """For one thread."""
+    """A sandbox that stops before it takes long. For one thread."""
 
     intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
 

@@ -17,7 +17,7 @@ from tandem.router.text.templates.process import CPU_S, MEMORY_BYTES, SIZE, Task
 from tandem.router.text.templates.rendering import TemplateSource, not_rendered
 
 PATIENCE_S = 30.0
-"""For an answer on a busy machine; what rendering may cost is bounded in processor time."""
+"""Seconds to wait for an answer on a busy machine; what rendering may cost is bounded in processor time."""
 
 
 class TemplateProcesses:
@@ -30,7 +30,7 @@ class TemplateProcesses:
         self._all: list[subprocess.Popen[bytes]] = []
 
     def render(self, task: Task) -> RenderedChat:
-        """For any thread, which it blocks. Raises TandemError."""
+        """Renders in a process. For any thread, which it blocks. Raises TandemError."""
         try:
             process = self._process()
             parts = _exchanged(process, pickle.dumps(task))

@@ -30,7 +30,7 @@ class TemplateSource:
     text: str
     special_tokens: Mapping[str, str]
     for_tools: str | None = None
-    """For requests with tools, where the model has another template for them."""
+    """Another template of the model, for requests with tools. None: there is one for all."""
 
 
 class ChatRendering:

@@ -8,13 +8,13 @@ import jinja2.nodes
 import jinja2.visitor
 
 EACH = "tandem_each"
-"""Around what a loop goes through."""
+"""Filter around what a loop goes through."""
 WRITABLE = "tandem_writable"
-"""Around what is written, compared or is a key."""
+"""Filter around what is written, compared or is a key."""
 SCALAR = "tandem_scalar"
-"""Around what is looked for among others: comparing it with each must be short."""
+"""Filter around what is looked for among others: comparing it with each must be short."""
 SUM = "tandem_sum"
-"""In place of `a + b + c`."""
+"""Filter in place of `a + b + c`."""
 TEXT_FILTERS = ("capitalize", "lower", "title", "trim", "upper")
 
 
