@@ -131,7 +131,7 @@ class Child:
                     await self._stopping.wait()
 
     async def answers(self) -> bool:
-        """Within `PROBE_S`."""
+        """Whether the child answers within `PROBE_S`."""
         if self._probe is None:
             return True
         try:

@@ -36,7 +36,7 @@ READY_TIMEOUT_S = 2.0
 HURRIED_STATUS = 130
 """Exit status after a second signal, as shells have it for Ctrl-C."""
 STOP_MARGIN_S = 12.0
-"""Beyond the drain grace, until a process that does not end is killed. A worker saves KV for up to 10 s."""
+"""Time beyond the drain grace until a process that does not end is killed. A worker saves KV for up to 10 s."""
 HUNG_MARGIN_S = 2.0
 """The same for a process that does not answer when it is asked to end: it finishes nothing."""
 RESPAWN_S = 1.0
