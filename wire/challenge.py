@@ -22,7 +22,8 @@ import time
 
 _MARK = b"TDMSEC1\n"
 _NONCE_BYTES = 64
-"""With the mark more than a header of either protocol: who has no secret sees at once that it is none, and hangs up."""
+"""More bytes, with the mark, than a header of either protocol: who has no secret sees at once that it is none, and
+hangs up."""
 _PROOF_BYTES = 32
 
 

@@ -36,9 +36,9 @@ class Patience:
     """How long a peer is waited for."""
 
     connect_s: float = 2.0
-    """To connect, and for each step of the handshake."""
+    """Limit to connect, and for each step of the handshake."""
     stall_s: float = 5.0
-    """In the middle of a frame, whichever way it goes."""
+    """Limit on silence in the middle of a frame, whichever way it goes."""
 
 
 class LinkClosed(ConnectionError):
