@@ -45,7 +45,7 @@ def end_processes_of(folder: str) -> bool:
 
 
 def end_session(session: int) -> None:
-    """Kills what is left of a session, such as what its dead leader had started."""
+    """Kills what is left of a process session (setsid), such as what its dead leader had started."""
     for pid in _processes():
         with contextlib.suppress(OSError):
             if os.getsid(pid) == session:
