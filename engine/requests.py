@@ -139,7 +139,7 @@ class Requests:
         plan.drop([sequence for sequence in plan.admitted if not self._start(sequence)])
 
     def _start(self, sequence: Sequence) -> bool:
-        """`sequence` has its blocks, or its import or load has ended. If this fails, the request alone ends."""
+        """`sequence` has its blocks, or its import or loading has ended. If this fails, the request alone ends."""
         try:
             if sequence.phase is Phase.IMPORTING:
                 self._imports.reserve(sequence)

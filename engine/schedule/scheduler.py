@@ -112,7 +112,7 @@ class Scheduler:
     def join(
         self, sequence: Sequence, there: TokenRanges, gated: bool = False, inexact_from: int | None = None
     ) -> None:
-        """An import or a load ended: the tokens `there` of `sequence` are in its blocks, the rest is computed here.
+        """An import or loading ended: the tokens `there` of `sequence` are in its blocks, the rest is computed here.
 
         `gated`: the last layers of these tokens are still on their way. Such a sequence is not preempted.
         `inexact_from`: the first of them that is not exact.
@@ -125,7 +125,7 @@ class Scheduler:
 
     def suspend(self, sequence: Sequence, there: TokenRanges) -> None:
         """A gated sequence waits outside the steps again: only the tokens `there` are certainly in its blocks, those
-        that were before its load."""
+        that were there before its loading."""
         sequence.gated = False
         sequence.there = there
         sequence.inexact_from = None

@@ -187,7 +187,7 @@ class Sequence:
 
     @property
     def owns_its_blocks(self) -> bool:
-        """Whether nobody else reads or writes them: no exporter, no load."""
+        """Whether nobody else reads or writes them: no exporter, no loader."""
         return not self.pinned and not self.gated
 
     @property

@@ -44,10 +44,10 @@ LOOKUP_S = 0.3
 LEAST_LOAD_S = 0.25
 MOST_LOAD_S = 10.0
 UNKNOWN_LOAD_S = 2.0
-"""A load may take as long as computing its tokens would, within these bounds: by then waiting has cost as much as it
+"""Loading may take as long as computing its tokens would, within these bounds: by then waiting has cost as much as it
 could have saved. The third is for an engine that has not measured itself yet."""
 STUCK_S = 1.0
-"""A load that has not ended so long after its time is given up by the engine."""
+"""Loading that has not ended so long after its time is given up by the engine."""
 STOP_S = 3.0
 
 
@@ -87,7 +87,7 @@ class StoreFlow:
         self._states: dict[RequestKey, StoreState] = {}
         """Those of sequences that have asked, loaded or saved something, until they end."""
         self._pending: dict[RequestKey, Sequence] = {}
-        """Sequences with a look-up or a load in progress."""
+        """Sequences whose look-up or loading is in progress."""
         self._closing = False
         self._lookups = Workers("kv-lookup", 1, MAX_WAITING)
         self._loaders = Workers("kv-load", store.loaders, 2 * config.max_num_seqs)
@@ -126,7 +126,7 @@ class StoreFlow:
             self._scheduler.looked_up(sequence)
 
     def runs(self, sequence: Sequence) -> None:
-        """`sequence` got its blocks, or its load ended: what was prefetched for it and not loaded is let go."""
+        """`sequence` got its blocks, or its loading ended: what was prefetched for it and not loaded is let go."""
         state = self._states.get(sequence.key)
         if state is not None and state.lookup is not None:
             self._discard(state.lookup)
@@ -144,7 +144,7 @@ class StoreFlow:
             missing = sequence.stored.within(sequence.num_computed, sequence.stored.end)
             limit_s = min(max(missing.count / rate, LEAST_LOAD_S), MOST_LOAD_S)
             if self._store.overlap and (sequence.stored.end < sequence.num_prompt or sequence.to_compute > 1):
-                # Only chunks wait for layers in a step: where all that is left is to decode, the load has to be over.
+                # Only chunks wait for layers in a step: where all that is left is to decode, loading has to be over.
                 step_s = min(sequence.to_compute, self._max_step_tokens) / rate
         state.load = Load(
             self._store,
@@ -244,7 +244,7 @@ class StoreFlow:
             self._go_on(sequence, load.there, load.inexact_from)
 
     def _settle(self, sequence: Sequence, load: Load) -> None:
-        """The load is over and counted; the report says what it brought."""
+        """Loading is over and counted; the report says what it brought."""
         self._state(sequence).load = None
         self._pending.pop(sequence.key, None)
         tokens = load.tokens_by_tier()
@@ -285,7 +285,7 @@ class StoreFlow:
         return Gate(loads) if loads else None
 
     def stepped(self, gate: Gate) -> None:
-        """The forward is over. All layers of those that passed are there; the others wait for the end of their load,
+        """The forward is over. All layers of those that passed are there; the others wait for the end of their loading,
         and then compute what it has not brought."""
         for sequence in gate.passing:
             if (load := self._load_of(sequence)) is not None:
@@ -338,7 +338,7 @@ class StoreFlow:
         return self._states.setdefault(sequence.key, StoreState())
 
     def _load_of(self, sequence: Sequence) -> Load | None:
-        """The load of `sequence` that is in progress."""
+        """The `Load` of `sequence` that is in progress."""
         state = self._states.get(sequence.key)
         return state.load if state is not None else None
 

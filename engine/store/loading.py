@@ -28,11 +28,11 @@ GATE_S = 0.1
 """The most that all waits of one step may take together: others are in the step, too, and get their tokens so much
 later."""
 POLL_S = 0.05
-"""How soon a loader notices that nobody needs its load any more."""
+"""How soon a loader notices that nobody needs what it loads any more."""
 NOTABLE_S = 0.001
 """A shorter wait is none."""
 MARGIN = 1.5
-"""A load is expected to take this much longer than its measured pace says."""
+"""Loading is expected to take this much longer than its measured pace says."""
 
 
 def arrives_in_time(ready: int, num_layers: int, layer_s: float, step_s: float) -> bool:
@@ -67,7 +67,7 @@ class Load:
     ) -> None:
         """`slots` int64 [known tokens]; rows below `start` are there already and may be shared: they are not written.
         `spec_of(i)` says what chunk i has to be; with `near_allowed` its rows need not be exact. `limit_s`: from now
-        until the load has to be complete. `step_s`: length of the step that computes the rest; 0: do not offer to join
+        until loading has to be complete. `step_s`: length of the step that computes the rest; 0: do not offer to join
         early. `joinable` and `ended` post to the engine thread; `ended` is called once, `joinable` at most once and
         before it."""
         self._store = store
@@ -297,7 +297,7 @@ class Load:
                 self._joinable(self)
 
     def _learn(self) -> None:
-        """Tells the links what the load took, where that can be told: if all came over one link, and the load either
+        """Tells the links what loading took, where that can be told: if all came over one link, and loading either
         waited for it or had nothing to wait for."""
         links = {item.link for item in self.located}
         if len(links) == 1 and (self._blocked or self.located[0].tier is TierName.HOST):

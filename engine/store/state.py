@@ -23,8 +23,8 @@ class StoreState:
     lookup: LookUp | None = None
     """A look-up that is in progress, or whose answer waits for blocks."""
     load: Load | None = None
-    """A load that is in progress."""
+    """The `Load` that is in progress."""
     load_began: float = 0.0
     """time.monotonic() since when it waits in LOADING."""
     given_up_at: float = 0.0
-    """time.monotonic() at which the look-up or load in progress is done without."""
+    """time.monotonic() at which the look-up or loading in progress is done without."""
