@@ -1,4 +1,4 @@
-"""What one client pool or server counts, and the metrics made of it."""
+"""What one client or server counts, and the metrics made of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TransportStats:
 
 
 class HandoverMetrics(Collector):
-    """The figures of a prefill worker's pool (what it sent), or of a decode worker's server (what it received)."""
+    """The figures of a prefill worker's client (what it sent), or of a decode worker's server (what it received)."""
 
     def __init__(self, stats: Callable[[], TransportStats]) -> None:
         self._stats = stats
