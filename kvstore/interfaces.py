@@ -24,7 +24,7 @@ class TierName(enum.StrEnum):
     """Where KV came from, in the order in which it is preferred."""
 
     DEVICE = "device"
-    """The engine's own pool."""
+    """The engine's own KV pool."""
     HOST = "host"
     DISK = "disk"
     PEER = "peer"

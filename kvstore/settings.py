@@ -17,7 +17,7 @@ class StoreSettings:
     """Read by workers, by `tandem kvstore` and by `tandem serve`."""
 
     store: ClassVar[Group]
-    """Store: where KV is kept beyond the engine's pool, and what may be shared with whom."""
+    """Store: where KV is kept beyond the engine's KV pool, and what may be shared with whom."""
     kv_store_socket: str = ""
     """Unix path where the store node of this host (`tandem kvstore --kv-store-socket PATH`) listens for workers, which
     use its memory. Empty: a node inside this process if `kv_host_bytes` is not 0, else no store."""

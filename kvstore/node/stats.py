@@ -85,7 +85,7 @@ class NodeStats:
     refused: dict[str, int]
     """Puts that did not begin, by `Refusal`."""
     leases: int
-    """Holds on host memory: by fetches, puts, loads, write-backs, views."""
+    """Leases of host memory: by fetches, puts, loads, write-backs, views."""
     puts_in_flight: int
     loads_in_flight: int
     fetches_open: int
