@@ -100,7 +100,8 @@ class PerfModel:
             self._transfers["handover"].observe((1.0, float(tokens)), seconds)
 
     def observe_fetch(self, tokens_by_tier: Mapping[str, int], seconds: float) -> None:
-        """One load may come from several tiers: each is taken to have been as slow as all of it, for what it is."""
+        """What is loaded at once may come from several tiers: each is taken to have been as slow as all of it, for what
+        it is."""
         tiers = {tier: n for tier, n in tokens_by_tier.items() if n > 0 and tier != "handover" and tier in _TRANSFERS}
         expected = sum(self.fetch_s(tier, n) for tier, n in tiers.items())
         for tier, tokens in tiers.items():
