@@ -137,7 +137,7 @@ class ChatShapes(CompletionsShapes):
         return events
 
     def _delta_of(self, events: list[Event]) -> dict[str, Any]:
-        """One delta: its text, and of each call what is new."""
+        """One delta: its text, and what is new of each tool call."""
         assert self._tools is not None
         texts: list[str] = []
         calls: dict[int, dict[str, Any]] = {}

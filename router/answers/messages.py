@@ -62,7 +62,7 @@ class MessageShapes:
         return b"event: error\ndata: %b\n\n" % msgspec.json.encode(anthropic_error(error, self._request_id))
 
     def answer(self, deltas: list[tuple[Choice, Delta]], usage: Usage) -> dict[str, Any]:
-        """A message with at most one block of text and one `tool_use` block for each call."""
+        """A message with at most one block of text and one `tool_use` block for each tool call."""
         text, calls = collect([event for _, delta in deltas for event in self._parsed(delta)])
         content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
         for called in calls:

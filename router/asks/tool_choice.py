@@ -82,7 +82,7 @@ async def tool_use(
     asking: Asking,
     answer: CheckedConstraint | None = None,
 ) -> ToolUse | None:
-    """None where no call can come out. `answer`: what the output must be where it is no call.
+    """None where no tool call can come out. `answer`: what the output must be where it is none.
 
     Raises TandemError `invalid_request`. With `tool_choice: none` the model is not told of the tools at all.
     """

@@ -1,4 +1,4 @@
-"""One live connection to one start of one worker: submits requests, takes their outputs, knows the worker's load.
+"""One live session with one start of one worker: submits requests, takes their outputs, knows the worker's load.
 
 Made by `workers.py`, used by `attempt.py`. A session never comes back: after a loss there is a new one, and everything
 that was submitted through the old one is told so at once.

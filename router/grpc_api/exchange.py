@@ -1,4 +1,4 @@
-"""One gRPC call and its answer: who calls, what travels as metadata, and errors as statuses."""
+"""One RPC and its answer: who asks, what travels as metadata, and errors as statuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcExchange:
-    """One call on the event loop; the counterpart of HTTP's `Exchange`."""
+    """One RPC on the event loop; the counterpart of HTTP's `Exchange`."""
 
     def __init__(self, method: str, context: Context, accounts: Accounts, work: FairWork) -> None:
         """`work`: threads for what would hold the event loop."""
@@ -58,7 +58,7 @@ class GrpcExchange:
         return self.metadata("authorization") or (f"Bearer {key}" if key else "")
 
     def timeout_s(self, asked: float | None) -> float | None:
-        """Time from arrival on that the request asks for, or the call's deadline where that comes first.
+        """Time from arrival on that the request asks for, or the RPC's deadline where that comes first.
 
         Raises TandemError naming the field.
         """
@@ -78,7 +78,7 @@ class GrpcExchange:
         log_ignored(names, self.method)
 
     async def begin(self) -> None:
-        """Sends what HTTP has in headers. Once; later calls do nothing."""
+        """Sends what HTTP has in headers. Once; after that it does nothing."""
         if not self._begun:
             self._begun = True
             await self._context.send_initial_metadata(self._headers())

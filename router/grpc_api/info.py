@@ -1,4 +1,4 @@
-"""The calls of the public gRPC API that generate no text."""
+"""The methods of the public gRPC API that generate no text."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ SERVICE_NAME = _SERVICE.full_name
 MAX_METADATA_BYTES = 64 << 10
 """Most bytes of metadata, as of HTTP's headers."""
 MAX_STREAMS = 1024
-"""Calls at a time on one connection; more wait at the client."""
+"""RPCs at a time on one connection; more wait at the client."""
 MAX_CONNECTION_AGE_S = 1800.0
-"""Then clients are told to connect anew, which spreads them over routers and ends what hangs. Calls in progress get
+"""Then clients are told to connect anew, which spreads them over routers and ends what hangs. RPCs in progress get
 GRACE_S more than the longest request."""
 GRACE_S = 60.0
 PING_S = 30.0
@@ -93,7 +93,7 @@ class InferenceService:
 
     def _behaviour(self, name: str, method: Method) -> Callable[[bytes, Context], Awaitable[bytes | None]]:
         async def answer(raw: bytes, context: Context) -> bytes | None:
-            """Runs the handler of one call, and turns errors into statuses. Counts the call and writes its line in the
+            """Runs the handler of one RPC, and turns errors into statuses. Counts it and writes its line in the
             log, whatever becomes of it."""
             exchange = GrpcExchange(f"/{SERVICE_NAME}/{name}", context, self._accounts, self._service.work)
             metrics, status = self._service.metrics, "CANCELLED"

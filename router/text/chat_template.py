@@ -38,7 +38,7 @@ class ChatTemplate:
         self._rendering = ChatRendering(given, self._compiled)
         self._processes = TemplateProcesses(given)
         self.tool_format: ToolFormat | None = detect(tools_source or source)
-        """How the model writes calls of functions; None: it makes none, or in a form that is not known."""
+        """How the model writes tool calls; None: it makes none, or in a form that is not known."""
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:

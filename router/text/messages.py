@@ -34,7 +34,7 @@ class Message(Fields):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    """Id of the call that a message with role tool answers."""
+    """Id of the tool call that a message with role tool answers."""
 
 
 def template_variables(given: dict[str, Any] | None) -> dict[str, Any]:

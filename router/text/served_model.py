@@ -40,7 +40,7 @@ MAX_WAITING = 64
 SHORT_MESSAGES, SHORT_TEXT = 256, 1 << 17
 """What may be rendered on the event loop: messages, and characters in them and in variables of the template."""
 PART = 64
-"""Characters that a part of a message or a call counts beside its text."""
+"""Characters that a part of a message or a tool call counts beside its text."""
 CUT_TOKENS = 16
 """What cutting a text may add, at the most."""
 

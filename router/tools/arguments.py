@@ -1,4 +1,5 @@
-"""Arguments of calls that are sent back as history: JSON, or what of it was written before an answer was cut off."""
+"""Arguments of tool calls that are sent back as history: JSON, or what of it was written before an answer was cut
+off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads one call, a JSON object with a name and arguments, character by character while it is generated."""
+"""Reads one tool call, a JSON object with a name and arguments, character by character while it is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's output means to a client: text, and calls of functions, piece by piece as they are generated."""
+"""What a model's output means to a client: text, and tool calls, piece by piece as they are generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Text:
 @dataclass(frozen=True, slots=True)
 class CallStart:
     index: int
-    """0 for the first call of the answer."""
+    """0 for the first tool call of the answer."""
     name: str
 
 
@@ -55,7 +55,7 @@ class Call:
 
 
 def collect(events: Sequence[Event]) -> tuple[str, list[Call]]:
-    """Text and calls of a whole answer."""
+    """Text and tool calls of a whole answer."""
     texts: list[str] = []
     names: list[str] = []
     arguments: list[list[str]] = []
@@ -72,7 +72,7 @@ def collect(events: Sequence[Event]) -> tuple[str, list[Call]]:
 
 
 class Writer:
-    """Collects events for a parser: numbers the calls, drops blanks next to them."""
+    """Collects events for a parser: numbers the tool calls, drops blanks next to them."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []

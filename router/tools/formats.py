@@ -1,4 +1,4 @@
-"""The forms in which models write calls, and how a model's chat template tells which one is its own."""
+"""The forms in which models write tool calls, and how a model's chat template tells which one is its own."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """One form of calls: how to read it, and how to hold the output to it."""
+    """One form of tool calls: how to read it, and how to hold the output to it."""
 
     name: str
     marks: tuple[str, ...]
-    """Tokens that begin or end a call; special in some tokenizers."""
+    """Tokens that begin or end a tool call; special in some tokenizers."""
     parser: Callable[[frozenset[str]], ToolParser]
     """Takes the names of the functions that the model was told of."""
     rules: Rules
@@ -54,7 +54,7 @@ def format_named(name: str) -> ToolFormat:
 
 
 def detect(template: str) -> ToolFormat | None:
-    """The form that the template writes for calls of earlier turns. None: it knows no tools, or another form."""
+    """The form that the template writes for tool calls of earlier turns. None: it knows no tools, or another form."""
     if "tools" not in template:
         return None
     if mistral.MARK in template:

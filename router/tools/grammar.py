@@ -1,4 +1,4 @@
-"""Grammars that force an answer to be calls of given functions, written as the model was trained to write them."""
+"""Grammars that force an answer to be tool calls, written as the model was trained to write them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ TAG = "<|python_tag|>"
 
 
 class Llama3Parser:
-    """JSON that is no call of a known function is an answer like any other."""
+    """JSON that calls no known function is an answer like any other."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names

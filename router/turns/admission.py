@@ -123,7 +123,7 @@ class Admission:
         self.pump()
 
     def cancel(self, waiting: Waiting) -> bool:
-        """Takes it out of the queue, without a call. False: it does not wait there."""
+        """Takes it out of the queue; it hears nothing. False: it does not wait there."""
         return self._drop(waiting)
 
     def refuse_those(self, arrived_before: float, error: TandemError) -> None:
