@@ -86,7 +86,7 @@ def _check_model(config: ServeConfig, folder: Path) -> None:
 
 
 def _check_memory(config: ServeConfig) -> None:
-    """Pools fill up with cached prompts sooner or later, so together they must fit. A GPU's memory is its worker's
+    """KV pools fill up with cached prompts sooner or later, so together they must fit. A GPU's memory is its worker's
     affair."""
     if config.device not in ("auto", "cpu") or (config.device == "auto" and Path("/dev/nvidiactl").exists()):
         return
