@@ -48,7 +48,7 @@ def _discard(outputs: list[RequestOutput]) -> None:
 
 
 class RouterSession:
-    """One router's connection: what it submitted, and what it has not been sent yet."""
+    """One router's session: what it submitted, and what it has not been sent yet."""
 
     def __init__(self, cache: CacheFollower, overflow: Callable[[RouterSession], None]) -> None:
         """`overflow(self)` is called when the router has left too much unread."""
