@@ -103,7 +103,7 @@ class _EngineGauges(Collector):
         self._status = status
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One gauge for each number in the worker's status. Called by Prometheus, on its thread."""
+        """One gauge for each number in the worker's status. Called with each scrape, off the event loop."""
         status = self._status()
         for field in status.DESCRIPTOR.fields:
             if field.message_type is not None:  # numbers by priority: of any cardinality
@@ -118,7 +118,7 @@ class _StoreCounters(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """Counters of look-ups, loads and saves of the KV store. Called by Prometheus, on its thread."""
+        """Counters of look-ups, loads and saves of the KV store. Called with each scrape, off the event loop."""
         stats = self._stats()
         labelled = (
             ("lookups", "Prompts looked up in the KV store", "outcome", stats.lookups),
