@@ -381,6 +381,14 @@ def test_forgetting_keeps_those_who_wait_and_the_floor() -> None:
     assert counters.enter("again", 0).counter == counters.floor(0) == 1007
 
 
+@pytest.mark.parametrize("most", [1, 3, 9])
+def test_accounts_are_bounded_however_few_may_be_kept(most: int) -> None:
+    counters = ServiceCounters(max_accounts=most)
+    for number in range(20):
+        counters.enter(f"passing-{number}", 0)
+        assert len(counters) <= most
+
+
 # Replicas
 
 
@@ -470,3 +478,47 @@ def test_the_least_counter_of_those_who_wait_is_what_a_replica_reports() -> None
     changes = counters.take_changes()
     assert (changes.least, changes.accounts) == ({}, {})
     assert math.isinf(counters.account("ann", 0).at_least)
+
+
+def test_a_lift_alone_is_told_to_the_others_once() -> None:
+    counters = ServiceCounters()
+    counters.account("ann", 0)
+    counters.take_changes()
+    counters.account("ann", 0).lift(30.0)
+    assert counters.take_changes().accounts == {(0, "ann"): (0.0, 30.0)}
+    assert counters.take_changes().accounts == {}
+
+
+def test_what_was_taken_and_lost_is_said_again_with_what_came_since() -> None:
+    counters = ServiceCounters()
+    counters.charge("ann", 0, 5, 1.0)
+    counters.charge("bob", 0, 3, 1.0)
+    taken = counters.take_changes()
+    counters.charge("ann", 0, 2, 1.0)
+    counters.charge("cat", 0, 4, 1.0)
+    counters.put_back(taken)
+    assert counters.take_changes().accounts == {(0, "ann"): (7.0, 7.0), (0, "bob"): (3.0, 3.0), (0, "cat"): (4.0, 4.0)}
+
+
+def test_totals_that_cannot_be_true_are_counted_and_not_taken() -> None:
+    counters = ServiceCounters()
+    for tenant in ("ann", "bob", "cat"):
+        counters.charge(tenant, 0, 50, 1.0)
+    counters.take_changes()
+    totals = {(0, "ann"): 60.0, (0, "bob"): 1000.0, (0, "cat"): 10.0}
+    assert counters.merge(totals, {0: 20.0, 1: 1000.0}, {}, most=100.0, moved=30.0) == 3
+    assert counters.values() == {(0, "ann"): 60.0, (0, "bob"): 50.0, (0, "cat"): 50.0}
+    assert counters.floors() == {0: 20.0}
+    changes = counters.take_changes()
+    assert changes.wrong == {(0, "bob")}, "too low a total is mended by the least value alone"
+    assert changes.accounts == {(0, "bob"): (0.0, 50.0), (0, "cat"): (0.0, 50.0)}
+
+
+def test_a_tenant_is_ahead_of_those_who_wait_at_other_routers() -> None:
+    counters = ServiceCounters()
+    counters.charge("ann", 1, 50, 1.0)
+    assert counters.ahead("ann", 1) == -math.inf, "nobody waits there"
+    counters.merge({}, {}, {1: 20.0})
+    assert counters.ahead("ann", 1) == 30.0
+    assert counters.ahead("ann", 0) == -math.inf, "only a later band waits there"
+    assert counters.ahead("ann", 2) == math.inf, "an earlier band waits there"

@@ -85,7 +85,10 @@ def test_links_are_apart_and_bounded() -> None:
     assert links.estimate("peer:1", CHUNK_BYTES, 1) > 10 * untouched
 
 
-@pytest.mark.parametrize(("size", "count", "seconds"), [(1, 0, 1.0), (-1, 1, 1.0), (1, 1, 0.0), (1, 1, float("nan"))])
+@pytest.mark.parametrize(
+    ("size", "count", "seconds"),
+    [(1, 0, 1.0), (-1, 1, 1.0), (1, 1, 0.0), (1, 1, -1.0), (1, 1, float("inf")), (1, 1, float("nan"))],
+)
 def test_impossible_figures_are_ignored(size: int, count: int, seconds: float) -> None:
     links = LinkCosts()
     links.observe("disk", size, count, seconds)
@@ -181,6 +184,14 @@ def test_a_slow_tail_is_left_to_compute() -> None:
     plan = choose_fetch(located("host", "host", "remote"), 256, 0, 2000, 10_000.0, links)
     assert plan.num_objects == 2
     assert plan.recompute_s == pytest.approx((2000 - 512) / 10_000)
+
+
+def test_a_plan_takes_what_its_links_take_for_all_their_objects() -> None:
+    links = LinkCosts()
+    plan = choose_fetch(located("disk", "host", "disk", "disk", "host", "disk"), 256, 0, 2000, 10.0, links)
+    assert plan.num_objects == 6
+    seconds = links.estimate("disk", 4 * CHUNK_BYTES, 4) + links.estimate("host", 2 * CHUNK_BYTES, 2)
+    assert plan.fetch_s == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("prompt", "objects"), [(256, 1), (257, 1), (258, 2), (512, 2), (1, 0)])

@@ -45,6 +45,7 @@ def test_counts_ends_and_first_gaps(parts: list[tuple[int, int]], start: int) ->
     ranges, there = TokenRanges.of(*parts), tokens(parts)
     assert (ranges.count, ranges.end, bool(ranges)) == (len(there), max(there, default=-1) + 1, bool(there))
     assert ranges.first_gap(start) == next(token for token in range(start, MOST + 2) if token not in there)
+    assert ranges.first_gap() == ranges.first_gap(0)
     assert positions(TokenRanges.up_to(start)) == set(range(start))
 
 

@@ -15,7 +15,7 @@ from tandem.common.errors import TandemError
 from tandem.common.fairness import LAST_BAND
 from tandem.engine.request import Preemption, RequestKey
 from tandem.engine.schedule.admission import MAX_DISPLACED
-from tandem.engine.schedule.block_manager import BlockManager
+from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
 from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.schedule.ranges import EMPTY, TokenRanges
 from tandem.engine.schedule.scheduler import Scheduler
@@ -461,6 +461,53 @@ def test_pending_prefill_tokens_are_all_that_will_be_computed_here() -> None:
     play.add("waits for an import", 7000, kv_import=object())
     pending = (1000 - 64) + (2000 - begun.num_computed) + 3000 + (5000 - 128)
     assert play.scheduler.pending_prefill_tokens == pending
+
+
+def test_what_is_going_on_is_told_by_phase_and_band() -> None:
+    play = Play(num_blocks=1000, max_num_seqs=4)
+    decodes = play.add("decodes", 5, max_tokens=40, priority=-1)
+    play.step()
+    play.add("imports", 10, kv_import=object())
+    play.add("loads", 1000, priority=3).stored = up_to(64)
+    begun = play.add("half computed", 2000)
+    while begun.num_computed == 0:
+        play.step()
+    for number in range(3):
+        play.add(f"waits {number}", 50, priority=5)
+    play.add("looked up", 3000, look_up=True, priority=5)
+    for _ in range(3):
+        scheduler = play.scheduler
+        assert (scheduler.num_running, scheduler.num_waiting) == (4, 4), "who imports or loads has a slot"
+        assert scheduler.roster.free_slots == 0
+        assert scheduler.by_band() == {-1: 1, 0: 2, 3: 1, 5: 4}
+        assert scheduler.decode_load() == (1, decodes.num_computed)
+        play.step()
+    assert begun.prefills
+
+
+@pytest.mark.parametrize(
+    ("damage", "finding"),
+    [
+        (lambda running, waiting: setattr(running, "phase", Phase.HOLDING), "is Phase.HOLDING among the running"),
+        (lambda running, waiting: setattr(waiting, "gated", True), "is waiting and gated"),
+        (lambda running, waiting: setattr(running, "num_computed", 49), r"has KV of tokens .* in 48 slots"),
+        (lambda running, waiting: setattr(running, "ahead", up_to(1)), "are behind 35"),
+        (lambda running, waiting: setattr(running, "ahead", TokenRanges.of((35, 36))), "are behind 35"),
+        (lambda running, waiting: setattr(waiting, "ahead", TokenRanges.of((19, 20))), "are behind 0"),
+        (lambda running, waiting: setattr(running, "published", 3), "published more than the 35 tokens"),
+        (lambda running, waiting: setattr(waiting, "key", running.key), "a request is in two phases"),
+    ],
+)
+def test_what_is_wrong_is_found(damage: Callable[[Sequence, Sequence], None], finding: str) -> None:
+    play = Play(max_num_seqs=1)
+    running = play.add("running", 31, max_tokens=10)
+    waiting = play.add("waiting", 20)
+    for _ in range(5):
+        play.step()
+    assert (running.num_computed, len(running.tokens)) == (35, 36)
+    damage(running, waiting)
+    with pytest.raises(IntegrityError, match=finding):
+        play.scheduler.check_integrity()
 
 
 def test_equal_prompts_wait_for_the_one_that_loads() -> None:

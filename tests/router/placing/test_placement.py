@@ -46,6 +46,7 @@ loads = st.fixed_dictionaries(
         "kv_tokens": st.integers(0, 400_000),
         "reserved_tokens": st.integers(0, 500_000),
         "foreign_requests": st.integers(0, 20),
+        "foreign_tokens": st.integers(0, 200_000),
         "foreign_s": st.floats(0, 1),
     }
 )
@@ -87,7 +88,9 @@ def test_the_cheapest_candidate_wins_and_says_why(decodes, prefills, request, hi
     costs = placement.candidates
     assert [cost.total_s for cost in costs] == sorted(cost.total_s for cost in costs)
     assert cost_of(placement, decoding, prefilling).total_s == pytest.approx(chosen)
+    by_name = {None: None} | {load.name: load for load in (*decoding, *prefilling)}
     for cost in costs:
+        assert cost.total_s == pytest.approx(reference(by_name[cost.decode], by_name[cost.prefill], request, found))
         assert cost.device_tokens + cost.promised_tokens < request.prompt_tokens
         parts = [cost.queue_s, cost.prefill_s, cost.fetch_s, cost.stall_s, cost.handover_s, cost.decode_s]
         parts += [cost.slowdown_s, cost.memory_s, cost.adapter_s]
@@ -110,17 +113,18 @@ def reference(
         total += STALL_WEIGHT * MODEL.stall_s(request.prompt_tokens - cached, cached) * decode.decoding
     else:
         total += MODEL.handover_s(max(0, request.prompt_tokens - sum(hits[decode.slot])))
-    batch, after = decode.batch, decode.kv_tokens + request.prompt_tokens + request.output_tokens // 2
-    step = MODEL.decode_step_s(batch + 1, after)
+    batch, before = decode.batch, decode.kv_tokens + decode.foreign_tokens
+    step = MODEL.decode_step_s(batch + 1, before + request.prompt_tokens + request.output_tokens // 2)
     answer = request.output_tokens * step
-    slowdown = request.output_tokens * batch * (step - MODEL.decode_step_s(batch, decode.kv_tokens))
+    slowdown = request.output_tokens * batch * (step - MODEL.decode_step_s(batch, before))
     total += DECODE_WEIGHT * (answer + slowdown)
     if batch >= decode.max_requests:
         total += (batch - decode.max_requests + 1) / decode.max_requests * answer
     need = request.prompt_tokens - hits[decode.slot][0] + request.output_tokens
-    missing = decode.reserved_tokens + need - decode.capacity_tokens
+    taken = decode.reserved_tokens + decode.foreign_tokens
+    missing = taken + need - decode.capacity_tokens
     if missing > 0:
-        total += missing / max(1, decode.reserved_tokens) * answer + MODEL.prefill_s(missing)
+        total += missing / max(1, taken) * answer + MODEL.prefill_s(missing)
     return total
 
 
