@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.common.fairness import LAST_BAND
-from tandem.common.slot_shares import LARGE, SHARE
+from tandem.common.slot_shares import LARGE, SHARE, kept
 from tandem.engine.request import Preemption
 from tandem.engine.schedule.admission import MAX_DISPLACED
 from tandem.engine.schedule.sequence import Phase, Sequence
-from tandem.engine.schedule.slot_shares import KEPT_S, KEPT_SHARE
+from tandem.engine.schedule.slot_shares import KEPT_S, KEPT_SHARE, SlotShares
 from tests.engine.schedule.test_fair_scheduling import Floor
-from tests.engine_harness import EngineUnderTest, tiny_llama, wait_for
+from tests.engine_harness import EngineUnderTest, make_sequence, tiny_llama, wait_for
 
 SLOTS = 16
 LONG = 10_000
@@ -125,6 +125,62 @@ def test_nobody_yields_to_its_own_tenant_nor_in_the_last_band() -> None:
     batch = Crowd(priority=LAST_BAND)
     batch.add("victim", priority=LAST_BAND)
     assert not batch.step().preempted
+
+
+WEIGHTS = {"ann": 1.0, "bob": 1.0, "cat": 4.0, "dan": 0.5}
+
+
+def sequence_of(tenant: str, band: int) -> Sequence:
+    sequence = make_sequence("any", [1], priority=band)
+    sequence.request.tenant, sequence.request.weight = tenant, WEIGHTS[tenant]
+    return sequence
+
+
+def obvious_victims(newcomer: Sequence, running: list[Sequence], live: list[Sequence], slots: int) -> list[Sequence]:
+    """Counts anew for each of `running` what its tenant has left."""
+    band, tenant, weight = newcomer.priority, newcomer.request.tenant, newcomer.request.weight
+
+    def slots_of(name: str) -> int:
+        return sum((each.priority, each.request.tenant) == (band, name) and each not in found for each in live)
+
+    found: list[Sequence] = []
+    least = kept(slots_of(tenant) / weight, weight)
+    for each in running:
+        theirs = slots_of(each.request.tenant) if each.priority == band and each.request.tenant != tenant else 0
+        if theirs * LARGE > slots and (theirs - 1) / each.request.weight >= least:
+            found.append(each)
+    return found
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(WEIGHTS)), st.sampled_from([0, 0, 0, 1]), st.booleans()), max_size=16),
+    st.sampled_from(sorted(WEIGHTS)),
+    st.integers(1, 20),
+)
+def test_who_yields_is_as_the_obvious_count_says(live: list[tuple[str, int, bool]], newcomer: str, slots: int) -> None:
+    sequences = [sequence_of(tenant, band) for tenant, band, _ in live]
+    running = [sequence for sequence, (_, _, runs) in zip(sequences, live, strict=True) if runs]
+    for band in (0, 1):
+        comes = sequence_of(newcomer, band)
+        victims = SlotShares(slots).victims(comes, running, sequences)
+        assert victims == obvious_victims(comes, running, sequences, slots)
+
+
+def test_slots_are_kept_for_a_while_and_no_more_than_a_share_of_all() -> None:
+    shares = SlotShares(10 * KEPT_SHARE)
+    assert shares.reserved(0.0) == 0
+    shares.reserve(3, 5.0)
+    shares.reserve(4, 5.0 + KEPT_S / 2)
+    assert shares.reserved(5.0 + KEPT_S) == 7
+    shares.reserve(4, 5.0 + KEPT_S)
+    assert shares.reserved(5.0 + 2 * KEPT_S - 1e-6) == 10
+    assert shares.reserved(5.0 + 2 * KEPT_S) == 0
+    shares.reserve(1, 100.0)
+    assert shares.reserved(100.0) == 1, "what was kept before is over"
+    few = SlotShares(KEPT_SHARE - 1)
+    few.reserve(5, 0.0)
+    assert few.reserved(0.0) == 1
 
 
 def test_nobody_yields_more_often_than_it_may() -> None:
