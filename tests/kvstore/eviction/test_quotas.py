@@ -195,6 +195,35 @@ def test_owners_that_come_and_go_leave_nothing_behind() -> None:
     assert len(books._largest) < 100
 
 
+def test_what_is_remembered_is_shared_out_anew_as_owners_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.kvstore.eviction.quotas.MAX_GHOSTS", 64)
+    books = quotas(1.0, "reuse")
+    each = []
+    for number in range(6):
+        books.insert(key(number), info(f"owner-{number}"))
+        each.append(books._ghosts_each)
+    for number in range(5):
+        books.remove(key(number))
+        each.append(books._ghosts_each)
+    assert each == [64, 32, 16, 16, 8, 8, 8, 16, 16, 32, 64]
+
+
+@pytest.mark.parametrize(("owner", "other"), [("a", "b"), ("b", "a")])
+def test_the_next_largest_loses_where_the_largest_has_to_stay(owner: str, other: str) -> None:
+    for size, loser in ((1, other), (2, owner), (3, owner)):
+        books = quotas(1.0)
+        books.insert(key(0), info("largest", 20))
+        books.insert(key(1), info(owner, 8))
+        books.insert(key(2), info(other, 9 if size > 1 else 10))
+        assert books.evict_for(owner, size, lambda each: each != key(0)) == key(1 if loser == owner else 2)
+
+
+def test_an_owner_without_anything_may_fill_its_quota_and_no_more() -> None:
+    books = quotas(0.5)
+    assert books.fits("a", CAPACITY // 2)
+    assert not books.fits("a", CAPACITY // 2 + 1)
+
+
 def test_a_write_under_way_is_charged() -> None:
     books = quotas(0.5)
     books.reserve("a", 15)
@@ -236,9 +265,14 @@ def test_shares_of_one_owner_alone_are_kept_too() -> None:
     assert books.fits("anybody", CAPACITY)
 
 
-def test_an_impossible_share_of_an_owner_names_the_setting() -> None:
+def test_without_quotas_there_is_no_limit() -> None:
+    assert Shares().of("anybody") == Shares.read({}).of("anybody") == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+def test_an_impossible_share_of_an_owner_names_the_setting(share: float) -> None:
     with pytest.raises(ConfigError, match="kv_quotas: acme"):
-        Shares(1.0, {"acme": 1.5})
+        Shares(1.0, {"acme": share})
 
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
