@@ -31,7 +31,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tandem.common.fairness import INPUT_COST, OUTPUT_COST, QUANTUM, AccountKey, ServiceCounters
+from tandem.common.fair_queue import QUANTUM
+from tandem.common.fairness import INPUT_COST, OUTPUT_COST, AccountKey, ServiceCounters
 from tandem.router.turns.admission import Admission, Waiting
 
 TICK_S = 0.05

@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tandem.common.errors import TandemError
-from tandem.common.fairness import FairQueue, ServiceCounters
+from tandem.common.fair_queue import FairQueue
+from tandem.common.fairness import ServiceCounters
 
 EXPECTED_S = 0.005
 """Charged when work starts, until it is known how long it took: two that start together must see each other."""

@@ -12,6 +12,8 @@ import msgspec
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 64 << 20
 """Room for a grammar and an output of the longest context."""
+MAX_COMPILED = 16
+"""Compiled constraints that a process keeps: those last used."""
 
 
 class Ready(msgspec.Struct, array_like=True):

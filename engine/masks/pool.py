@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
@@ -27,14 +27,13 @@ import msgspec
 from tandem.common.errors import TandemError
 from tandem.common.sampling import Constraint
 from tandem.engine.masks.guide import MAX_STRIKES, PROMPT_S, Guide, Work
-from tandem.engine.masks.messages import Close, Follow, Frames, Open, Ready, Reply, Request, framed
+from tandem.engine.masks.mask_process import RECEIVED_BYTES, MaskProcess
+from tandem.engine.masks.messages import Close, Follow, Frames, Open, Ready
 
 logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 256 * 1024
 """Length of a schema, expression or grammar."""
-MAX_COMPILED = 16
-"""Compiled constraints that a process keeps."""
 MAX_PROCESSES = 32
 MAX_OF_TENANT = 12
 """Processes in use at one time. Its further constraints share them."""
@@ -47,69 +46,8 @@ FORGIVEN_S = 300.0
 """for so long after the first."""
 MAX_REMEMBERED = 256
 """Constraints that ended a process."""
-_RECEIVED_BYTES = 1 << 18
 
 _READY = msgspec.msgpack.Decoder(Ready)
-_REPLIES = msgspec.msgpack.Decoder(Reply)
-
-
-class MaskProcess:
-    """One process, of one tenant."""
-
-    def __init__(self, tenant: str, connection: socket.socket) -> None:
-        self.tenant = tenant
-        self.connection = connection
-        self.guides: dict[int, Guide] = {}
-        self.constraints: deque[Constraint] = deque(maxlen=MAX_COMPILED)
-        """Those that it was sent last."""
-        self.awaited: deque[Guide] = deque()
-        """Guides that an answer will come for, in its order."""
-        self.waits_since = 0.0
-        """When (s) the first of them became the first."""
-        self._requests: list[Request] = []
-        self._unsent = b""
-        self._frames = Frames()
-
-    def put(self, request: Request, guide: Guide | None = None) -> None:
-        """`guide`: whom the answer is for."""
-        self._requests.append(request)
-        if guide is not None:
-            if not self.awaited:
-                self.waits_since = time.monotonic()
-            self.awaited.append(guide)
-
-    @property
-    def backlog_s(self) -> float:
-        """Processor time of all that it has not answered yet, as far as known."""
-        return sum([guide.last_s for guide in self.awaited])
-
-    def answered(self) -> Guide:
-        """The guide that the answer is for."""
-        self.waits_since = time.monotonic()
-        return self.awaited.popleft()
-
-    def send(self) -> None:
-        """What the socket takes. Raises OSError where the process has ended."""
-        if self._requests:
-            self._unsent += framed(self._requests)
-            self._requests = []
-        if self._unsent:
-            with suppress(BlockingIOError):
-                self._unsent = self._unsent[self.connection.send(self._unsent) :]
-
-    @property
-    def has_unsent(self) -> bool:
-        return bool(self._unsent)
-
-    def receive(self) -> list[Reply]:
-        """Raises OSError, ValueError where the process has ended or lost its mind."""
-        try:
-            data = self.connection.recv(_RECEIVED_BYTES)
-        except BlockingIOError:
-            return []
-        if not data:
-            raise ConnectionResetError("the process has ended")
-        return [_REPLIES.decode(body) for body in self._frames.add(data)]
 
 
 class MaskPool:
@@ -326,7 +264,7 @@ class MaskPool:
 
     def _receive_ready(self, control: socket.socket) -> None:
         try:
-            data = control.recv(_RECEIVED_BYTES)
+            data = control.recv(RECEIVED_BYTES)
         except ConnectionResetError:
             data = b""
         for body in self._control_frames.add(data):

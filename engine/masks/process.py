@@ -24,7 +24,7 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from tandem.common.constraint_limits import DEAR_S, MAX_LEXER_STATES, MAX_ROW_ITEMS
-from tandem.engine.masks.messages import LENGTH_BYTES, Close, Follow, Open, Ready, Reply, Request, framed
+from tandem.engine.masks.messages import LENGTH_BYTES, MAX_COMPILED, Close, Follow, Open, Ready, Reply, Request, framed
 
 COMPILE_CPU_S = 4.0
 """Time of one grammar: twice what the router allows, whose processor may be a faster one."""
@@ -34,8 +34,6 @@ REPLAY_CPU_S = 0.001
 """More for each token of output that is read."""
 FREE_S = 0.05
 """A process yields to all others of the machine once its masks took so much more than `DEAR_S` each."""
-MAX_COMPILED = 16
-"""Compiled grammars that a process keeps: those last used."""
 MEMORY_BYTES = 512 << 20
 """Memory of a process, beside what it shares with the others."""
 STACK_BYTES = 8 << 20

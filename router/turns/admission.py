@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tandem.common.errors import TandemError
-from tandem.common.fairness import INPUT_COST, OUTPUT_COST, QUANTUM, FairQueue, ServiceCounters
+from tandem.common.fair_queue import QUANTUM, FairQueue
+from tandem.common.fairness import INPUT_COST, OUTPUT_COST, ServiceCounters
 from tandem.router.fleet.load import LOWEST
 
 MAX_GRANTS = 32

@@ -11,15 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.common.fairness import (
-    INPUT_COST,
-    LOOK_AHEAD,
-    MAX_OVERTAKEN,
-    OUTPUT_COST,
-    AccountKey,
-    FairQueue,
-    ServiceCounters,
-)
+from tandem.common.fair_queue import LOOK_AHEAD, MAX_OVERTAKEN, FairQueue
+from tandem.common.fairness import INPUT_COST, OUTPUT_COST, AccountKey, ServiceCounters
 
 TENANTS = {"ann": 1.0, "bob": 1.0, "cat": 4.0, "dan": 0.5}
 QUANTUM = 100.0

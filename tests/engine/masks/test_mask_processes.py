@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from llguidance import LLTokenizer
 
@@ -362,7 +363,7 @@ def test_frames_are_cut_wherever_the_stream_is() -> None:
 
 
 def _decoded(body: bytes) -> Reply:
-    return pool_module._REPLIES.decode(body)
+    return msgspec.msgpack.decode(body, type=Reply)
 
 
 def test_a_mask_is_not_awaited_within_a_step_where_many_come_before_it(

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.common.errors import TandemError
-from tandem.common.fairness import OUTPUT_COST, QUANTUM, ServiceCounters
+from tandem.common.fair_queue import QUANTUM
+from tandem.common.fairness import OUTPUT_COST, ServiceCounters
 from tandem.router.turns.admission import HOLD_S, MAX_GRANTS, MAX_RETRY_AFTER_S, Admission, Waiting
 
 

