@@ -123,10 +123,13 @@ async def house(model_folder: Path) -> AsyncIterator[House]:
 @pytest.fixture
 async def bare_client(model_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """Talks to the ASGI application of a router without servers and workers: enough for what is refused early."""
-    router = Router(RouterConfig(model=str(model_folder), decode_workers=["unix:/nowhere.sock"]))
+    config = RouterConfig(model=str(model_folder), decode_workers=["unix:/nowhere.sock"], worker_wait_s=0.0)
+    router = Router(config)
+    refusing = asyncio.create_task(router.service.pump_regularly())  # what is good waits for a worker otherwise
     transport = httpx.ASGITransport(router.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
         yield client
+    refusing.cancel()
     router.model.text.close()
 
 
