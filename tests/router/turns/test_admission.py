@@ -75,6 +75,7 @@ def test_with_room_and_nobody_before_it_a_request_starts_at_once() -> None:
     desk.free(2)
     assert desk.started == ["one", "two", "three"]
     assert (two.waited_s, desk.admission.waiting_requests, desk.admission.waiting_tokens) == (0.0, 0, 0)
+    assert (desk.admission.granted, desk.admission.queued) == (3, 2)
 
 
 def test_those_that_have_waited_long_enough_are_refused_and_the_others_wait_on() -> None:
@@ -251,6 +252,25 @@ def test_the_slo_counts_the_own_backlog_at_the_measured_rate_and_not_that_of_oth
         desk.submit("late", "greedy")
     desk.submit("light", "light")
     desk.submit("high", "greedy", priority=-1)
+
+
+def test_the_own_backlog_is_counted_to_the_token_whoever_else_comes_and_goes() -> None:
+    desk = Desk(ttft_slo_s=10.0)
+    backlog = [desk.submit(f"{number}", "greedy", tokens=100) for number in range(24)]
+    for _ in range(4):  # 400 tokens in 2 s
+        desk.now += 0.5
+        desk.free(1)
+    assert desk.admission.cancel(desk.submit("light", "light"))
+    with pytest.raises(TandemError, match=r"at least 10\.0 s"):
+        desk.submit("late", "greedy", deadline=desk.now + 9.99)
+    desk.submit("just in time", "greedy", tokens=1)
+    with pytest.raises(TandemError):
+        desk.submit("late", "greedy")
+    for waiting in backlog[4:]:
+        desk.admission.cancel(waiting)
+    desk.free(1)
+    assert desk.started[4:] == ["just in time"]
+    assert not desk.admission._held
 
 
 def test_the_room_is_left_to_tenants_who_wait_at_another_replica_but_not_for_long() -> None:
