@@ -45,6 +45,14 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | extra
 
 
+def data_lines(answer: httpx.Response) -> Iterator[str]:
+    """Data of a stream's events. httpx's lines also end at characters that a random model writes, such as U+2028."""
+    rest = b""
+    for part in answer.iter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        yield from (line.removeprefix(b"data: ").decode() for line in lines if line.startswith(b"data: "))
+
+
 def ask(http: httpx.Client, model: str, question: dict[str, Any], *, stream: bool) -> list[tuple[str, list[int], str]]:
     """Text, tokens and finish reason of each choice. Raises AssertionError for an answer that is not whole."""
     body = {"model": model, "temperature": 0, "ignore_eos": True, "return_token_ids": True} | question
@@ -57,7 +65,7 @@ def ask(http: httpx.Client, model: str, question: dict[str, Any], *, stream: boo
     else:
         with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
             assert answer.status_code == 200, answer.read()
-            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+            lines = list(data_lines(answer))
         assert lines[-1] == "[DONE]", lines[-1]
         for choice in (choice for line in lines[:-1] for choice in json.loads(line)["choices"]):
             text, tokens, _ = choices.get(choice["index"], ("", [], ""))
@@ -204,9 +212,9 @@ class Serve:
         body = self._body(prompt, max_tokens, fields) | {"stream": True}
         with self.http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, answer.read()
-            for line in answer.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield json.loads(line.removeprefix("data: "))
+            for line in data_lines(answer):
+                if line != "[DONE]":
+                    yield json.loads(line)
 
     def _body(self, prompt: list[int] | str, max_tokens: int, fields: dict[str, Any]) -> dict[str, Any]:
         return {
