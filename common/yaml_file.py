@@ -16,6 +16,7 @@ import yaml
 from tandem.common.errors import ConfigError
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MERGE = "tag:yaml.org,2002:merge"
 _PLACE = re.compile(r" - at `\$\.?(.*)`$")
 _STEP = re.compile(r"\[(\d+)\]|\[\.\.\.\]|([^.\[\]]+)")
 _NAME = re.compile(r"`([^`]*)`$")
@@ -45,7 +46,7 @@ class YamlFile:
             if node is None:
                 raise ConfigError(f"{self._source}: is empty")
             self._top = node
-            self._check_keys(node, "")
+            self._check_keys(node, "", set())
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self._source}: cannot be read ({error})") from error
         except (yaml.YAMLError, RecursionError) as error:
@@ -104,22 +105,25 @@ class YamlFile:
             node = inner
         return node
 
-    def _check_keys(self, node: yaml.Node, place: str) -> None:
+    def _check_keys(self, node: yaml.Node, place: str, looked_at: set[int]) -> None:
+        if id(node) in looked_at:  # what an alias stands for: aliases of aliases would take for ever
+            return
+        looked_at.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
-                self._check_keys(item, f"{place}[{index}]")
+                self._check_keys(item, f"{place}[{index}]", looked_at)
         if not isinstance(node, yaml.MappingNode):
             return
         seen: set[str] = set()
         for key, value in node.value:
             line = f"{self._source}, line {key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
                 raise ConfigError(f"{line}: {place or 'the file'} must have plain names as keys")
             inner = f"{place}.{key.value}" if place else key.value
             if key.value in seen:
                 raise ConfigError(f"{line}: {inner} is there twice")
             seen.add(key.value)
-            self._check_keys(value, inner)
+            self._check_keys(value, inner, looked_at)
 
     def _not_yaml(self, error: Exception) -> ConfigError:
         mark = getattr(error, "problem_mark", None)

@@ -321,6 +321,8 @@ def test_private_keys_are_refused(tmp_path: Path) -> None:
 
 KEY = "0" * 64
 ANN = "tenants: [{name: ann, keys: []}]"
+BOMB = "\n".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 30))
+"""Each line stands for nine times as much as the one before."""
 
 
 @pytest.mark.parametrize(
@@ -330,6 +332,9 @@ ANN = "tenants: [{name: ann, keys: []}]"
         ("tenants: []", "line 1: tenants must be a list of length >= 1"),
         ("tenants: [}", "line 1: is not valid YAML"),
         ("- a", "line 1: must be a mapping"),
+        (f"a0: &a0 x\n{BOMB}\ntenants: *a29", "line 1: a0 is not a field|tenants.* must be a mapping"),
+        ("tenants: &a [*a]", r"tenants\[0\] must be a mapping"),
+        ("a: &a {name: ann}\ntenants: [{<<: *a, keys: []}]", r"line 2: tenants\[0\] must have plain names as keys"),
         ("tenant:\n - name: a", "line 2: tenant is not a field; did you mean tenants?"),
         ("tenants:\n - a", r"line 2: tenants\[0\] must be a mapping"),
         ("tenants:\n - keys: []", r"line 2: tenants\[0\].name is required"),
