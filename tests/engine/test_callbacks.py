@@ -11,15 +11,10 @@ import pytest
 from tandem.common.sampling import Constraint
 from tandem.engine.store.cache import EngineStore
 from tests.engine.store.scripted_home import ScriptedHome
-from tests.engine_harness import EngineUnderTest, tiny_llama, wait_for
+from tests.engine_harness import EngineUnderTest, wait_for
 
 PROMPT = [(i * 13) % 500 + 3 for i in range(70)]
 VICTIM = [(i * 7) % 400 + 50 for i in range(70)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,9 @@ import pytest
 
 from tandem.common.errors import TandemError
 from tandem.engine.request import EngineRequest, FinishReason, RequestKey
-from tests.engine_harness import TIMEOUT_S, EngineUnderTest, SamplingParams, tiny_llama, wait_for
+from tests.engine_harness import TIMEOUT_S, EngineUnderTest, SamplingParams, wait_for
 
 PROMPT = [(i * 13) % 500 + 3 for i in range(100)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,10 @@ import torch
 
 from tandem.common.errors import ConfigError
 from tandem.engine.request import FinishReason
-from tests.engine_harness import EngineUnderTest, tiny_llama
+from tests.engine_harness import EngineUnderTest
 
 RNG = random.Random(5)
 PROMPT = [RNG.randrange(3, 512) for _ in range(150)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 def transformers_greedy(folder: Path, prompt: list[int], count: int) -> list[int]:

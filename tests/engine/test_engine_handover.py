@@ -11,14 +11,9 @@ from typing import Any
 import pytest
 
 from tandem.engine.request import FinishReason, RequestKey, RequestOutput, TokenLogprobs
-from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, tiny_llama, wait_for
+from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, wait_for
 
 PROMPT = [(i * 17) % 500 + 3 for i in range(150)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from tandem.engine.request import FinishReason, Pooling, RequestOutput
-from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, tiny_llama
+from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest
 from tests.models import VOCAB_SIZE
 
 PROMPT = [(i * 13) % 500 + 3 for i in range(60)]
@@ -19,17 +18,6 @@ BYSTANDERS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 5, "top_p": 0.9},
     {"logprobs": 2, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 class Beside:

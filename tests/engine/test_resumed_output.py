@@ -15,7 +15,7 @@ from tandem.engine.store.cache import EngineStore
 from tandem.proto import worker_pb2
 from tandem.worker.wire import request_from_proto
 from tests.engine.store.scripted_home import ScriptedHome
-from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, tiny_llama
+from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest
 
 PROMPT = [(i * 17) % 500 + 3 for i in range(150)]
 KINDS: list[dict[str, Any]] = [
@@ -30,21 +30,10 @@ but one of 48."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
 def whole(folder: Path) -> Iterator[EngineUnderTest]:
     """Never interrupted, caches nothing."""
     with EngineUnderTest(folder, enable_prefix_caching=False) as engine:
         yield engine
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 def report_of(engine: EngineUnderTest, key: RequestKey) -> PromptReport:

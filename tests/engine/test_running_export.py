@@ -10,16 +10,11 @@ from typing import Any
 import pytest
 
 from tandem.engine.request import FinishReason, Pooling, RequestKey, RequestOutput
-from tests.engine_harness import TIMEOUT_S, DirectExport, DirectImport, EngineUnderTest, tiny_llama
+from tests.engine_harness import TIMEOUT_S, DirectExport, DirectImport, EngineUnderTest
 
 PROMPT = [(i * 13) % 500 + 3 for i in range(70)]
 TOKENS = 60
 DRAWN = {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture

@@ -56,19 +56,8 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 def ask(engine: EngineUnderTest, name: str, constraint: Constraint, **options: Any) -> RequestKey:

@@ -29,7 +29,7 @@ from tandem.engine.step import constraint as waiting
 from tandem.worker.process import STALLED_S
 from tests.engine.masks.test_constraints import JSON, PROMPT, REGEX, REGEX_LONG, Held, ask, opened, settle
 from tests.engine.test_engine_handover import hand_over
-from tests.engine_harness import TIMEOUT_S, EngineUnderTest, tiny_llama, wait_for
+from tests.engine_harness import TIMEOUT_S, EngineUnderTest, wait_for
 from tests.models import VOCAB_SIZE
 
 RULES = 400
@@ -42,17 +42,6 @@ BOMB = Constraint(
 ALIKE = "".join(f'r{index}: "a" r{index + 1} | "b" r{index + 1}\n' for index in range(8900))
 DEEP = Constraint("lark", f'start: r0\n{ALIKE}r8900: "x"')
 """Compiling it overflows the stack of its process."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tandem.engine.model.loader import load_model
 from tandem.engine.request import Pooling, RequestKey
 from tandem.engine.step.sampler import Sampler
 from tests.engine.store.scripted_home import ScriptedHome
-from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, make_sequence, tiny_llama
+from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, make_sequence
 from tests.models import tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -126,11 +126,6 @@ def test_threads_do_not_change_a_fixed_layer(monkeypatch: pytest.MonkeyPatch) ->
     for threads in (2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert torch.equal(linear(x), alone)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -15,7 +15,7 @@ from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
 from tandem.engine.step.local import LocalExecutor, load
 from tests.engine.paged_model import PagedModel
-from tests.engine_harness import make_sequence, tiny_llama
+from tests.engine_harness import make_sequence
 
 POISON = 7
 
@@ -67,11 +67,6 @@ class Scene:
         """The token that follows, computed from the first one on without a scheduler, a runner or a sampler."""
         model = PagedModel(self.loaded, 1, len(sequence.tokens))
         return int(model.prefill(0, sequence.tokens)[-1].argmax())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 def test_each_token_is_the_one_of_its_request_alone(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,11 @@ from tandem.engine.store.cache import EngineStore
 from tandem.proto import worker_pb2
 from tandem.worker.wire import output_from_proto, output_to_proto, request_from_proto
 from tests.engine.store.scripted_home import ScriptedHome
-from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest, tiny_llama
+from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest
 from tests.models import tiny_model
 
 PROMPTS = [[(n * 31 + i * 17) % 500 + 3 for i in range(length)] for n, length in enumerate((1, 16, 50, 150))]
 KINDS = (Pooling.MEAN, Pooling.LAST)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[EngineUnderTest]:
-    with EngineUnderTest(folder) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from tests.kvstore.node.fakes import (
 
 KEYS = 24
 READS = 200
-"""By each reader, while the others work."""
+"""What each reader reads at least, while the others work."""
 DEADLINE_S = 120.0
 
 

@@ -228,7 +228,7 @@ async def test_nesting_of_any_depth_is_no_500(model_with_tools: Path, place: str
 
 
 async def test_who_sends_what_takes_long_asks_a_process_that_yields(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And others one that does not. None is started for each."""
+    """Others ask one that does not yield; no process is started for a single question."""
     monkeypatch.setattr(constraint_check, "PROCESSES", 1)
     readable = constraint_check._readable
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,6 @@ FAR_S = 3600.0
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine may be busy: Redis is away only where it is not there."""
     monkeypatch.setattr(shared_service, "TIMEOUT_S", 60.0)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    with ValkeyServer(data_dir=tmp_path_factory.mktemp("valkey"), save="") as running:
-        yield running
 
 
 @pytest.fixture
