@@ -13,11 +13,9 @@ import io
 import itertools
 import json
 import os
-import queue
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import grpc
 import httpx
@@ -39,12 +36,12 @@ from tandem.common.credentials import open_channel
 from tandem.common.secret import read_secret
 from tandem.kvstore.process import admin
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
+from tests.e2e.running import READY_S, Running
 from tests.e2e.serving import Askers, environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model
 
 Questions = dict[tuple[int, ...], tuple[int, ...]]
 """The right answer by prompt."""
-READY_S = 180.0
 HEAL_S = 120.0
 CHUNK = 64
 HOSTS = ("a", "b")
@@ -78,72 +75,25 @@ def costly_model(folder: Path) -> Path:
     return tiny_model("llama", folder / "costly", hidden_size=160, intermediate_size=640, num_attention_heads=10)
 
 
-class Process:
+class Process(Running):
     """One `tandem COMMAND`, which can be started again with the same or changed settings."""
 
     def __init__(self, name: str, command: str, folder: Path, prefix: Sequence[str], settings: dict[str, object]):
-        self.name = name
+        super().__init__(name)
         self.settings = settings
-        self.log: list[str] = []
-        """Lines on stderr of all its lives."""
         self._command = command
         self._config = folder / f"{name}.yaml"
         self._prefix = prefix
-        self._process: subprocess.Popen[str] | None = None
-        self._output: queue.Queue[str] = queue.Queue()
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
 
     def start(self, **changes: object) -> None:
         self.settings |= changes
         self._config.write_text(yaml.safe_dump(self.settings))
-        self._output = queue.Queue()
-        self._process = subprocess.Popen(
-            [*self._prefix, self._command, "--config", str(self._config)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        for stream, take in ((self._process.stdout, self._output.put), (self._process.stderr, self.log.append)):
-            threading.Thread(target=_pump, args=(stream, take), daemon=True).start()
-
-    def wait_ready(self) -> None:
-        end = time.monotonic() + READY_S
-        while True:
-            with contextlib.suppress(queue.Empty):
-                if "ready" in self._output.get(timeout=0.1):
-                    return
-            if not self.running or time.monotonic() > end:
-                raise AssertionError(f"{self.name} did not become ready:\n" + "\n".join(self.log[-40:]))
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Sends the signal and waits for the end."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.send_signal(number)
-            try:
-                self._process.wait(180.0)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                raise
+        self.run([*self._prefix, self._command, "--config", str(self._config)], environment())
 
     def restart(self, **changes: object) -> None:
         self.kill()
         self.start(**changes)
         self.wait_ready()
-
-    def logged(self, text: str, since: int = 0) -> bool:
-        return any(text in line for line in self.log[since:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,9 +456,3 @@ def _end(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
-
-
-def _pump(stream: Any, take: Any) -> None:
-    with contextlib.suppress(ValueError):
-        for line in stream:
-            take(line.rstrip("\n"))
