@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -25,7 +25,9 @@ class Counters(Generic[_Stats]):
         self._lock = threading.Lock()
         values = {field.name: getattr(zero, field.name) for field in fields(zero)}
         self._numbers = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
-        self._labelled: dict[str, Counter[str]] = {name: Counter() for name in values.keys() - self._numbers.keys()}
+        self._labelled: dict[str, dict[str, float]] = {
+            name: defaultdict(int) for name in values.keys() - self._numbers.keys()
+        }
 
     def add(self, **amounts: float) -> None:
         """Adds each to the field of its name, all at once."""
@@ -33,10 +35,10 @@ class Counters(Generic[_Stats]):
             for name, amount in amounts.items():
                 self._numbers[name] += amount
 
-    def count(self, name: str, label: str) -> None:
-        """Adds one under `label` of a mapping."""
+    def count(self, name: str, label: str, amount: float = 1) -> None:
+        """Adds to what is under `label` of a mapping."""
         with self._lock:
-            self._labelled[name][label] += 1
+            self._labelled[name][label] += amount
 
     def snapshot(self) -> _Stats:
         """The figures of this moment."""

@@ -151,10 +151,11 @@ class Importer:
             return ""
         return f"the stream has (tokens, row bytes, layers) {offered}, the request {wanted}"
 
-    def read_first(self, payload: bytes) -> RequestOutput:
-        """The first token, in its message. Raises ValueError where it cannot be read, or depends on KV that is not
-        exact and not allowed here: prefill workers are told so (`KvEndpoint`), but who sends it is another process."""
-        first = unpack_first(payload, local_host_id(), time.monotonic())
+    def read_first(self, payload: bytes, accepted_at: float) -> RequestOutput:
+        """The first token, in its message; its stream was accepted at `accepted_at`. Raises ValueError where it cannot
+        be read, or depends on KV that is not exact and not allowed here: prefill workers are told so (`KvEndpoint`),
+        but who sends it is another process."""
+        first = unpack_first(payload, local_host_id(), time.monotonic(), accepted_at)
         if first.prompt is not None and first.prompt.inexact_from is not None and not self._near_allowed:
             raise ValueError(f"KV from token {first.prompt.inexact_from} on is not exact; kv_near is not set here")
         return first
@@ -176,7 +177,7 @@ class _Import:
         self._expires = expires
         self._lock = threading.Lock()
         self._stream: Incoming | None = None
-        self._accepted = False
+        self._accepted_at: float | None = None
         self._failed = ""
         self._over = False
         """No stream is wanted any more: completed, failed or closed."""
@@ -225,13 +226,25 @@ class _Import:
         if reservation is None or not self._end(""):
             return False
         try:
-            reservation.complete(self._importer.read_first(payload))
+            reservation.complete(self._read_first(payload))
         except ValueError as error:
             reason = f"the hand-over is not usable: {error}"
             log.warning("%s: prompt is computed here: %s", self._key.request_id, reason)
             reservation.fail(reason)
             return False
         return True
+
+    def _read_first(self, payload: bytes) -> RequestOutput:
+        stream, accepted_at = self._stream, self._accepted_at
+        if stream is None or accepted_at is None:
+            raise ValueError("there is no stream that was accepted")
+        first = self._importer.read_first(payload, accepted_at)
+        if first.prompt is not None:
+            first.prompt.handover_bytes = stream.received_bytes
+            first.prompt.handover_transport = stream.transport
+            first.prompt.handover_codec = stream.codec
+
+        return first
 
     def fail(self, reason: str, *, stream_open: bool = True) -> None:
         """The KV will not come, or is not wanted from there any more. Idempotent."""
@@ -246,7 +259,7 @@ class _Import:
 
     def expire(self, now: float) -> None:
         if self._stream is None and now >= self._expires:
-            self.fail(f"nothing came from prefill worker {self._source}")
+            self.fail(f"unreachable: nothing came from prefill worker {self._source}")
 
     def _end(self, failed: str) -> bool:
         """Whether this call ended it."""
@@ -260,7 +273,7 @@ class _Import:
     def _accept_if_ready(self) -> None:
         with self._lock:
             reservation, stream = self.reservation, self._stream
-            if reservation is None or stream is None or self._accepted or self._over:
+            if reservation is None or stream is None or self._accepted_at is not None or self._over:
                 return
-            self._accepted = True
+            self._accepted_at = time.monotonic()
         stream.accept(reservation.skip_tokens)

@@ -70,6 +70,11 @@ class PromptReport:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     handover_s: float = 0.0
+    """From the first token, or from when its KV was welcome on the decode worker if that was later, until all of it was
+    there; with a `recompute_reason` what was lost by waiting for it."""
+    handover_bytes: int = 0
+    handover_transport: str = ""
+    handover_codec: str = ""
     load_s: float = 0.0
     """Waited for KV from the store; part of `prefill_s`."""
     computed_by: str = ""

@@ -298,9 +298,11 @@ class ClientConnection:
             channel.payload.send(channel.link, stream.number, rows, region)
         finally:
             self._leave(stream)
-        self._counters.add(
-            bytes=len(region), rows=piece.stop - piece.start, frames=1, transfer_s=time.perf_counter() - started
-        )
+        seconds = time.perf_counter() - started
+        self._counters.add(bytes=len(region), rows=piece.stop - piece.start, frames=1, transfer_s=seconds)
+        way = f"{channel.transport}/raw"
+        self._counters.count("bytes_by_way", way, len(region))
+        self._counters.count("seconds_by_way", way, seconds)
 
     def _send_finish(self, channel: SendChannel, stream: KvStream, payload: bytes) -> None:
         try:

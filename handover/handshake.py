@@ -24,6 +24,8 @@ class SendChannel:
     payload: PayloadSender
     lease_s: float
     """The receiver's."""
+    transport: str
+    """How rows go: `shared_memory`, `unix` or `tcp`."""
 
     def close(self) -> None:
         self.link.close()
@@ -37,6 +39,14 @@ class ReceiveChannel:
     payload: PayloadReceiver
     sender_id: str
     """Worker id of the sender."""
+    transport: str
+    """How rows come: `shared_memory`, `unix` or `tcp`."""
+
+
+def transport_of(link: Link, shares_memory: bool) -> str:
+    if shares_memory:
+        return "shared_memory"
+    return "unix" if link.is_unix else "tcp"
 
 
 def connect(endpoint: Endpoint, identity: PeerIdentity, settings: TransportSettings) -> SendChannel:
@@ -66,7 +76,9 @@ def _open(link: Link, endpoint: Endpoint, identity: PeerIdentity, settings: Tran
         raise
     if arena:
         arena.handed_over()
-    return SendChannel(link, arena or InlineSender(settings.frame_bytes), greeting.peer.lease_s)
+    return SendChannel(
+        link, arena or InlineSender(settings.frame_bytes), greeting.peer.lease_s, transport_of(link, arena is not None)
+    )
 
 
 def welcome(link: Link, identity: PeerIdentity, settings: TransportSettings) -> ReceiveChannel:
@@ -75,4 +87,4 @@ def welcome(link: Link, identity: PeerIdentity, settings: TransportSettings) -> 
     greeting = handshake.admit(link, identity)
     payload = InlineReceiver() if greeting.memory is None else ArenaReceiver(greeting.memory)
     handshake.answer(link, identity, lease_s=settings.lease_s)
-    return ReceiveChannel(payload, greeting.peer.name)
+    return ReceiveChannel(payload, greeting.peer.name, transport_of(link, payload.acknowledges))

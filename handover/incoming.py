@@ -31,13 +31,21 @@ class State(enum.Enum):
 class Incoming:
     """A stream that a sender opened. `accept` and `refuse` may be called from any thread and never wait."""
 
-    def __init__(self, opened: Open, number: int, sender_id: str, receiver: Receiver, registry: StreamRegistry) -> None:
+    def __init__(
+        self, opened: Open, number: int, sender_id: str, transport: str, receiver: Receiver, registry: StreamRegistry
+    ) -> None:
         self.request_id = opened.request_id
         self.epoch = opened.epoch
         self.num_tokens = opened.num_tokens
         self.row_bytes = opened.row_bytes
         """Bytes of K and V of one token in one layer."""
         self.num_layers = opened.num_layers
+        self.transport = transport
+        """How its rows come: `shared_memory`, `unix` or `tcp`."""
+        self.codec = "raw"
+        """Of its last rows."""
+        self.received_bytes = 0
+        """Rows that were delivered, before any codec. Changed by the receiver's thread only."""
         self.sender_id = sender_id
         """Worker id of the sender."""
         self.number = number

@@ -124,7 +124,7 @@ class Receiver:
             self._rows(channel, header, body)
             return
         if isinstance(body, Open):
-            self._opened(header.id, body, channel.sender_id)
+            self._opened(header.id, body, channel.sender_id, channel.transport)
             return
         if header.kind not in (Kind.FINISH, Kind.ABORT, Kind.RENEW):
             raise ProtocolError(f"{header.kind.name} from a sender")
@@ -141,11 +141,11 @@ class Receiver:
         else:
             self.post(Kind.RENEW, stream.number)
 
-    def _opened(self, number: int, opened: Open, sender_id: str) -> None:
+    def _opened(self, number: int, opened: Open, sender_id: str, transport: str) -> None:
         if number <= self._last_number:
             raise ProtocolError(f"stream {number} opened after stream {self._last_number}")
         self._last_number = number
-        stream = Incoming(opened, number, sender_id, self, self._registry)
+        stream = Incoming(opened, number, sender_id, transport, self, self._registry)
         admission = self._registry.admit(stream)
         if isinstance(admission, Reason):
             self.post(Kind.REFUSE, number, admission)
@@ -204,9 +204,12 @@ class Receiver:
             self.lose(stream, self._sink_failed(stream, error))
             return
         if wanted:
-            self._counters.add(
-                bytes=rows.length, rows=rows.stop - rows.start, frames=1, transfer_s=time.perf_counter() - started
-            )
+            stream.received_bytes += rows.length
+            seconds = time.perf_counter() - started
+            self._counters.add(bytes=rows.length, rows=rows.stop - rows.start, frames=1, transfer_s=seconds)
+            way = f"{stream.transport}/{stream.codec}"
+            self._counters.count("bytes_by_way", way, rows.length)
+            self._counters.count("seconds_by_way", way, seconds)
         else:
             self._gone(stream)
 

@@ -24,6 +24,10 @@ class TransportStats:
     """Rows frames."""
     transfer_s: float = 0.0
     """Sender: fill, checksum and send. Receiver: read, checksum and sink."""
+    bytes_by_way: Mapping[str, float] = field(default_factory=dict)
+    """`bytes` by transport and codec, as `tcp/raw`."""
+    seconds_by_way: Mapping[str, float] = field(default_factory=dict)
+    """`transfer_s` in the same way."""
     outcomes: Mapping[str, int] = field(default_factory=dict)
     """Ended streams: "done" or a Reason code."""
     late_frames: int = 0
@@ -52,6 +56,18 @@ class HandoverMetrics(Collector):
             ("callback_errors", "Faults of the worker in the middle of a hand-over", stats.callback_errors),
         ):
             yield CounterMetricFamily(_PREFIX + name, text, value=total)
+        for name, text, values in (
+            (
+                "transport_bytes",
+                "Bytes of KV handed over, before any codec, by the way that they took",
+                stats.bytes_by_way,
+            ),
+            ("transport_seconds", "Time in which they were copied, checked and sent or received", stats.seconds_by_way),
+        ):
+            ways = CounterMetricFamily(_PREFIX + name, text, labels=["transport", "codec"])
+            for way, value in values.items():
+                ways.add_metric(way.split("/"), value)
+            yield ways
         streams = CounterMetricFamily(_PREFIX + "streams", "Hand-overs by how they ended", labels=["outcome"])
         for outcome, count in stats.outcomes.items():
             streams.add_metric([outcome], count)

@@ -4,7 +4,7 @@ One model per hardware class and model shape. Three linear laws, each of a few t
 
     prefill   = step + a * tokens + b * (query, key) pairs
     decode    = step + c * requests + d * tokens of KV read
-    transfer  = latency + e * tokens                         (hand-over, and a fetch from each tier of the store)
+    transfer  = latency + e * tokens            (a hand-over over each link, a fetch from each tier of the store)
 
 No clock, no I/O: measured times are passed in.
 """
@@ -14,21 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import mul
 
+from tandem.planner.fit import Fit
 from tandem.planner.hardware import Hardware, hardware
-
-MAX_FACTOR = 100.0
-"""A term is never believed to cost more than this many times its first guess, nor less than one part in as many."""
+from tandem.planner.links import Link, Links
 
 _TRANSFERS: Mapping[str, tuple[float, float]] = {
-    "handover": (5e-3, 10e9),
     "host": (1e-3, 5e9),
     "disk": (2e-3, 1e9),
     "peer": (3e-3, 1e9),
     "remote": (5e-3, 0.3e9),
 }
-"""First guesses: latency in seconds, bytes per second. Most of a hand-over hides behind the prefill."""
+"""First guesses: latency in seconds, bytes per second."""
+_NEAR, _FAR = (5e-3, 10e9), (6e-3, 10e9)
+"""The same for a hand-over on one host, and between two. Most of it hides behind the prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +42,17 @@ class ModelShape:
 class PerfModel:
     """First guesses from `hardware_class` and `shape`; every `observe_*` moves them. Impossible figures are ignored."""
 
-    __slots__ = ("_decode", "_prefill", "_transfers")
+    __slots__ = ("_decode", "_links", "_prefill", "_transfers")
 
     def __init__(self, hardware_class: str = "", shape: ModelShape | None = None) -> None:
         chip, shape = hardware(hardware_class), _filled(shape or ModelShape())
-        self._prefill = _Fit(_prefill_guess(chip, shape))
-        self._decode = _Fit(_decode_guess(chip, shape))
+        self._prefill = Fit(_prefill_guess(chip, shape))
+        self._decode = Fit(_decode_guess(chip, shape))
         self._transfers = {
-            name: _Fit((latency_s, shape.kv_bytes_per_token / rate)) for name, (latency_s, rate) in _TRANSFERS.items()
+            name: Fit((latency_s, shape.kv_bytes_per_token / rate)) for name, (latency_s, rate) in _TRANSFERS.items()
         }
+        near, far = ((latency_s, shape.kv_bytes_per_token / rate) for latency_s, rate in (_NEAR, _FAR))
+        self._links = Links(near, far)
 
     def prefill_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
         """Seconds to compute `uncached_tokens` that follow `context_tokens` whose KV is there; 0 where there are
@@ -73,11 +74,10 @@ class PerfModel:
         step, per_request, per_token = self._decode.terms
         return step + per_request * batch + per_token * kv_tokens
 
-    def handover_s(self, tokens: float) -> float:
+    def handover_s(self, tokens: float, link: Link = ("", ""), now: float = 0.0) -> float:
         """Seconds from the first token until the KV of `tokens` is complete on the decode worker: what compute did not
-        hide."""
-        latency, per_token = self._transfers["handover"].terms
-        return latency + per_token * tokens
+        hide. `link`: hosts of the prefill and the decode worker, equal ones being one."""
+        return self._links.seconds(link, tokens, now)
 
     def fetch_s(self, tier: str, tokens: float) -> float:
         """KV of `tokens` from a tier of the store; infinite from a tier nobody has heard of."""
@@ -95,14 +95,23 @@ class PerfModel:
         if batch > 0 and kv_tokens >= 0:
             self._decode.observe((1.0, float(batch), float(kv_tokens)), step_s)
 
-    def observe_handover(self, tokens: int, seconds: float) -> None:
+    def observe_handover(self, tokens: int, seconds: float, link: Link = ("", ""), now: float = 0.0) -> None:
         if tokens > 0:
-            self._transfers["handover"].observe((1.0, float(tokens)), seconds)
+            self._links.observe(link, tokens, seconds, now)
+
+    def handover_failed(self, tokens: int, seconds: float, link: Link, now: float) -> None:
+        """The link failed a hand-over after `seconds`: it would have taken at least as long."""
+        if tokens > 0:
+            self._links.failed(link, tokens, seconds, now)
+
+    def handover_tried(self, link: Link, now: float) -> None:
+        """A hand-over over `link` begins."""
+        self._links.tried(link, now)
 
     def observe_fetch(self, tokens_by_tier: Mapping[str, int], seconds: float) -> None:
         """What is loaded at once may come from several tiers: each is taken to have been as slow as all of it, for what
         it is."""
-        tiers = {tier: n for tier, n in tokens_by_tier.items() if n > 0 and tier != "handover" and tier in _TRANSFERS}
+        tiers = {tier: n for tier, n in tokens_by_tier.items() if n > 0 and tier in _TRANSFERS}
         expected = sum(self.fetch_s(tier, n) for tier, n in tiers.items())
         for tier, tokens in tiers.items():
             share = self.fetch_s(tier, tokens) / expected
@@ -130,74 +139,3 @@ def _decode_guess(chip: Hardware, shape: ModelShape) -> tuple[float, ...]:
     bytes_per_s = chip.bytes_per_s * chip.memory_share
     per_request = 2.0 * shape.num_parameters / (chip.flops * chip.compute_share)
     return chip.step_overhead_s + shape.weight_bytes / bytes_per_s, per_request, shape.kv_bytes_per_token / bytes_per_s
-
-
-class _Fit:
-    """Recency-weighted least squares of `seconds = sum(term * amount)`, in units of the first guess.
-
-    With f_i the share of term i in the guessed time, measured over guessed time is the ratio `sum(x_i * f_i)`:
-    x_i says how many times slower than guessed term i is. Where all observations look alike the x_i cannot be told
-    apart; a small ridge then gives all of them the mean ratio. Coordinate descent keeps every x_i within its bounds.
-    """
-
-    DECAY = 0.97
-    """Share of the weight of old data that each observation leaves: some 33 observations are remembered."""
-    RIDGE = 0.01
-    GUESS_WEIGHT = 0.1
-    """Weight of the first guess, in observations."""
-    CLIP = 3.0
-    """One outlier moves a settled estimate no more than a time 3 times as long (or as short) as expected."""
-    SETTLED_WEIGHT = 4.0
-    SWEEPS = 8
-    STILL = 1e-3
-    """Share of the mean ratio: a sweep of coordinate descent that moves no factor further is the last. Each begins
-    where the last observation's ended, so one is mostly enough."""
-
-    __slots__ = ("_guess", "_moment", "_ratio_sum", "_square", "_weight", "_x", "terms")
-
-    def __init__(self, guess: tuple[float, ...]) -> None:
-        size = len(guess)
-        self.terms = guess
-        """Seconds per unit of each term, as believed now."""
-        self._guess = guess
-        self._x = [1.0] * size
-        self._square = [[0.0] * size for _ in guess]
-        self._moment = [0.0] * size
-        self._weight = self._ratio_sum = 0.0
-
-    def observe(self, amounts: tuple[float, ...], seconds: float) -> None:
-        """Corrects the terms by one measured time. Times that are not positive and finite are dropped; outliers are
-        cut."""
-        if not 0.0 < seconds < math.inf:
-            return
-        parts = [term * amount for term, amount in zip(self._guess, amounts, strict=True)]
-        guessed = sum(parts)
-        ratio = min(max(seconds / guessed, 1.0 / MAX_FACTOR), MAX_FACTOR)
-        shares = [part / guessed for part in parts]
-        if self._weight >= self.SETTLED_WEIGHT:
-            believed = sum(x * share for x, share in zip(self._x, shares, strict=True))
-            ratio = min(max(ratio, believed / self.CLIP), believed * self.CLIP)
-        self._weight = self._weight * self.DECAY + 1.0
-        self._ratio_sum = self._ratio_sum * self.DECAY + ratio
-        for i, share in enumerate(shares):
-            row = self._square[i]
-            for j, other in enumerate(shares):
-                row[j] = row[j] * self.DECAY + share * other
-            self._moment[i] = self._moment[i] * self.DECAY + share * ratio
-        self._solve()
-
-    def _solve(self) -> None:
-        mean = (self._ratio_sum + self.GUESS_WEIGHT) / (self._weight + self.GUESS_WEIGHT)
-        least, most = max(0.02 * mean, 1.0 / MAX_FACTOR), MAX_FACTOR
-        x = self._x
-        for _ in range(self.SWEEPS):
-            moved = 0.0
-            for i, row in enumerate(self._square):
-                was = x[i]
-                rest = sum(map(mul, row, x)) - row[i] * was
-                best = (self._moment[i] + self.RIDGE * mean - rest) / (row[i] + self.RIDGE)
-                x[i] = min(max(best, least), most)
-                moved = max(moved, abs(x[i] - was))
-            if moved < self.STILL * mean:
-                break
-        self.terms = tuple(guess * factor for guess, factor in zip(self._guess, x, strict=True))

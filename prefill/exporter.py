@@ -8,6 +8,7 @@ transport copy them out of the pool. The stream's one last callback releases the
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ class Exporter:
             port=target.port,
         )
         key, pool = request.key, self.engine.pool
-        export = _Export(self, key)
+        export = _Export(self, key, submit.handover_limit_s)
         with self._lock:
             self._exports[key] = export
         try:
@@ -80,6 +81,14 @@ class Exporter:
         if export is not None:
             export.aborted("the request ended")
 
+    def expire(self) -> None:
+        """Gives up hand-overs that take too long. Called a few times a second, on the event loop."""
+        now = time.monotonic()
+        with self._lock:
+            exports = list(self._exports.values())
+        for export in exports:
+            export.expire(now)
+
     def peer_lost(self, key: RequestKey, reason: str) -> None:
         log.warning("%s: handover_lost is meant for decode workers (%s)", key.request_id, reason)
 
@@ -94,13 +103,17 @@ class _Export:
     stream: KvStream
     """Set right after it is opened, before the engine knows the request."""
 
-    def __init__(self, exporter: Exporter, key: RequestKey) -> None:
+    def __init__(self, exporter: Exporter, key: RequestKey, limit_s: float) -> None:
+        """`limit_s`: see `Submit.handover_limit_s`."""
         self._exporter = exporter
+        self._limit_s = limit_s
+        self._gives_up_at = math.inf
         self._key = key
         self._pool = exporter.engine.pool
         self._slots = torch.empty(0, dtype=torch.int64)
         self._ended: str | None = None
         """The error of a stream that is over; empty: none."""
+        self._accepted_at: float | None = None
 
     # KvExport: engine thread
 
@@ -127,7 +140,20 @@ class _Export:
     def finished(self, output: RequestOutput) -> None:
         if output.prompt is not None:
             output.prompt.computed_by = self._exporter.worker_id
-        self.stream.finish(pack_first(output, local_host_id(), time.monotonic()))
+        now, accepted_at = time.monotonic(), self._accepted_at
+        since_accept_s = 0.0 if accepted_at is None else now - accepted_at
+        self.stream.finish(pack_first(output, local_host_id(), now, since_accept_s))
+        if self._limit_s:
+            self._gives_up_at = now + self._limit_s
+
+    # Event loop
+
+    def expire(self, now: float) -> None:
+        if now >= self._gives_up_at:
+            self._gives_up_at = math.inf
+            self.stream.abort(Reason("slow", f"the KV was not there {self._limit_s:.1f} s after the first token"))
+
+    # Any thread
 
     def aborted(self, reason: str) -> None:
         self.stream.abort(Reason("aborted", reason))
@@ -135,7 +161,7 @@ class _Export:
     # StreamListener: connection threads. No row is read after the last of these, so blocks may go.
 
     def on_accept(self, skip_tokens: int) -> None:
-        pass
+        self._accepted_at = time.monotonic()
 
     def on_done(self) -> None:
         self._release("")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tandem.handover import KvClientPool
 from tandem.prefill.exporter import Exporter
 from tandem.prefill.settings import PrefillConfig
 from tandem.worker.process import WorkerProcess
+
+EXPIRY_TICK_S = 0.25
 
 
 async def serve(config: PrefillConfig) -> None:
@@ -15,6 +19,16 @@ async def serve(config: PrefillConfig) -> None:
     transport = KvClientPool(process.identity)
     try:
         exporter = Exporter(process.engine, transport, process.worker_id)
-        await process.serve(exporter, transport.stats, kv_endpoint=None)
+        expiry = asyncio.create_task(_expire(exporter))
+        try:
+            await process.serve(exporter, transport.stats, kv_endpoint=None)
+        finally:
+            expiry.cancel()
     finally:
         transport.close()
+
+
+async def _expire(exporter: Exporter) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_TICK_S)
+        exporter.expire()

@@ -190,6 +190,7 @@ class WorkerInfo(_message.Message):
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     SENDS_CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     ROW_INVARIANT_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     worker_epoch: _builtins.int
     """differs for every start of the process"""
@@ -220,6 +221,8 @@ class WorkerInfo(_message.Message):
     sends_cache_events: _builtins.bool
     row_invariant: _builtins.bool
     """a row's bits depend on its own tokens alone, by construction or as measured there"""
+    host_id: _builtins.str
+    """of the host it runs on, as in KvEndpoint; empty where that is unknown"""
     @_builtins.property
     def kv_endpoint(self) -> Global___KvEndpoint:
         """decode workers"""
@@ -248,10 +251,11 @@ class WorkerInfo(_message.Message):
         chunk_tokens: _builtins.int = ...,
         sends_cache_events: _builtins.bool = ...,
         row_invariant: _builtins.bool = ...,
+        host_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_endpoint", b"kv_endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "hardware_class", b"hardware_class", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "row_invariant", b"row_invariant", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "hardware_class", b"hardware_class", "host_id", b"host_id", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "row_invariant", b"row_invariant", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,6 +361,7 @@ class Submit(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     POOLING_FIELD_NUMBER: _builtins.int
     EXACT_KV_FIELD_NUMBER: _builtins.int
+    HANDOVER_LIMIT_S_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
     """lower runs first"""
     timeout_s: _builtins.float
@@ -372,6 +377,8 @@ class Submit(_message.Message):
     """other than NONE: an embedding of the prompt is the answer, nothing is generated"""
     exact_kv: _builtins.bool
     """use no KV that went through a codec which is not exact, though the worker may"""
+    handover_limit_s: _builtins.float
+    """to a prefill worker: give up so long after the first token; 0: never"""
     @_builtins.property
     def key(self) -> Global___RequestKey: ...
     @_builtins.property
@@ -409,10 +416,11 @@ class Submit(_message.Message):
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         pooling: Global___Pooling.ValueType = ...,
         exact_kv: _builtins.bool = ...,
+        handover_limit_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "exact_kv", b"exact_kv", "expect_kv", b"expect_kv", "handover", b"handover", "key", b"key", "output_token_ids", b"output_token_ids", "pooling", b"pooling", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "exact_kv", b"exact_kv", "expect_kv", b"expect_kv", "handover", b"handover", "handover_limit_s", b"handover_limit_s", "key", b"key", "output_token_ids", b"output_token_ids", "pooling", b"pooling", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "send_kv_to", b"send_kv_to", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
@@ -853,13 +861,18 @@ class PromptReport(_message.Message):
     LOAD_S_FIELD_NUMBER: _builtins.int
     NEAR_TOKENS_FIELD_NUMBER: _builtins.int
     INEXACT_FROM_FIELD_NUMBER: _builtins.int
+    HANDOVER_BYTES_FIELD_NUMBER: _builtins.int
+    HANDOVER_TRANSPORT_FIELD_NUMBER: _builtins.int
+    HANDOVER_CODEC_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """taken from a prefix cache, on whichever worker"""
     queue_s: _builtins.float
     prefill_s: _builtins.float
     """scheduled until first token, where the prompt was computed"""
     handover_s: _builtins.float
-    """first token computed until KV complete on the decode worker"""
+    """First token computed, or its KV welcome on the decode worker if that was later, until all KV was there. With a
+    recompute_reason: lost by waiting for it.
+    """
     computed_by: _builtins.str
     """worker id"""
     recompute_reason: _builtins.str
@@ -870,6 +883,12 @@ class PromptReport(_message.Message):
     """those of cached_tokens that went through a codec which is not exact"""
     inexact_from: _builtins.int
     """the first token whose KV is not exact; the first output depends on it"""
+    handover_bytes: _builtins.int
+    """KV that was handed over, before any codec"""
+    handover_transport: _builtins.str
+    """shared_memory, unix or tcp; empty without a hand-over"""
+    handover_codec: _builtins.str
+    """raw or lossless"""
     @_builtins.property
     def cached_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """cached_tokens by where they came from: device, host, disk, peer, remote"""
@@ -887,10 +906,13 @@ class PromptReport(_message.Message):
         load_s: _builtins.float = ...,
         near_tokens: _builtins.int = ...,
         inexact_from: _builtins.int | None = ...,
+        handover_bytes: _builtins.int = ...,
+        handover_transport: _builtins.str = ...,
+        handover_codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from", "inexact_from", b"inexact_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_s", b"handover_s", "inexact_from", b"inexact_from", "load_s", b"load_s", "near_tokens", b"near_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "computed_by", b"computed_by", "handover_bytes", b"handover_bytes", "handover_codec", b"handover_codec", "handover_s", b"handover_s", "handover_transport", b"handover_transport", "inexact_from", b"inexact_from", "load_s", b"load_s", "near_tokens", b"near_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "recompute_reason", b"recompute_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__inexact_from: _TypeAlias = _typing.Literal["inexact_from"]  # noqa: Y015
     _WhichOneofArgType__inexact_from: _TypeAlias = _typing.Literal["_inexact_from", b"_inexact_from"]  # noqa: Y015

@@ -86,10 +86,10 @@ class WorkerMetrics:
                 self._cached_by_tier.labels(tier).inc(tokens)
             self._near.inc(report.near_tokens)
             self._prefill.observe(report.prefill_s)
-            if report.handover_s > 0:
-                self._handover.observe(report.handover_s)
             if report.recompute_reason:
                 self._recomputes.inc()
+            elif report.handover_s > 0:
+                self._handover.observe(report.handover_s)
 
     def refused(self, code: str) -> None:
         self._refused.labels(code).inc()

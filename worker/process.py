@@ -31,7 +31,7 @@ from tandem.engine.model.model import num_parameters, weight_bytes
 from tandem.engine.schedule.block_manager import IntegrityError
 from tandem.engine.step.warmup import warm_up
 from tandem.engine.store.cache import EngineStore
-from tandem.handover import HAND_OVER, HandoverMetrics, PeerIdentity, TransportStats
+from tandem.handover import HAND_OVER, HandoverMetrics, PeerIdentity, TransportStats, local_host_id
 from tandem.kvstore.process.open import OpenStore, open_home
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.worker.metrics import WorkerMetrics
@@ -214,6 +214,7 @@ class WorkerProcess:
             max_num_seqs=config.max_num_seqs,
             vocab_size=loaded.config.vocab_size,
             kv_endpoint=kv_endpoint,
+            host_id=local_host_id(),
             hardware_class=config.hardware_class or _hardware_class(loaded.device),
             num_parameters=num_parameters(loaded.config),
             weight_bytes=weight_bytes(loaded.config, loaded.dtype, config.quantization),

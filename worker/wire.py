@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 
@@ -27,8 +28,8 @@ MAX_NAME = 256
 MAX_SALT = 8192
 """Bytes."""
 MAX_TIMEOUT_S = 30 * 86_400.0
-_STAMP = struct.Struct("<Hd")
-"""Length of the clock's name, seconds."""
+_STAMP = struct.Struct("<Hdd")
+"""Length of the clock's name, when the first token was computed, and how long after the Accept."""
 _PREEMPTIONS = {
     Preemption.MEMORY: worker_pb2.PREEMPTION_MEMORY,
     Preemption.PRIORITY: worker_pb2.PREEMPTION_PRIORITY,
@@ -63,6 +64,9 @@ def output_to_proto(output: RequestOutput) -> worker_pb2.RequestOutput:
                 queue_s=report.queue_s,
                 prefill_s=report.prefill_s,
                 handover_s=report.handover_s,
+                handover_bytes=report.handover_bytes,
+                handover_transport=report.handover_transport,
+                handover_codec=report.handover_codec,
                 computed_by=report.computed_by,
                 recompute_reason=report.recompute_reason,
                 cached_by_tier=report.cached_by_tier,
@@ -88,6 +92,9 @@ def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
         queue_s=report.queue_s,
         prefill_s=report.prefill_s,
         handover_s=report.handover_s,
+        handover_bytes=report.handover_bytes,
+        handover_transport=report.handover_transport,
+        handover_codec=report.handover_codec,
         computed_by=report.computed_by,
         recompute_reason=report.recompute_reason,
         cached_by_tier=dict(report.cached_by_tier),
@@ -113,25 +120,30 @@ def output_from_proto(message: worker_pb2.RequestOutput) -> RequestOutput:
     )
 
 
-def pack_first(output: RequestOutput, clock: str, now: float) -> bytes:
-    """What ends a hand-over: the first token, and when it was computed on the monotonic clock of host `clock`."""
+def pack_first(output: RequestOutput, clock: str, now: float, since_accept_s: float = 0.0) -> bytes:
+    """What ends a hand-over: the first token, and when it was computed: on the monotonic clock of host `clock`, and for
+    other hosts so long after the decode worker's Accept came (0: before)."""
     name = clock.encode()
-    return _STAMP.pack(len(name), now) + name + output_to_proto(output).SerializeToString()
+    return _STAMP.pack(len(name), now, since_accept_s) + name + output_to_proto(output).SerializeToString()
 
 
-def unpack_first(payload: bytes, clock: str, now: float) -> RequestOutput:
-    """The reverse, with `prompt.handover_s` filled in where both ends have one clock.
+def unpack_first(payload: bytes, clock: str, now: float, accepted_at: float = -math.inf) -> RequestOutput:
+    """The reverse, with `prompt.handover_s` filled in: by the clock that both ends have, or else by that of this end,
+    which said Accept at `accepted_at`. The Accept's own way is then taken for a part of the hand-over.
 
     Raises ValueError for bytes that `pack_first` did not make.
     """
     try:
-        length, computed_at = _STAMP.unpack_from(payload)
+        length, computed_at, since_accept_s = _STAMP.unpack_from(payload)
         start = _STAMP.size + length
         output = output_from_proto(worker_pb2.RequestOutput.FromString(payload[start:]))
     except (struct.error, DecodeError) as error:
         raise ValueError(f"a first output of {len(payload)} bytes cannot be read: {error}") from error
-    if output.prompt is not None and clock and payload[_STAMP.size : start] == clock.encode():
-        output.prompt.handover_s = max(now - computed_at, 0.0)
+    if output.prompt is not None:
+        if not clock or payload[_STAMP.size : start] != clock.encode():
+            computed_at = accepted_at + max(since_accept_s, 0.0)
+        waited_s = now - max(computed_at, accepted_at)
+        output.prompt.handover_s = max(waited_s, 0.0) if math.isfinite(waited_s) else 0.0
     return output
 
 

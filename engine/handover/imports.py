@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -92,6 +93,7 @@ class Imports:
         logger.info("request %s computes its prompt here: %s", sequence.key, reason)
         if sequence.report is not None:
             sequence.report.recompute_reason = reason
+            sequence.report.handover_s = time.monotonic() - reservation.made_at
         self._scheduler.join(sequence, TokenRanges.up_to(reservation.skip_tokens))
         self._failed(sequence)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -29,6 +30,7 @@ class Reservation:
     ) -> None:
         """`slots` int64 [known tokens]; `completed` and `failed` post to the engine thread; one of them is called at
         most once."""
+        self.made_at = time.monotonic()
         self._pool = pool
         self._slots = slots
         self._skip_tokens = skip_tokens

@@ -50,6 +50,8 @@ class WorkerLoad:
     """Requests in its batch at one time; 0: unknown, never full."""
     name: str = ""
     """The worker's id, for people."""
+    host: str = ""
+    """Id of the host that it runs on; empty where that is unknown."""
     store_node: str = ""
     """Its home node in the KV store; empty without a store."""
     requests: int = 0

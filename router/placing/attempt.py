@@ -101,7 +101,9 @@ class Attempt:
             return
         self.decode.health.answered(now)
         if not self._prefill_heard:
-            if output.prompt.recompute_reason:
+            if output.prompt.recompute_reason.startswith("slow: "):
+                pass  # the link's fault, and the model of its costs has learned of it
+            elif output.prompt.recompute_reason:
                 note_failure(self.prefill)
             else:
                 self.prefill.health.answered(now, ttft_s)

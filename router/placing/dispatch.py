@@ -11,7 +11,7 @@ from tandem.common.sampling import SamplingParams
 from tandem.kvstore.identity import BlockHash, Namespace, keyed_salt, prefix_chain, request_namespace
 from tandem.kvstore.interfaces import ObjectKey
 from tandem.proto import worker_pb2
-from tandem.router.fleet.load import Work
+from tandem.router.fleet.load import Work, WorkerLoad
 from tandem.router.fleet.session import WorkerSession
 from tandem.router.fleet.workers import Fleet, no_worker
 from tandem.router.metrics.router_metrics import RouterMetrics
@@ -26,6 +26,8 @@ from tandem.router.text.served_model import Prompt
 READY_S = 0.25
 """Requests are given to workers while some worker's prompts take no longer than this: enough that none runs dry between
 two decisions, and little enough that the order of the rest is still the router's."""
+LEAST_LIMIT_S = 1.0
+"""A hand-over between hosts is not given up earlier."""
 SLACK_REQUESTS = 2
 """Requests beyond a full batch, so that a place does not stay empty for a round trip."""
 
@@ -124,7 +126,20 @@ class Dispatcher:
         submit.output_token_ids.extend(output_token_ids)
         submit.pooling = sequence.pooling
         submit.exact_kv = sequence.exact_kv
+        if prefill is not None:
+            submit.handover_limit_s = self._handover_limit_s(request, prefill.load, decode.load)
         return Attempt(message, decode.session, None if prefill is None else prefill.session, listener, placement)
+
+    def _handover_limit_s(self, request: Request, source: WorkerLoad, target: WorkerLoad) -> float:
+        """How long after the first token a hand-over between hosts is given up: once the decode worker would have
+        computed the prompt itself. 0: never. Notes that the link is tried."""
+        link, now, model = (source.host, target.host), time.monotonic(), target.model
+        limit_s = 0.0
+        if source.host != target.host and self._disaggregate == "auto":
+            believed_s = model.handover_s(request.prompt_tokens, link, now)
+            limit_s = max(LEAST_LIMIT_S, model.prefill_s(request.prompt_tokens), 2.0 * believed_s)
+        model.handover_tried(link, now)
+        return limit_s
 
     def workers(
         self, priority: int, avoid: Collection[tuple[str, int]] = ()

@@ -11,6 +11,7 @@ do not depend on each other, so n prefill and m decode workers cost n + m evalua
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,8 @@ Hits = Mapping[int, tuple[int, int]]
 Stored = Mapping[str, Sequence[tuple[str, int]]]
 """Leading prompt tokens that each store node can fetch, as runs of (tier, end of the run in tokens)."""
 _NOTHING = (0, 0)
+MAX_SOURCES = 16
+"""Prefill workers that are weighed with the links from their hosts: the cheapest ones."""
 
 PREFILL_WEIGHT = 2.0
 """Computing what another worker has cached also makes those wait who come after: each second of it counts this often.
@@ -97,8 +100,8 @@ class CandidateCost:
     """More that are fetched, by tier."""
 
 
-_Way = tuple["_Prompt", "_Decode", WorkerLoad, WorkerLoad | None]
-"""Costs and workers; without a prefill worker the decode worker computes the prompt."""
+_Way = tuple["_Prompt", "_Decode", WorkerLoad, WorkerLoad | None, float]
+"""Costs, workers, and the seconds of the hand-over; without a prefill worker the decode worker computes the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,8 @@ class _Decode:
     slowdown_s: float
     memory_s: float
     adapter_s: float
-    handover_s: float
-    """If the prompt is computed elsewhere."""
+    sent_tokens: int
+    """Tokens that are handed over if the prompt is computed elsewhere."""
     total_s: float
     """Total without the hand-over."""
 
@@ -172,22 +175,31 @@ def place(
         _prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, load.decoding + load.foreign_decoding)
         for load in decodes
     ]
-    ways.extend((prompt, decode, load, None) for prompt, decode, load in zip(local, decoding, decodes, strict=True))
+    ways.extend(
+        (prompt, decode, load, None, 0.0) for prompt, decode, load in zip(local, decoding, decodes, strict=True)
+    )
     here = _least([prompt.total_s + decode.total_s for prompt, decode in zip(local, decoding, strict=True)], turn)
     why = _forbidden(prefills, request, disaggregate)
     if why:
         return Placement(here, None, why, local[here].prefill_s + local[here].fetch_s, tuple(ways))
 
     remote = [_prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, 0) for load in prefills]
-    best = _least([prompt.total_s for prompt in remote], turn)
-    there = _least([decode.total_s + decode.handover_s for decode in decoding], turn)
-    ways.extend((remote[best], decode, load, prefills[best]) for decode, load in zip(decoding, decodes, strict=True))
-    ways.extend((remote[i], decoding[there], decodes[there], prefills[i]) for i in range(len(prefills)) if i != best)
-    handed_over = remote[best].total_s + decoding[there].total_s + decoding[there].handover_s
+    best, there = _best_pair(remote, decoding, prefills, decodes, now, turn)
+    sending = [_handover_s(prefills[best], load, each, now) for each, load in zip(decoding, decodes, strict=True)]
+    ways.extend(
+        (remote[best], decode, load, prefills[best], handover_s)
+        for decode, load, handover_s in zip(decoding, decodes, sending, strict=True)
+    )
+    ways.extend(
+        (prompt, decoding[there], decodes[there], load, _handover_s(load, decodes[there], decoding[there], now))
+        for i, (prompt, load) in enumerate(zip(remote, prefills, strict=True))
+        if i != best
+    )
+    handed_over = remote[best].total_s + decoding[there].total_s + sending[there]
     if disaggregate == "always" or handed_over < local[here].total_s + decoding[here].total_s:
         return Placement(there, best, "handover", remote[best].prefill_s + remote[best].fetch_s, tuple(ways))
     model, prompt = decodes[here].model, local[here]
-    if model.stall_s(request.prompt_tokens) <= decoding[here].handover_s:
+    if model.stall_s(request.prompt_tokens) <= sending[here]:
         why = "short_prompt"
     elif 2 * (prompt.present + prompt.promised) >= request.prompt_tokens:
         why = "cached_prefix"
@@ -266,13 +278,45 @@ def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _D
             # Requests end, and give back their KV, at a rate of all of it per life of a request.
             memory_s = missing / max(taken, 1) * decode_s + model.prefill_s(missing)
     adapter_s = request.adapter_s.get(load.slot, 0.0) if request.adapter_s else 0.0
-    handover_s = model.handover_s(max(request.prompt_tokens - hit[0] - hit[1], 0))
+    sent_tokens = max(request.prompt_tokens - hit[0] - hit[1], 0)
     total_s = queue_s + DECODE_WEIGHT * (decode_s + slowdown_s) + memory_s + adapter_s
-    return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, handover_s, total_s)
+    return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, sent_tokens, total_s)
 
 
-def _explain(prompt: _Prompt, decode: _Decode, decodes: WorkerLoad, prefills: WorkerLoad | None) -> CandidateCost:
-    handover_s = 0.0 if prefills is None else decode.handover_s
+def _best_pair(
+    remote: Sequence[_Prompt],
+    decoding: Sequence[_Decode],
+    prefills: Sequence[WorkerLoad],
+    decodes: Sequence[WorkerLoad],
+    now: float,
+    turn: int,
+) -> tuple[int, int]:
+    """The cheapest prefill and decode worker together. Of each host only the cheapest prefill worker counts, and only
+    `MAX_SOURCES` hosts do, so that links do not cost n * m evaluations."""
+    best = _least([prompt.total_s for prompt in remote], turn)
+    best_of_host = {prefills[best].host: best}
+    if any(load.host != prefills[best].host for load in prefills):
+        for i in heapq.nsmallest(MAX_SOURCES, range(len(remote)), key=lambda i: remote[i].total_s):
+            best_of_host.setdefault(prefills[i].host, i)
+    pairs = []
+    for i in best_of_host.values():
+        costs = [
+            each.total_s + _handover_s(prefills[i], load, each, now)
+            for each, load in zip(decoding, decodes, strict=True)
+        ]
+        there = _least(costs, turn)
+        pairs.append((remote[i].total_s + costs[there], i, there))
+    _, best, there = min(pairs, key=lambda pair: pair[0])
+    return best, there
+
+
+def _handover_s(prefill: WorkerLoad, load: WorkerLoad, decode: _Decode, now: float) -> float:
+    return load.model.handover_s(decode.sent_tokens, (prefill.host, load.host), now)
+
+
+def _explain(
+    prompt: _Prompt, decode: _Decode, decodes: WorkerLoad, prefills: WorkerLoad | None, handover_s: float
+) -> CandidateCost:
     return CandidateCost(
         decode=decodes.name,
         prefill=None if prefills is None else prefills.name,

@@ -6,6 +6,7 @@ The arithmetic is in `load.py`, `prefix_index.py` and the planner's `perf_model.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -22,6 +23,10 @@ _REMEMBERED = 100
 """Answers in that average, the latest most."""
 _COMPUTED = (worker_pb2.FINISH_REASON_HANDED_OVER, worker_pb2.FINISH_REASON_STOP)
 """Ends of a request without tokens whose prompt was computed: handed over, or an embedding."""
+
+
+_LINK_FAULT = re.compile(r"\b(lease|stalled|unreachable|slow): ")
+"""Reasons of a lost hand-over that speak against the link rather than against one of its ends."""
 
 
 class Pool:
@@ -75,6 +80,7 @@ class WorkerState:
             capacity_tokens=info.num_blocks * info.block_size,
             max_requests=info.max_num_seqs,
             name=info.worker_id,
+            host=info.host_id,
             store_node=info.store_node,
         )
         self.alive = True
@@ -164,11 +170,19 @@ class Placed:
     def _learn(self, report: worker_pb2.PromptReport) -> None:
         if self._resumed:
             return
+        if self._source is not None:
+            self._learn_link(self._source, report)
         handed_over = self._source is not None and not report.recompute_reason
         state = self._source if handed_over and self._source is not None else self._state
         model, prompt = state.load.model, self.work.prompt_tokens
         model.observe_prefill(prompt - report.cached_tokens, report.cached_tokens, report.prefill_s - report.load_s)
         if report.load_s > 0.0:
             model.observe_fetch(report.cached_by_tier, report.load_s)
-        if handed_over and report.handover_s > 0.0:
-            self._state.load.model.observe_handover(prompt - self.work.cached_tokens, report.handover_s)
+
+    def _learn_link(self, source: WorkerState, report: worker_pb2.PromptReport) -> None:
+        load, now = self._state.load, time.monotonic()
+        link, tokens = (source.load.host, load.host), self.work.prompt_tokens - self.work.cached_tokens
+        if not report.recompute_reason:
+            load.model.observe_handover(tokens, report.handover_s, link, now)
+        elif _LINK_FAULT.search(report.recompute_reason):
+            load.model.handover_failed(tokens, report.handover_s, link, now)

@@ -29,6 +29,9 @@ class Stream:
     row_bytes: int = 64
     num_layers: int = 2
     sender_id: str = "p0"
+    transport: str = "tcp"
+    codec: str = "raw"
+    received_bytes: int = TOKENS * 64 * 2
     answers: list[Any] = field(default_factory=list)
 
     def accept(self, skip_tokens: int) -> bool:
@@ -137,7 +140,7 @@ def test_a_stream_that_never_comes_becomes_a_recompute_and_is_refused_when_it_is
     scene.later(2.9)
     assert reservation.failures == []
     scene.later(0.2)
-    assert reservation.failures == ["nothing came from prefill worker p0"]
+    assert reservation.failures == ["unreachable: nothing came from prefill worker p0"]
     scene.importer.opened(late)  # type: ignore[arg-type]
     assert late.answers == ["gone"]
 

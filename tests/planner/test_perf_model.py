@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.planner.fit import MAX_FACTOR
 from tandem.planner.hardware import UNKNOWN, hardware
-from tandem.planner.perf_model import MAX_FACTOR, ModelShape, PerfModel
+from tandem.planner.perf_model import ModelShape, PerfModel
 
 SHAPE = ModelShape(8 * 10**9, 16 * 10**9, 131_072)
 
@@ -138,12 +139,10 @@ def test_it_stays_within_bounds_whatever_is_measured(observations: list[tuple[in
     for a, b, seconds in observations:
         model.observe_prefill(a, b, seconds)
         model.observe_decode(a, b, seconds)
-        model.observe_handover(a, seconds)
         model.observe_fetch({"host": a, "disk": b, "device": 5, "attic": 3}, seconds)
     for ask in (
         lambda m: m.prefill_s(1000, 500),
         lambda m: m.decode_step_s(8, 4000),
-        lambda m: m.handover_s(1000),
         lambda m: m.fetch_s("disk", 1000),
     ):
         assert ask(guess) / MAX_FACTOR <= ask(model) * 1.0001

@@ -175,3 +175,22 @@ def test_a_transport_that_is_closing_is_unavailable() -> None:
         scene.attach()
     assert caught.value.code == "unavailable"
     scene.exporter.ended(KEY)
+
+
+def test_a_hand_over_that_takes_too_long_is_given_up_after_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    scene = Scene()
+    stream = scene.attach(send_kv_to=worker_pb2.KvEndpoint(worker_id="d0"), handover_limit_s=2.0)
+    scene.export.begin(KEY, TOKENS, SLOTS, 0)
+    now += 10.0
+    scene.exporter.expire()
+    assert stream.aborts == [], "computing may take its time"
+    scene.export.finished(RequestOutput(KEY, token_ids=[42]))
+    now += 1.9
+    scene.exporter.expire()
+    assert stream.aborts == []
+    now += 0.2
+    scene.exporter.expire()
+    scene.exporter.expire()
+    assert stream.aborts == ["the KV was not there 2.0 s after the first token"]

@@ -29,6 +29,24 @@ def test_tiers_travel_with_a_hand_over() -> None:
     assert unpack_first(pack_first(OUTPUT, "", 1.0), "", 2.0) == OUTPUT
 
 
+@pytest.mark.parametrize(
+    ("sender", "since_accept_s", "accepted_at", "seconds"),
+    [
+        ("here", 3.0, 2.0, 6.0),  # one clock: computed at 4, whatever is said of the Accept
+        ("here", 0.0, 7.0, 3.0),  # the KV was welcome later than it was computed
+        ("there", 3.0, 2.0, 5.0),  # two clocks: 3 s after the Accept
+        ("there", -1.0, 2.0, 8.0),
+        ("", 3.0, 2.0, 5.0),  # a host without a name has a clock of its own
+    ],
+)
+def test_a_hand_over_is_measured_on_one_clock(
+    sender: str, since_accept_s: float, accepted_at: float, seconds: float
+) -> None:
+    first = unpack_first(pack_first(OUTPUT, sender, 4.0, since_accept_s), "here", 10.0, accepted_at)
+    assert first.prompt is not None
+    assert first.prompt.handover_s == pytest.approx(seconds)
+
+
 def test_the_tenant_comes_with_the_request() -> None:
     key = worker_pb2.RequestKey(request_id="a", epoch=1)
     sampling = worker_pb2.SamplingParams(max_tokens=1, top_p=1.0, repetition_penalty=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
@@ -284,3 +285,64 @@ async def test_a_batch_is_served_where_only_the_free_worker_is_left() -> None:
     lost = first.decode
     bench.dispatcher.fleet.decode.remove(lost)
     assert bench.start(range(64), priority=LAST_BAND).decode is not lost
+
+
+def hold_up(worker: WorkerSession) -> None:
+    """So many decode there that computing a prompt elsewhere pays."""
+    tell(worker, status=worker_pb2.WorkerStatus(running=60, decoding=60, free_blocks=4096, total_blocks=4096))
+
+
+def finish(worker: WorkerSession, key: worker_pb2.RequestKey, **report: object) -> None:
+    answer(worker, key, 1, prompt=worker_pb2.PromptReport(**report), finish_reason=worker_pb2.FINISH_REASON_STOP)  # type: ignore[arg-type]
+
+
+async def test_a_slow_link_is_left_alone_once_it_is_known_and_tried_by_one_when_it_may_be_repaired(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    decode, prefill = session("d0", host_id="b"), session("p0", host_id="a")
+    hold_up(decode)
+    bench = Bench(Workers([decode], [prefill]))
+    load = bench.loads()[0]
+
+    def send(first_token: int) -> tuple[worker_pb2.RequestKey, bool]:
+        attempt = bench.start(range(first_token, first_token + 2000))
+        return attempt.key, attempt.prefill is not None
+
+    key, handed_over = send(0)
+    assert handed_over
+    finish(decode, key, prefill_s=0.05, handover_s=20.0, computed_by="p0")
+    assert not send(10_000)[1]
+    assert load.model.handover_s(2000, ("a", "b"), now) == pytest.approx(20.0, rel=0.1)
+    now += 3600.0
+    key, handed_over = send(20_000)
+    assert handed_over
+    assert not send(30_000)[1], "one is enough to find out"
+    finish(decode, key, prefill_s=0.05, handover_s=0.01, computed_by="p0")
+    assert send(40_000)[1], "it was repaired"
+
+
+@pytest.mark.parametrize(
+    ("reason", "learned"), [("slow: not there", True), ("lease: silent", True), ("aborted: ended", False)]
+)
+async def test_a_hand_over_that_the_link_failed_teaches_what_it_cost(reason: str, learned: bool) -> None:
+    decode, prefill = session("d0", host_id="b"), session("p0", host_id="a")
+    hold_up(decode)
+    bench = Bench(Workers([decode], [prefill]))
+    load = bench.loads()[0]
+    attempt = bench.start(range(2000))
+    assert attempt.prefill is prefill
+    finish(decode, attempt.key, handover_s=3.0, recompute_reason=reason, computed_by="d0")
+    assert (load.model.handover_s(2000, ("a", "b"), time.monotonic()) > 2.0) == learned
+
+
+@pytest.mark.parametrize(("hosts", "limited"), [(("a", "b"), True), (("a", "a"), False)])
+async def test_only_between_hosts_a_hand_over_is_given_up_when_it_takes_too_long(
+    hosts: tuple[str, str], limited: bool
+) -> None:
+    prefill, decode = session("p0", host_id=hosts[0]), session("d0", host_id=hosts[1])
+    hold_up(decode)
+    Bench(Workers([decode], [prefill])).start(range(2000))
+    (sent,) = prefill._outbox
+    assert (sent.submit.handover_limit_s > 0.0) == limited

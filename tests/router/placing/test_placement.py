@@ -367,3 +367,19 @@ def test_requests_of_other_routers_yield_as_those_of_one_tenant() -> None:
     load.foreign(requests=16, decoding=16, pending_tokens=0, used_tokens=0, by_band={0: 16})
     assert load.yields_to("victim", 1.0, 0)
     assert not load.yields_to("victim", 1.0, 3)
+
+
+def test_a_pair_with_a_quick_link_is_found_where_the_cheapest_worker_is_behind_a_slow_one() -> None:
+    model = PerfModel("nvidia-h100", ModelShape(8 * 10**9, 16 * 10**9, 131_072))
+    busy = {"decoding": 100, "requests": 100, "model": model}
+    decodes = [worker(0, host="d0", **busy), worker(1, host="d1", **busy)]
+    prefills = [worker(2, host="p0", model=model), worker(3, host="p1", model=model, waiting=1, waiting_s=0.02)]
+    for slow in (("p0", "d0"), ("p0", "d1"), ("p1", "d0")):
+        model.observe_handover(8000, 20.0, slow, 0.0)
+    placement = place(decodes, prefills, Request(8000), {}, 0.0)
+    assert (placement.reason, placement.prefill, placement.decode) == ("handover", 1, 1)
+    assert cost_of(placement, decodes, prefills).handover_s < 1.0
+    assert max(cost.handover_s for cost in placement.candidates) > 10.0, "what is believed of the others is shown"
+    model.observe_handover(8000, 20.0, ("p1", "d1"), 0.0)
+    assert place(decodes, prefills, Request(8000), {}, 0.0).prefill is None
+    assert place(decodes, prefills, Request(8000), {}, 3600.0).prefill is not None, "it may have been repaired"
