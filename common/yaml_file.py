@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import yaml
+from msgspec import inspect
 
 from tandem.common.errors import ConfigError
 
@@ -35,22 +36,46 @@ _WORDS = {
 T = TypeVar("T")
 
 
-class YamlFile:
-    """One file whose top is a mapping. `setting` names it in messages."""
+def read_document(path: Path, setting: str) -> YamlDocument:
+    """The one document of a file. `setting` names the file in messages.
 
-    def __init__(self, path: Path, setting: str) -> None:
-        """Raises ConfigError where it cannot be read, or a key is there twice."""
-        self._source = f"{setting} {path}"
-        try:
-            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-            if node is None:
-                raise ConfigError(f"{self._source}: is empty")
-            self._top = node
-            self._check_keys(node, "", set())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self._source}: cannot be read ({error})") from error
-        except (yaml.YAMLError, RecursionError) as error:
-            raise self._not_yaml(error) from error
+    Raises:
+        ConfigError: it cannot be read, is empty, has several documents, or a key is there twice.
+    """
+    documents = read_documents(path, setting)
+    if len(documents) > 1:
+        raise documents[1].error("", "begins a second document; only one is read")
+    return documents[0]
+
+
+def read_documents(path: Path, setting: str) -> list[YamlDocument]:
+    """All documents of a file, empty ones left out; there is at least one.
+
+    Raises:
+        ConfigError: it cannot be read, is empty, or a key is there twice.
+    """
+    source = f"{setting} {path}"
+    try:
+        nodes = list(yaml.compose_all(path.read_text(encoding="utf-8"), Loader=_Loader))
+        documents = [YamlDocument(source, node) for node in nodes if not _is_empty(node)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: cannot be read ({error})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _not_yaml(source, error) from error
+    if not documents:
+        raise ConfigError(f"{source}: is empty")
+    return documents
+
+
+class YamlDocument:
+    """One document whose top is a mapping."""
+
+    def __init__(self, source: str, node: yaml.Node) -> None:
+        """`source` names the file in messages. Raises ConfigError where the top is no mapping, or a key is there
+        twice."""
+        self._source = source
+        self._top = node
+        self._check_keys(node, "", set())
         if not isinstance(node, yaml.MappingNode):
             raise self.error("", "must be a mapping of fields")
 
@@ -59,13 +84,18 @@ class YamlFile:
         """The fields of the top as they stand in the file."""
         return [(key.value, value) for key, value in self._top.value]
 
+    def value_of(self, name: str) -> str | None:
+        """A field of the top as it is written; None where it is not there, or no plain value."""
+        value = dict(self.items).get(name)
+        return value.value if isinstance(value, yaml.ScalarNode) else None
+
     def read(self, type_: type[T]) -> T:
-        """The whole file as a `type_` of msgspec. Raises ConfigError."""
+        """The whole document as a `type_` of msgspec. Raises ConfigError."""
         constructor = yaml.SafeLoader("")
         try:
             value: Any = constructor.construct_document(self._top)
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that there is not
-            raise self._not_yaml(error) from error
+            raise _not_yaml(self._source, error) from error
         try:
             return msgspec.convert(value, type_)
         except msgspec.ValidationError as error:
@@ -87,6 +117,9 @@ class YamlFile:
         if problem.startswith("Object contains unknown field"):
             close = difflib.get_close_matches(inner.rpartition(".")[2], sorted(_field_names(type_)), 1)
             return self.error(inner, f"is not a field; did you mean {close[0]}?" if close else "is not a field")
+        is_choice = problem.startswith("Invalid enum value") or "matching regex" in problem
+        if is_choice and (expected := _expected(type_, place)):
+            return self.error(place, f"must be {expected}")
         problem = _TYPES.sub(lambda match: _WORDS.get(match.group(1), match.group(0)), problem)
         quotes = "; put it in quotes" if problem.startswith("Expected text, got") else ""
         return self.error(place, problem.replace("Expected", "must be", 1) + quotes)
@@ -125,11 +158,16 @@ class YamlFile:
             seen.add(key.value)
             self._check_keys(value, inner, looked_at)
 
-    def _not_yaml(self, error: Exception) -> ConfigError:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "it is nested too deeply, or holds a value that there is not"
-        return ConfigError(f"{self._source}{line}: is not valid YAML ({problem})")
+
+def _not_yaml(source: str, error: Exception) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark is not None else ""
+    problem = getattr(error, "problem", None) or "it is nested too deeply, or holds a value that there is not"
+    return ConfigError(f"{source}{line}: is not valid YAML ({problem})")
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.value == ""
 
 
 def _field_names(type_: Any) -> set[str]:
@@ -144,3 +182,32 @@ def _field_names(type_: Any) -> set[str]:
                 waiting.append(field.type)
         waiting += getattr(each, "__args__", ())
     return names
+
+
+def _expected(type_: Any, place: str) -> str | None:
+    """The values that a place takes, in words: what its type is described as, or all that there are."""
+    info: Any = inspect.type_info(type_)
+    for index, name in _STEP.findall(place):
+        info, _ = _bare(info)
+        if isinstance(info, inspect.StructType) and name:
+            info = next((field.type for field in info.fields if field.encode_name == name), None)
+        elif isinstance(info, inspect.ListType) and index:
+            info = info.item_type
+        else:
+            return None
+    info, description = _bare(info)
+    values = getattr(info, "values", ()) or [member.value for member in getattr(info, "cls", ())]
+    return description or ("one of " + ", ".join(map(str, values)) if values else None)
+
+
+def _bare(info: Any) -> tuple[Any, str | None]:
+    """A type without what is said about it, and its description."""
+    description = None
+    while True:
+        if isinstance(info, inspect.Metadata):
+            description = (info.extra_json_schema or {}).get("description", description)
+            info = info.type
+        elif isinstance(info, inspect.UnionType):
+            info = next(kind for kind in info.types if not isinstance(kind, inspect.NoneType))
+        else:
+            return info, description

@@ -12,7 +12,7 @@ import yaml
 from tandem.common.errors import ConfigError
 from tandem.common.settings.fields import Setting
 from tandem.common.settings.values import BOOLEANS, Raw, close_to, is_repeatable, is_switch
-from tandem.common.yaml_file import YamlFile
+from tandem.common.yaml_file import read_document
 
 RENAMED = {
     "kv_node": "kv_store_socket",
@@ -150,7 +150,7 @@ def read_file(path: str, known: Known) -> dict[str, Given]:
     """Settings that the YAML file at `path` gives, by setting. Keys of other servers that `known` translates are taken,
     too. Raises ConfigError with the line for a key that is no setting."""
     given = {}
-    for key, node in YamlFile(Path(path).expanduser(), "--config").items:
+    for key, node in read_document(Path(path).expanduser(), "--config").items:
         name = key.replace("-", "_")
         where = f"{path}, line {node.start_mark.line + 1}: {key}"
         raw = _raw(node, where)

@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from tandem.common.errors import ConfigError
-from tandem.common.yaml_file import YamlFile
+from tandem.common.yaml_file import read_document
 from tandem.proto import worker_pb2
 
 FILE_POLL_S = 1.0
@@ -126,7 +126,7 @@ def read_workers(path: Path) -> frozenset[Target]:
     with contextlib.suppress(OSError):
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"--workers-file {path}: larger than {MAX_FILE_BYTES} bytes")
-    file = YamlFile(path, "--workers-file")
+    file = read_document(path, "--workers-file")
     listed = file.read(_WorkersFile)
     targets: set[Target] = set()
     for name, role, addresses in (

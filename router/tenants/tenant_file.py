@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from tandem.common.errors import ConfigError
 from tandem.common.fairness import MAX_WEIGHT
-from tandem.common.yaml_file import YamlFile
+from tandem.common.yaml_file import YamlDocument, read_document
 from tandem.router.tenants import jwt_issuer
 from tandem.router.tenants.caller import ANYBODY, HIGHEST_PRIORITY, LOWEST_PRIORITY, Caller, Rates
 from tandem.router.tenants.jwt_issuer import Issuer
@@ -131,7 +131,7 @@ class _TenantsFile(msgspec.Struct, forbid_unknown_fields=True):
 def read_tenants(path: Path, files: Files) -> Roster:
     """Tenants of a file whose fields `docs/tenants.md` describes. Raises ConfigError naming line, field and remedy."""
     files[path] = stamp(path)
-    file = YamlFile(path, "--tenants-file")
+    file = read_document(path, "--tenants-file")
     read = file.read(_TenantsFile)
     issuers: dict[str, Issuer] = {}
     for index, entry in enumerate(read.issuers):
@@ -156,7 +156,7 @@ def read_tenants(path: Path, files: Files) -> Roster:
     return Roster(by_digest, by_claim, issuers)
 
 
-def _caller(tenant: _Tenant, place: str, file: YamlFile) -> Caller:
+def _caller(tenant: _Tenant, place: str, file: YamlDocument) -> Caller:
     first = tenant.priority_min or 0
     last = HIGHEST_PRIORITY if tenant.priority_max is None else tenant.priority_max
     if first > last:
@@ -174,7 +174,7 @@ def _caller(tenant: _Tenant, place: str, file: YamlFile) -> Caller:
     )
 
 
-def _add_keys(keys: list[str], caller: Caller, by_digest: dict[bytes, Caller], place: str, file: YamlFile) -> None:
+def _add_keys(keys: list[str], caller: Caller, by_digest: dict[bytes, Caller], place: str, file: YamlDocument) -> None:
     for index, key in enumerate(keys):
         digest = key.removeprefix("sha256:")
         if not _DIGEST.fullmatch(digest):  # said without the value: it may be the key
@@ -185,14 +185,14 @@ def _add_keys(keys: list[str], caller: Caller, by_digest: dict[bytes, Caller], p
         by_digest[raw] = caller
 
 
-def _add_claims(claims: list[str], caller: Caller, by_claim: dict[str, Caller], place: str, file: YamlFile) -> None:
+def _add_claims(claims: list[str], caller: Caller, by_claim: dict[str, Caller], place: str, file: YamlDocument) -> None:
     for index, claim in enumerate(claims):
         if claim in by_claim:
             raise file.error(f"{place}[{index}]", f"belongs to tenant {by_claim[claim].tenant} already")
         by_claim[claim] = caller
 
 
-def _issuer(entry: _Issuer, place: str, file: YamlFile, folder: Path, files: Files) -> Issuer:
+def _issuer(entry: _Issuer, place: str, file: YamlDocument, folder: Path, files: Files) -> Issuer:
     algorithm = entry.algorithm
     if algorithm not in jwt_issuer.ALGORITHMS:
         raise file.error(f"{place}.algorithm", f"must be one of {', '.join(sorted(jwt_issuer.ALGORITHMS))}")
