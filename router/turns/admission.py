@@ -87,10 +87,10 @@ class Admission:
         self._clock = clock
         self._queue: FairQueue[Waiting] = FairQueue(counters, _cached_tokens)
         self._tokens = 0
-        self._held: dict[int, dict[str, _Held]] = {}
+        self._backlogs: dict[int, dict[str, _Backlog]] = {}
         self._rate = _Rate()
         self._pumping = False
-        self._held_since: float | None = None
+        self._yields_since: float | None = None
 
     @property
     def waiting_requests(self) -> int:
@@ -131,7 +131,7 @@ class Admission:
         """Refuses, with `error`, all that have waited since before `arrived_before` on the clock."""
         waiting = [
             each
-            for band, tenants in self._held.items()
+            for band, tenants in self._backlogs.items()
             for tenant in tenants
             for each in self._queue.line(tenant, band)
         ]
@@ -151,7 +151,7 @@ class Admission:
                     return False
                 band = self._queue.first_band
                 if not self._room(0, band) and not self._somebody_is_crowded_out(band):
-                    self._held_since = None
+                    self._yields_since = None
                     return False
                 waiting = self._queue.pop(self._fits, self._is_crowded_out)
                 if waiting is None:
@@ -182,16 +182,16 @@ class Admission:
 
     def _fits(self, waiting: Waiting) -> bool:
         if not self._room(waiting.prompt_tokens, waiting.priority) and not self._is_crowded_out(waiting):
-            self._held_since = None
+            self._yields_since = None
             return False
         if self._counters.ahead(waiting.tenant, waiting.priority) > QUANTUM:
             now = self._clock()
-            if self._held_since is None:
-                self._held_since = now
-            if now - self._held_since < HOLD_S:
+            if self._yields_since is None:
+                self._yields_since = now
+            if now - self._yields_since < HOLD_S:
                 return False
             self._counters.ignore_elsewhere()
-        self._held_since = None
+        self._yields_since = None
         return True
 
     def _is_crowded_out(self, waiting: Waiting) -> bool:
@@ -234,15 +234,15 @@ class Admission:
     def _count(self, waiting: Waiting, sign: int) -> None:
         """One request more (1) or less (-1) in the queue."""
         self._tokens += sign * waiting.prompt_tokens
-        tenants = self._held.setdefault(waiting.priority, {})
-        held = tenants.setdefault(waiting.tenant, _Held())
-        held.requests += sign
-        held.tokens += sign * waiting.prompt_tokens
-        held.share += sign * self._share(waiting)
-        if not held.requests:
+        tenants = self._backlogs.setdefault(waiting.priority, {})
+        backlog = tenants.setdefault(waiting.tenant, _Backlog())
+        backlog.requests += sign
+        backlog.tokens += sign * waiting.prompt_tokens
+        backlog.share += sign * self._share(waiting)
+        if not backlog.requests:
             del tenants[waiting.tenant]
             if not tenants:
-                del self._held[waiting.priority]
+                del self._backlogs[waiting.priority]
 
     def _check_slo(self, waiting: Waiting, now: float) -> None:
         """Counts only what is certainly before it: the workers' queues, higher bands, and its own tenant's requests."""
@@ -250,9 +250,9 @@ class Admission:
         if math.isinf(limit_s):
             return
         before = sum(
-            held.tokens
-            for band, tenants in self._held.items()
-            for tenant, held in tenants.items()
+            backlog.tokens
+            for band, tenants in self._backlogs.items()
+            for tenant, backlog in tenants.items()
             if band < waiting.priority or (band == waiting.priority and tenant == waiting.tenant)
         )
         wait_s = self._wait_s(waiting.priority) + (before / self._rate.tokens_per_s if before else 0.0)
@@ -277,10 +277,10 @@ class Admission:
         if not self._queue or (requests <= 0 and tokens <= 0):
             return []
         victims: list[Waiting] = []
-        for band in sorted(self._held, reverse=True):
+        for band in sorted(self._backlogs, reverse=True):
             if band < waiting.priority or (requests <= 0 and tokens <= 0):
                 break
-            shares = {tenant: held.share for tenant, held in self._held[band].items()}
+            shares = {tenant: backlog.share for tenant, backlog in self._backlogs[band].items()}
             lines: dict[str, list[Waiting]] = {}
             own = self._share(waiting)
             if band == waiting.priority:
@@ -314,7 +314,7 @@ class Admission:
 
 
 @dataclass(slots=True)
-class _Held:
+class _Backlog:
     """What one tenant has in one band of the queue."""
 
     requests: int = 0

@@ -270,7 +270,7 @@ def test_the_own_backlog_is_counted_to_the_token_whoever_else_comes_and_goes() -
         desk.admission.cancel(waiting)
     desk.free(1)
     assert desk.started[4:] == ["just in time"]
-    assert not desk.admission._held
+    assert not desk.admission._backlogs
 
 
 def test_the_room_is_left_to_tenants_who_wait_at_another_replica_but_not_for_long() -> None:
