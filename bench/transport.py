@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.handover import Endpoint, Incoming, KvClientPool, KvServer, PeerIdentity, Reason
+from tandem.handover import Endpoint, Incoming, KvClient, KvServer, PeerIdentity, Reason
 
 ROW_BYTES = 4096
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
@@ -109,14 +109,14 @@ class Listener:
 def sender_process(commands: Connection, endpoints: dict[str, Any]) -> None:
     """Runs one cell per command: many layers at once for the rate, then single layers for the latency."""
     source = np.random.default_rng(0).integers(0, 256, max(SIZES), np.uint8)
-    pool = KvClientPool(PeerIdentity("sender", 1, DIGEST))
+    client = KvClient(PeerIdentity("sender", 1, DIGEST))
     number = 0
     while command := commands.recv():
         peer, size, count = command
         number += 1
         if peer.startswith("tandem"):
             listener = Listener()
-            stream = pool.open(
+            stream = client.open(
                 endpoints[peer], f"r{number}", 1, size // ROW_BYTES, ROW_BYTES, count + SINGLES, listener
             )
             listener.accepted.wait(10)
@@ -139,7 +139,7 @@ def sender_process(commands: Connection, endpoints: dict[str, Any]) -> None:
                 sock.sendall(size.to_bytes(8, "little"))
                 view = memoryview(source)[:size]
                 run(commands, lambda _, sock=sock, view=view: sock.sendall(view), count)
-    pool.close()
+    client.close()
 
 
 def run(commands: Connection, send: Any, count: int) -> None:

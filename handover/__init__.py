@@ -21,11 +21,11 @@ Decode worker (receives):
 
 Prefill worker (sends):
 
-    pool = KvClientPool(PeerIdentity("prefill-0", epoch, compatibility))
-    stream = pool.open(endpoint, request_id, epoch, num_tokens, row_bytes, num_layers, listener)   # never blocks
+    client = KvClient(PeerIdentity("prefill-0", epoch, compatibility))
+    stream = client.open(endpoint, request_id, epoch, num_tokens, row_bytes, num_layers, listener)   # never blocks
     stream.send_layer(layer, start, stop, lambda start, stop, out: kv.read_rows(layer, slots[start:stop], out))
     stream.finish(first_output.SerializeToString())          # or stream.abort(Reason("cancelled", "..."))
-    pool.close()
+    client.close()
 
 `listener` is a StreamListener: `on_accept(skip_tokens)`, then exactly one of `on_done()`, `on_refuse(reason)`,
 `on_lost(reason)` (also after `abort`). No `fill` runs after that one call, so blocks may be released in it. Callbacks
@@ -36,11 +36,11 @@ stop, out)` is called for sub-ranges, each in layout [K|V][token][kv_head][dim] 
 A Reason has `code`, `message` and `retriable`; `str(reason)` is "code: message".
 """
 
-from tandem.handover.client import KvClientPool, KvStream
+from tandem.handover.client import KvClient, KvStream
 from tandem.handover.frames import HAND_OVER
-from tandem.handover.interfaces import Fill, KvSink, StreamListener, TransportSettings
+from tandem.handover.interfaces import Fill, HandoverSettings, KvSink, StreamListener
 from tandem.handover.server import Incoming, KvServer
-from tandem.handover.stats import HandoverMetrics, TransportStats
+from tandem.handover.stats import HandoverMetrics, HandoverStats
 from tandem.wire.peers import Endpoint, PeerIdentity, local_host_id
 from tandem.wire.protocol import Reason
 
@@ -49,15 +49,15 @@ __all__ = [
     "Endpoint",
     "Fill",
     "HandoverMetrics",
+    "HandoverSettings",
+    "HandoverStats",
     "Incoming",
-    "KvClientPool",
+    "KvClient",
     "KvServer",
     "KvSink",
     "KvStream",
     "PeerIdentity",
     "Reason",
     "StreamListener",
-    "TransportSettings",
-    "TransportStats",
     "local_host_id",
 ]

@@ -7,21 +7,21 @@ from dataclasses import replace
 
 from tandem.common.counters import Counters
 from tandem.handover.connection import ClientConnection
-from tandem.handover.interfaces import StreamListener, TransportSettings
-from tandem.handover.stats import TransportStats
+from tandem.handover.interfaces import HandoverSettings, StreamListener
+from tandem.handover.stats import HandoverStats
 from tandem.handover.stream import KvStream
 from tandem.wire.peers import Endpoint, PeerIdentity
 
-__all__ = ["KvClientPool", "KvStream"]
+__all__ = ["KvClient", "KvStream"]
 
 
-class KvClientPool:
+class KvClient:
     """Thread-safe. Connections are made on first use, kept while idle, and dropped when they break."""
 
-    def __init__(self, identity: PeerIdentity, settings: TransportSettings | None = None) -> None:
+    def __init__(self, identity: PeerIdentity, settings: HandoverSettings | None = None) -> None:
         self._identity = identity
-        self._settings = settings or TransportSettings()
-        self._counters = Counters(TransportStats())
+        self._settings = settings or HandoverSettings()
+        self._counters = Counters(HandoverStats())
         self._lock = threading.Lock()
         self._connections: dict[Endpoint, ClientConnection] = {}
         self._failed: list[ClientConnection] = []
@@ -46,7 +46,7 @@ class KvClientPool:
             raise ValueError(f"a row of {row_bytes} bytes does not fit in a frame of {self._settings.frame_bytes}")
         with self._lock:
             if self._closed:
-                raise RuntimeError("the pool is closed")
+                raise RuntimeError("the client is closed")
             connection = self._connections.get(endpoint)
             if connection is not None:
                 stream = connection.open(request_id, epoch, num_tokens, row_bytes, num_layers, listener)
@@ -62,7 +62,7 @@ class KvClientPool:
             connection.start()
             return stream
 
-    def stats(self) -> TransportStats:
+    def stats(self) -> HandoverStats:
         """What has been sent so far."""
         with self._lock:
             connections = list(self._connections.values())

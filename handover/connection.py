@@ -16,8 +16,8 @@ from functools import partial
 from tandem.common.counters import Counters
 from tandem.handover.frames import Accept, Ack, Finish, Kind, Open, Rows, checksum
 from tandem.handover.handshake import SendChannel, connect
-from tandem.handover.interfaces import StreamListener, TransportSettings, reason_of
-from tandem.handover.stats import TransportStats
+from tandem.handover.interfaces import HandoverSettings, StreamListener, reason_of
+from tandem.handover.stats import HandoverStats
 from tandem.handover.stream import Ending, KvStream, PendingRows
 from tandem.wire.handshake import HandshakeRefused
 from tandem.wire.header import Header, ProtocolError
@@ -37,8 +37,8 @@ class ClientConnection:
         self,
         endpoint: Endpoint,
         identity: PeerIdentity,
-        settings: TransportSettings,
-        counters: Counters[TransportStats],
+        settings: HandoverSettings,
+        counters: Counters[HandoverStats],
         on_failed: Callable[[ClientConnection], None],
     ) -> None:
         self.endpoint = endpoint

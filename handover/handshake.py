@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tandem.handover.arena import ArenaReceiver, ArenaSender
 from tandem.handover.frames import HAND_OVER
 from tandem.handover.inline import InlineReceiver, InlineSender
-from tandem.handover.interfaces import TransportSettings
+from tandem.handover.interfaces import HandoverSettings
 from tandem.handover.payload import PayloadReceiver, PayloadSender
 from tandem.wire import handshake
 from tandem.wire.header import ProtocolError
@@ -49,7 +49,7 @@ def transport_of(link: Link, shares_memory: bool) -> str:
     return "unix" if link.is_unix else "tcp"
 
 
-def connect(endpoint: Endpoint, identity: PeerIdentity, settings: TransportSettings) -> SendChannel:
+def connect(endpoint: Endpoint, identity: PeerIdentity, settings: HandoverSettings) -> SendChannel:
     """Tries the unix socket on the same host, then TCP. Raises HandshakeRefused when the endpoint's worker refuses,
     ConnectionError when no address leads to that worker."""
     return handshake.connect(
@@ -57,7 +57,7 @@ def connect(endpoint: Endpoint, identity: PeerIdentity, settings: TransportSetti
     )
 
 
-def _open(link: Link, endpoint: Endpoint, identity: PeerIdentity, settings: TransportSettings) -> SendChannel:
+def _open(link: Link, endpoint: Endpoint, identity: PeerIdentity, settings: HandoverSettings) -> SendChannel:
     arena = ArenaSender(settings.arena_bytes) if link.is_unix and can_share() else None
     try:
         greeting = handshake.greet(
@@ -81,7 +81,7 @@ def _open(link: Link, endpoint: Endpoint, identity: PeerIdentity, settings: Tran
     )
 
 
-def welcome(link: Link, identity: PeerIdentity, settings: TransportSettings) -> ReceiveChannel:
+def welcome(link: Link, identity: PeerIdentity, settings: HandoverSettings) -> ReceiveChannel:
     """The server's half. Raises HandshakeRefused after telling the client, OSError, ProtocolError. Leaves closing
     `link` to the caller."""
     greeting = handshake.admit(link, identity)

@@ -77,7 +77,7 @@ class KvSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TransportSettings:
+class HandoverSettings:
     """Times and bounds of the hand-over. Raises ValueError when they contradict each other."""
 
     lease_s: float = 3.0

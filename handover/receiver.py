@@ -11,9 +11,9 @@ from tandem.common.seldom import Seldom
 from tandem.handover.frames import Ack, Finish, Kind, Open, Rows, checksum
 from tandem.handover.handshake import ReceiveChannel, welcome
 from tandem.handover.incoming import Incoming, State
-from tandem.handover.interfaces import KvSink, TransportSettings, reason_of
+from tandem.handover.interfaces import HandoverSettings, KvSink, reason_of
 from tandem.handover.registry import StreamRegistry
-from tandem.handover.stats import TransportStats
+from tandem.handover.stats import HandoverStats
 from tandem.wire.handshake import HandshakeRefused
 from tandem.wire.header import Header, ProtocolError
 from tandem.wire.link import Link
@@ -35,10 +35,10 @@ class Receiver:
         self,
         link: Link,
         identity: PeerIdentity,
-        settings: TransportSettings,
+        settings: HandoverSettings,
         sink: KvSink,
         registry: StreamRegistry,
-        counters: Counters[TransportStats],
+        counters: Counters[HandoverStats],
         complaints: Seldom,
         is_stopping: Callable[[], bool],
     ) -> None:

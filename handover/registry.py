@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from tandem.common.counters import Counters
 from tandem.handover.incoming import Incoming, State, StreamKey
-from tandem.handover.stats import TransportStats
+from tandem.handover.stats import HandoverStats
 from tandem.wire.protocol import Reason
 
 MAX_EPOCHS = 1 << 16
@@ -17,7 +17,7 @@ MAX_EPOCHS = 1 << 16
 class StreamRegistry:
     """Thread-safe. Calls nobody while it holds its lock."""
 
-    def __init__(self, max_streams: int, counters: Counters[TransportStats]) -> None:
+    def __init__(self, max_streams: int, counters: Counters[HandoverStats]) -> None:
         self._max_streams = max_streams
         self._counters = counters
         self._lock = threading.Lock()

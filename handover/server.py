@@ -10,10 +10,10 @@ from tandem.common.counters import Counters
 from tandem.common.seldom import Seldom
 from tandem.handover.frames import HAND_OVER, Kind
 from tandem.handover.incoming import Incoming, State
-from tandem.handover.interfaces import KvSink, TransportSettings
+from tandem.handover.interfaces import HandoverSettings, KvSink
 from tandem.handover.receiver import Receiver
 from tandem.handover.registry import StreamRegistry
-from tandem.handover.stats import TransportStats
+from tandem.handover.stats import HandoverStats
 from tandem.wire.link import Link
 from tandem.wire.peers import Endpoint, PeerIdentity, local_host_id
 from tandem.wire.protocol import Reason
@@ -35,12 +35,12 @@ class KvServer:
         listen_tcp: tuple[str, int] | None,
         identity: PeerIdentity,
         sink: KvSink,
-        settings: TransportSettings | None = None,
+        settings: HandoverSettings | None = None,
     ) -> None:
         self._identity = identity
         self._sink = sink
-        self._settings = settings or TransportSettings()
-        self._counters = Counters(TransportStats())
+        self._settings = settings or HandoverSettings()
+        self._counters = Counters(HandoverStats())
         self._complaints = Seldom(logger, logging.INFO)
         self._registry = StreamRegistry(self._settings.max_streams, self._counters)
         self._server = Server(
@@ -81,7 +81,7 @@ class KvServer:
         stream.receiver.post(kind, stream.number, reason)
         return True
 
-    def stats(self) -> TransportStats:
+    def stats(self) -> HandoverStats:
         """What has been received so far."""
         return replace(
             self._counters.snapshot(),

@@ -13,7 +13,7 @@ _PREFIX = "tandem_handover_"
 
 
 @dataclass(frozen=True, slots=True)
-class TransportStats:
+class HandoverStats:
     """A snapshot. bytes / transfer_s is the rate while moving; counters only grow, open_* are gauges."""
 
     bytes: int = 0
@@ -41,7 +41,7 @@ class TransportStats:
 class HandoverMetrics(Collector):
     """The figures of a prefill worker's client (what it sent), or of a decode worker's server (what it received)."""
 
-    def __init__(self, stats: Callable[[], TransportStats]) -> None:
+    def __init__(self, stats: Callable[[], HandoverStats]) -> None:
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:

@@ -45,7 +45,7 @@ class Ending:
 
 
 class KvStream:
-    """Made by `KvClientPool.open`. All three methods may be called from any thread and never wait.
+    """Made by `KvClient.open`. All three methods may be called from any thread and never wait.
 
     Memory held is a few hundred bytes per `send_layer`; the rows stay where they are until `fill` copies them.
     """

@@ -19,7 +19,7 @@ import torch
 from tandem.common.errors import TandemError
 from tandem.engine.model.batch import KvPool
 from tandem.engine.request import EngineRequest, RequestKey, RequestOutput
-from tandem.handover import Endpoint, KvClientPool, KvStream, Reason, local_host_id
+from tandem.handover import Endpoint, KvClient, KvStream, Reason, local_host_id
 from tandem.proto import worker_pb2
 from tandem.worker.wire import pack_first
 
@@ -38,7 +38,7 @@ class ReleasingEngine(Protocol):
 class Exporter:
     """The `Handover` of a prefill worker."""
 
-    def __init__(self, engine: ReleasingEngine, transport: KvClientPool, worker_id: str) -> None:
+    def __init__(self, engine: ReleasingEngine, transport: KvClient, worker_id: str) -> None:
         self.engine = engine
         self.worker_id = worker_id
         self._transport = transport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tandem.handover import KvClientPool
+from tandem.handover import KvClient
 from tandem.prefill.exporter import Exporter
 from tandem.prefill.settings import PrefillConfig
 from tandem.worker.process import WorkerProcess
@@ -16,7 +16,7 @@ async def serve(config: PrefillConfig) -> None:
     """Runs until SIGTERM. Raises ConfigError for what cannot be loaded or bound."""
     process = WorkerProcess(config, "prefill")
     await process.load()
-    transport = KvClientPool(process.identity)
+    transport = KvClient(process.identity)
     try:
         exporter = Exporter(process.engine, transport, process.worker_id)
         expiry = asyncio.create_task(_expire(exporter))

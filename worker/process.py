@@ -31,7 +31,7 @@ from tandem.engine.model.model import num_parameters, weight_bytes
 from tandem.engine.schedule.block_manager import IntegrityError
 from tandem.engine.step.warmup import warm_up
 from tandem.engine.store.cache import EngineStore
-from tandem.handover import HAND_OVER, HandoverMetrics, PeerIdentity, TransportStats, local_host_id
+from tandem.handover import HAND_OVER, HandoverMetrics, HandoverStats, PeerIdentity, local_host_id
 from tandem.kvstore.process.open import OpenStore, open_home
 from tandem.proto import worker_pb2, worker_pb2_grpc
 from tandem.worker.metrics import WorkerMetrics
@@ -119,7 +119,7 @@ class WorkerProcess:
     async def serve(
         self,
         handover: Handover,
-        transferred: Callable[[], TransportStats],
+        transferred: Callable[[], HandoverStats],
         kv_endpoint: worker_pb2.KvEndpoint | None,
     ) -> None:
         """Serves until SIGTERM or SIGINT, drains, and returns; a second signal ends the process at once. `transferred`

@@ -1,4 +1,4 @@
-"""A server and a client pool in this process, with recorders plugged in at both ends."""
+"""A server and a client in this process, with recorders plugged in at both ends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from tandem.handover import (
     Endpoint,
+    HandoverSettings,
     Incoming,
-    KvClientPool,
+    KvClient,
     KvServer,
     KvStream,
     PeerIdentity,
     Reason,
-    TransportSettings,
 )
 from tests.leftovers import eventually, nothing_left_over, open_descriptors
 
@@ -149,9 +149,9 @@ class Rows:
 
 
 class Rig:
-    """One server and one pool that reach each other over one transport."""
+    """One server and one client that reach each other over one transport."""
 
-    def __init__(self, transport: str, folder: Path, settings: TransportSettings, key: bytes) -> None:
+    def __init__(self, transport: str, folder: Path, settings: HandoverSettings, key: bytes) -> None:
         self.transport = transport
         self.key = key
         self.settings = settings
@@ -161,7 +161,7 @@ class Rig:
         self.server.start()
         self.both = self.server.endpoint
         self.endpoint = self.only(transport, self.both)
-        self.pool = self.new_pool()
+        self.client = self.new_client()
 
     @staticmethod
     def only(transport: str, endpoint: Endpoint) -> Endpoint:
@@ -169,9 +169,9 @@ class Rig:
             return Endpoint(endpoint.worker_id, endpoint.worker_epoch, endpoint.host_id, endpoint.unix_path)
         return Endpoint(endpoint.worker_id, endpoint.worker_epoch, host=endpoint.host, port=endpoint.port)
 
-    def new_pool(self, digest: bytes = DIGEST, key: bytes | None = None) -> KvClientPool:
+    def new_client(self, digest: bytes = DIGEST, key: bytes | None = None) -> KvClient:
         """`key` None: the server's."""
-        return KvClientPool(PeerIdentity("p", 1, digest, self.key if key is None else key), self.settings)
+        return KvClient(PeerIdentity("p", 1, digest, self.key if key is None else key), self.settings)
 
     def listener(self) -> Listener:
         return Listener()
@@ -180,17 +180,17 @@ class Rig:
         return Rows(*args, **kwargs)
 
     def open(
-        self, request_id: str, rows: Rows, *, epoch: int = 1, pool: KvClientPool | None = None
+        self, request_id: str, rows: Rows, *, epoch: int = 1, client: KvClient | None = None
     ) -> tuple[KvStream, Listener]:
         listener = Listener()
-        stream = (pool or self.pool).open(
+        stream = (client or self.client).open(
             self.endpoint, request_id, epoch, rows.num_tokens, rows.row_bytes, rows.num_layers, listener
         )
         return stream, listener
 
     def close(self) -> None:
         self.sink.gate.set()
-        self.pool.close()
+        self.client.close()
         self.server.stop()
 
 
@@ -207,7 +207,7 @@ def make_rig(transport: str, tmp_path: Path) -> Iterator[Callable[..., Rig]]:
         """`key`: of both ends."""
         folder = tmp_path / str(len(rigs))
         folder.mkdir()
-        rigs.append(Rig(transport, folder, TransportSettings(**settings), key))  # type: ignore[arg-type]
+        rigs.append(Rig(transport, folder, HandoverSettings(**settings), key))  # type: ignore[arg-type]
         return rigs[-1]
 
     yield make

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from tandem.handover import Endpoint, KvClientPool, PeerIdentity, Reason, local_host_id
+from tandem.handover import Endpoint, KvClient, PeerIdentity, Reason, local_host_id
 
 DIGEST = bytes(range(32))
 NUM_TOKENS, ROW_BYTES, NUM_LAYERS = 512, 256, 4
@@ -37,9 +37,9 @@ class Printer:
 def main() -> None:
     unix_path, host, port, mode = sys.argv[1:]
     endpoint = Endpoint("d", 1, local_host_id(), unix_path, host, int(port))
-    pool = KvClientPool(PeerIdentity("p", 1, DIGEST))
+    client = KvClient(PeerIdentity("p", 1, DIGEST))
     printer = Printer()
-    stream = pool.open(endpoint, "r", 1, NUM_TOKENS, ROW_BYTES, NUM_LAYERS, printer)
+    stream = client.open(endpoint, "r", 1, NUM_TOKENS, ROW_BYTES, NUM_LAYERS, printer)
     sent = threading.Semaphore(0)
 
     def fill(start: int, stop: int, out: memoryview) -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             stream.send_layer(0, 0, 16, fill)
             sent.acquire(timeout=1)
     printer.ended.wait(60)
-    pool.close()
+    client.close()
 
 
 if __name__ == "__main__":

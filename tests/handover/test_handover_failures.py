@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from tandem.handover import Endpoint, KvServer, PeerIdentity, Reason, TransportSettings
+from tandem.handover import Endpoint, HandoverSettings, KvServer, PeerIdentity, Reason
 from tandem.handover import connection as connection_module
 from tandem.handover.frames import Rows
 from tandem.wire import handshake
@@ -16,16 +16,16 @@ from tandem.wire import handshake
 
 def test_a_wrong_digest_is_refused_for_good_and_names_both(rig):
     other = bytes(32)
-    pool = rig.new_pool(other)
+    client = rig.new_client(other)
     rows = rig.rows()
-    streams = [rig.open(f"r{i}", rows, pool=pool) for i in range(3)]
+    streams = [rig.open(f"r{i}", rows, client=client) for i in range(3)]
     for _, listener in streams:
         assert listener.ending() == ("refused", "incompatible"), listener.endings
         reason = listener.endings[0][1]
         assert not reason.retriable
         assert other.hex() in reason.message
         assert bytes(range(32)).hex() in reason.message
-    pool.close()
+    client.close()
     assert not rig.sink.opened_streams
 
 
@@ -50,24 +50,24 @@ def test_both_ends_prove_the_secret_once_and_hand_over(make_rig):
 )
 def test_without_the_same_secret_nothing_is_handed_over(make_rig, server_key, client_key, message):
     rig = make_rig(key=server_key)
-    pool = rig.new_pool(key=client_key)
-    _, listener = rig.open("r", rig.rows(), pool=pool)
+    client = rig.new_client(key=client_key)
+    _, listener = rig.open("r", rig.rows(), client=client)
     assert listener.ending() == ("lost", "unreachable")
     assert message in listener.endings[0][1].message
-    pool.close()
+    client.close()
     assert not rig.sink.opened_streams
 
 
 def test_nobody_there_is_a_loss_and_not_an_exception(rig):
     nobody = Endpoint("d", 1, rig.both.host_id, "/nonexistent/kv.sock", "127.0.0.1", 1)
     listener = rig.listener()
-    rig.pool.open(nobody, "r", 1, 10, 8, 1, listener).finish(b"")
+    rig.client.open(nobody, "r", 1, 10, 8, 1, listener).finish(b"")
     assert listener.ending() == ("lost", "unreachable")
 
 
 def test_another_start_of_the_worker_is_not_taken_for_the_one_meant(rig):
     listener = rig.listener()
-    rig.pool.open(replace(rig.endpoint, worker_epoch=7), "r", 1, 10, 8, 1, listener)
+    rig.client.open(replace(rig.endpoint, worker_epoch=7), "r", 1, 10, 8, 1, listener)
     assert listener.ending() == ("lost", "unreachable")
     assert "epoch 7" in listener.endings[0][1].message
 
@@ -78,7 +78,7 @@ def test_tcp_is_used_when_the_unix_socket_leads_nowhere(rig, tmp_path):
         sock.bind(str(dead))
     rows = rig.rows()
     listener = rig.listener()
-    stream = rig.pool.open(
+    stream = rig.client.open(
         replace(rig.both, unix_path=str(dead)), "r", 1, rows.num_tokens, rows.row_bytes, rows.num_layers, listener
     )
     rows.send(stream)
@@ -115,8 +115,8 @@ def test_a_higher_epoch_takes_over_from_another_sender(rig):
     rows = rig.rows()
     _, old_listener = rig.open("r", rows, epoch=1)
     rig.sink.wait_for(lambda: ("r", 1) in rig.sink.opened_streams)
-    second = rig.new_pool()
-    new, new_listener = rig.open("r", rows, epoch=2, pool=second)
+    second = rig.new_client()
+    new, new_listener = rig.open("r", rows, epoch=2, client=second)
     assert old_listener.ending() == ("lost", "superseded")
     assert rig.sink.lost_code("r", 1) == "superseded"
     rows.send(new)
@@ -208,7 +208,7 @@ def test_a_closed_pool_loses_its_streams_on_both_sides(rig):
     rig.sink.skip = None
     _, listener = rig.open("r", rig.rows())
     rig.sink.wait_for(lambda: rig.sink.opened_streams)
-    rig.pool.close()
+    rig.client.close()
     assert listener.ending() == ("lost", "shutdown")
     assert rig.sink.lost_code("r") == "peer_closed"
     with pytest.raises(RuntimeError, match="closed"):
@@ -242,8 +242,8 @@ def test_a_silent_receiver_is_given_up(make_rig, transport, tmp_path):
     stream, listener = rig.open("r", rows)
     rows.send(stream)
     assert listener.ending() == ("lost", "stalled")
-    rig.settings = TransportSettings(connect_timeout_s=0.2)
-    hasty = rig.new_pool()
+    rig.settings = HandoverSettings(connect_timeout_s=0.2)
+    hasty = rig.new_client()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host, port = silent.getsockname()
         listener = rig.listener()
@@ -268,12 +268,12 @@ def test_a_server_takes_a_bounded_number_of_connections_and_streams(make_rig, ev
     _, third = rig.open("c", rig.rows())
     assert third.ending() == ("refused", "overloaded")
     assert third.endings[0][1].retriable
-    second = rig.new_pool()
-    _, fourth = rig.open("d", rig.rows(), pool=second)
+    second = rig.new_client()
+    _, fourth = rig.open("d", rig.rows(), client=second)
     assert fourth.ending()[1] in {"overloaded", "unreachable"}
     second.close()
     rig.server.close_stream("a", 1, Reason("cancelled", ""))
-    eventually(lambda: rig.pool.stats().open_streams == 1)
+    eventually(lambda: rig.client.stats().open_streams == 1)
     rig.sink.skip = 0
     stream, listener = rig.open("e", rig.rows())
     rig.rows().send(stream)

@@ -110,14 +110,14 @@ def test_two_hundred_connections_leave_no_descriptors_or_threads(rig, open_descr
     rows = rig.rows(num_tokens=4, num_layers=1)
 
     def once(i: int) -> None:
-        pool = rig.new_pool()
-        stream, listener = rig.open(f"r{i}", rows, pool=pool)
+        client = rig.new_client()
+        stream, listener = rig.open(f"r{i}", rows, client=client)
         if i % 4 == 3:
             stream.abort(Reason("cancelled", ""))
         else:
             rows.send(stream)
         listener.ending()
-        pool.close()
+        client.close()
 
     for i in range(4):
         once(i)

@@ -160,7 +160,7 @@ def test_a_client_survives_any_answer(rig, numbered, data):
         thread.start()
         listener = rig.listener()
         host, port = listening.getsockname()
-        stream = rig.pool.open(Endpoint("d", 1, host=host, port=port), f"c{number}", 1, 2, 8, 1, listener)
+        stream = rig.client.open(Endpoint("d", 1, host=host, port=port), f"c{number}", 1, 2, 8, 1, listener)
         stream.send_layer(0, 0, 2, lambda start, stop, out: None)
         stream.finish(b"")
         how, _ = listener.ending()

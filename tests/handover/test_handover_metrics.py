@@ -9,7 +9,7 @@ from tandem.handover import HandoverMetrics, Reason
 
 def test_both_ends_tell_what_moved_and_how_streams_ended(rig, eventually):
     registries = [CollectorRegistry(), CollectorRegistry()]
-    for registry, stats in zip(registries, (rig.pool.stats, rig.server.stats), strict=True):
+    for registry, stats in zip(registries, (rig.client.stats, rig.server.stats), strict=True):
         registry.register(HandoverMetrics(stats))
     rows = rig.rows(num_tokens=100, row_bytes=64, num_layers=3)
     stream, listener = rig.open("done", rows)

@@ -122,7 +122,7 @@ def test_the_decode_side_can_end_a_stream(rig, answered, eventually):
     stream.send_layer(0, 0, 10, rows.fill(0))
     assert not rig.sink.losses
     assert rig.server.stats().open_streams == 0
-    eventually(lambda: rig.pool.stats().open_streams == 0)
+    eventually(lambda: rig.client.stats().open_streams == 0)
 
 
 def test_a_sink_that_does_not_want_the_rows_ends_the_stream(rig):
@@ -154,7 +154,7 @@ def test_a_fill_that_fails_ends_only_its_stream(rig):
     assert bad_listener.ending() == ("lost", "source")
     assert good_listener.ending() == ("done", "")
     assert rig.sink.lost_code("bad") == "source"
-    assert rig.pool.stats().callback_errors == 1
+    assert rig.client.stats().callback_errors == 1
 
 
 def test_a_sink_that_raises_loses_only_that_stream(rig, monkeypatch):
@@ -218,7 +218,7 @@ def test_sizes_that_make_no_sense_are_refused_at_once(rig):
     for bad in ({"num_tokens": 0}, {"row_bytes": 0}, {"num_layers": 0}, {"row_bytes": 2 << 20}):
         size = {"num_tokens": 1, "row_bytes": 1, "num_layers": 1} | bad
         with pytest.raises(ValueError, match="row"):
-            rig.pool.open(rig.endpoint, "r", 1, listener=rig.listener(), **size)
+            rig.client.open(rig.endpoint, "r", 1, listener=rig.listener(), **size)
     stream, _ = rig.open("r", rows)
     for layer, start, stop in ((3, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 2, 1), (0, 0, 41)):
         with pytest.raises(ValueError, match="layer"):
@@ -233,7 +233,7 @@ def test_statistics_count_what_moved(rig, eventually):
     stream, listener = rig.open("r", rows)
     rows.send(stream)
     listener.ending()
-    for stats in (rig.pool.stats(), rig.server.stats()):
+    for stats in (rig.client.stats(), rig.server.stats()):
         assert (stats.bytes, stats.rows, stats.frames) == (3 * 6400, 300, 3)
         assert stats.outcomes == {"done": 1}
         assert stats.transfer_s > 0

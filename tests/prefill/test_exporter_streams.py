@@ -170,7 +170,7 @@ def test_a_request_without_a_target_is_an_error(handover: dict[str, Any]) -> Non
 
 
 def test_a_transport_that_is_closing_is_unavailable() -> None:
-    scene = Scene(RuntimeError("the pool is closed"))
+    scene = Scene(RuntimeError("the client is closed"))
     with pytest.raises(TandemError) as caught:
         scene.attach()
     assert caught.value.code == "unavailable"

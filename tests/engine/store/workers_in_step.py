@@ -226,7 +226,7 @@ class _Stream:
 
 
 class Wire:
-    """Stands in for the transport between all workers: a KvClientPool, and the servers of all importers."""
+    """Stands in for the transport between all workers: a KvClient, and the servers of all importers."""
 
     def __init__(self) -> None:
         self.importers: dict[str, Importer] = {}
