@@ -30,7 +30,7 @@ from tandem.engine.settings import MAX_WAITING, EngineConfig
 from tandem.engine.status import StepMeter
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.chunks import Chunks
-from tandem.engine.store.loading import Gate, Load
+from tandem.engine.store.loading import Gate, Loading
 from tandem.engine.store.lookup import LookUp
 from tandem.engine.store.saver import Saver
 from tandem.engine.store.saving import KnownKeys, Save
@@ -146,7 +146,7 @@ class StoreFlow:
             if self._store.overlap and (sequence.stored.end < sequence.num_prompt or sequence.to_compute > 1):
                 # Only chunks wait for layers in a step: where all that is left is to decode, loading has to be over.
                 step_s = min(sequence.to_compute, self._max_step_tokens) / rate
-        state.load = Load(
+        state.loading = Loading(
             self._store,
             self._pool,
             lookup,
@@ -156,14 +156,14 @@ class StoreFlow:
             near_allowed=self._store.near_allowed and sequence.request.near_allowed,
             limit_s=limit_s,
             step_s=step_s,
-            joinable=lambda load: self._post((sequence,), partial(self._joinable, sequence, load)),
-            ended=lambda load: self._post((sequence,), partial(self._ended, sequence, load)),
+            joinable=lambda loading: self._post((sequence,), partial(self._joinable, sequence, loading)),
+            ended=lambda loading: self._post((sequence,), partial(self._ended, sequence, loading)),
         )
-        state.load_began = time.monotonic()
-        state.given_up_at = state.load_began + limit_s + STUCK_S
+        state.loading_began = time.monotonic()
+        state.given_up_at = state.loading_began + limit_s + STUCK_S
         self._pending[sequence.key] = sequence
-        if not self._loaders.put(state.load):
-            state.load.drop()
+        if not self._loaders.put(state.loading):
+            state.loading.drop()
             self._give_up(sequence)
 
     def forget(self, sequence: Sequence) -> None:
@@ -176,8 +176,8 @@ class StoreFlow:
             state.lookup.abandoned = True
             if sequence.phase is not Phase.LOOKUP:
                 self._discard(state.lookup)
-        if state.load is not None:
-            state.load.close()
+        if state.loading is not None:
+            state.loading.close()
         sequence.gated = False
 
     # Time
@@ -198,11 +198,11 @@ class StoreFlow:
             state.lookup = None
             self._store.counters.lookup("slow")
             self._scheduler.looked_up(sequence)
-        elif state.load is not None:
-            load, state.load = state.load, None
-            load.close()
+        elif state.loading is not None:
+            loading, state.loading = state.loading, None
+            loading.close()
             self._store.counters.load("stuck", 0.0, {})
-            self._go_on(sequence, load.before, None)
+            self._go_on(sequence, loading.before, None)
 
     # Answers of the workers
 
@@ -230,29 +230,29 @@ class StoreFlow:
             state.lookup = None
         self._scheduler.looked_up(sequence)
 
-    def _joinable(self, sequence: Sequence, load: Load) -> None:
-        if self._load_of(sequence) is load and sequence.phase is Phase.LOADING:
+    def _joinable(self, sequence: Sequence, loading: Loading) -> None:
+        if self._loading_of(sequence) is loading and sequence.phase is Phase.LOADING:
             self._report_wait(sequence)
-            self._scheduler.join(sequence, load.planned, inexact_from=load.inexact_from, gated=True)
+            self._scheduler.join(sequence, loading.planned, inexact_from=loading.inexact_from, gated=True)
             self._resume(sequence)
 
-    def _ended(self, sequence: Sequence, load: Load) -> None:
-        for index in load.bad:
-            self._known.discard(load.located[index].key)
-        if self._load_of(sequence) is load:
-            self._settle(sequence, load)
-            self._go_on(sequence, load.there, load.inexact_from)
+    def _ended(self, sequence: Sequence, loading: Loading) -> None:
+        for index in loading.bad:
+            self._known.discard(loading.located[index].key)
+        if self._loading_of(sequence) is loading:
+            self._settle(sequence, loading)
+            self._go_on(sequence, loading.there, loading.inexact_from)
 
-    def _settle(self, sequence: Sequence, load: Load) -> None:
+    def _settle(self, sequence: Sequence, loading: Loading) -> None:
         """Loading is over and counted; the report says what it brought."""
-        self._state(sequence).load = None
+        self._state(sequence).loading = None
         self._pending.pop(sequence.key, None)
-        tokens = load.tokens_by_tier()
-        self._store.counters.load(load.outcome, load.seconds, tokens)
+        tokens = loading.tokens_by_tier()
+        self._store.counters.load(loading.outcome, loading.seconds, tokens)
         if sequence.report is not None and tokens:
-            sequence.report.cached_tokens = load.there.within(0, sequence.num_prompt).count
-            sequence.report.near_tokens = load.near_tokens(sequence.num_prompt)
-            for tier, count in load.tokens_by_tier(sequence.num_prompt).items():
+            sequence.report.cached_tokens = loading.there.within(0, sequence.num_prompt).count
+            sequence.report.near_tokens = loading.near_tokens(sequence.num_prompt)
+            for tier, count in loading.tokens_by_tier(sequence.num_prompt).items():
                 sequence.report.cached_by_tier[tier] = sequence.report.cached_by_tier.get(tier, 0) + count
 
     def _go_on(self, sequence: Sequence, there: TokenRanges, inexact_from: int | None) -> None:
@@ -274,31 +274,31 @@ class StoreFlow:
 
     def loading_from(self, sequence: Sequence) -> int:
         """Tokens of a gated sequence that are there in all layers already."""
-        load = self._load_of(sequence)
-        return load.start if load is not None else sequence.num_computed
+        loading = self._loading_of(sequence)
+        return loading.start if loading is not None else sequence.num_computed
 
     def gate(self, plan: StepPlan) -> Gate | None:
         """What a step has to wait for, if there is anything."""
         if not self._pending:
             return None
-        loads = {chunk.sequence: self._load_of(chunk.sequence) for chunk in plan.chunks if chunk.sequence.gated}
-        return Gate(loads) if loads else None
+        loadings = {chunk.sequence: self._loading_of(chunk.sequence) for chunk in plan.chunks if chunk.sequence.gated}
+        return Gate(loadings) if loadings else None
 
     def stepped(self, gate: Gate) -> None:
         """The forward is over. All layers of those that passed are there; the others wait for the end of their loading,
         and then compute what it has not brought."""
         for sequence in gate.passing:
-            if (load := self._load_of(sequence)) is not None:
-                self._settle(sequence, load)
+            if (loading := self._loading_of(sequence)) is not None:
+                self._settle(sequence, loading)
             if sequence.report is not None:
                 sequence.report.load_s += gate.waited_s
             sequence.gated = False
             sequence.stored = EMPTY
         for sequence in gate.broken:
             self._store.counters.gate_missed()
-            load = self._load_of(sequence)
-            self._state(sequence).load_began = time.monotonic()
-            self._scheduler.suspend(sequence, load.before if load is not None else EMPTY)
+            loading = self._loading_of(sequence)
+            self._state(sequence).loading_began = time.monotonic()
+            self._scheduler.suspend(sequence, loading.before if loading is not None else EMPTY)
 
     # Saving
 
@@ -337,15 +337,15 @@ class StoreFlow:
         """The state of a sequence that has not ended."""
         return self._states.setdefault(sequence.key, StoreState())
 
-    def _load_of(self, sequence: Sequence) -> Load | None:
-        """The `Load` of `sequence` that is in progress."""
+    def _loading_of(self, sequence: Sequence) -> Loading | None:
+        """The `Loading` of `sequence` that is in progress."""
         state = self._states.get(sequence.key)
-        return state.load if state is not None else None
+        return state.loading if state is not None else None
 
     def _report_wait(self, sequence: Sequence) -> None:
         """Reports how long `sequence`, which is about to leave LOADING, was there."""
         if sequence.report is not None:
-            sequence.report.load_s += time.monotonic() - self._state(sequence).load_began
+            sequence.report.load_s += time.monotonic() - self._state(sequence).loading_began
 
 
 class _Discard:

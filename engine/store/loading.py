@@ -1,7 +1,7 @@
 """Copies KV from the store into the engine's pool, layer by layer, so that the first layers can be computed with while
 the last ones are on their way (as in CacheGen and LMCache's layer-wise loading).
 
-`Load` runs on a loader thread; `Gate` lets a forward step wait for the layers that it is about to read.
+`Loading` runs on a loader thread; `Gate` lets a forward step wait for the layers that it is about to read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def arrives_in_time(ready: int, num_layers: int, layer_s: float, step_s: float) 
     return all((layer + 1 - ready) * layer_s * MARGIN <= layer * compute_s for layer in (ready, num_layers - 1))
 
 
-class Load:
+class Loading:
     """The objects of one look-up on their way into the blocks of one sequence. Tokens between those that were there and
     the first object are not loaded.
 
@@ -62,8 +62,8 @@ class Load:
         near_allowed: bool,
         limit_s: float,
         step_s: float,
-        joinable: Callable[[Load], None],
-        ended: Callable[[Load], None],
+        joinable: Callable[[Loading], None],
+        ended: Callable[[Loading], None],
     ) -> None:
         """`slots` int64 [known tokens]; rows below `start` are there already and may be shared: they are not written.
         `spec_of(i)` says what chunk i has to be; with `near_allowed` its rows need not be exact. `limit_s`: from now
@@ -168,7 +168,7 @@ class Load:
         try:
             self._copy()
         except Exception:
-            logger.exception("a load from the KV store failed")
+            logger.exception("loading from the KV store failed")
             self._shorten(0, "internal")
         self._release()
         if self.outcome == "ok":
@@ -309,18 +309,18 @@ class Load:
 class Gate:
     """The `before_attention` callback of one forward step: waits for the layers of gated sequences."""
 
-    def __init__(self, loads: Mapping[Sequence, Load | None]) -> None:
-        """`loads` of the gated sequences that the step computes."""
-        self._loads = loads
+    def __init__(self, loadings: Mapping[Sequence, Loading | None]) -> None:
+        """`loadings` of the gated sequences that the step computes."""
+        self._loadings = loadings
         self.broken: list[Sequence] = []
         """Whose KV did not come in time: what the step computes for them means nothing."""
-        self.passing: list[Sequence] = list(loads)
+        self.passing: list[Sequence] = list(loadings)
         self.waited_s = 0.0
 
     def __call__(self, layer: int) -> None:
         for sequence in tuple(self.passing):
-            load, began = self._loads[sequence], time.monotonic()
-            if load is None or not load.wait_layer(layer, max(GATE_S - self.waited_s, 0.0)):
+            loading, began = self._loadings[sequence], time.monotonic()
+            if loading is None or not loading.wait_layer(layer, max(GATE_S - self.waited_s, 0.0)):
                 self.passing.remove(sequence)
                 self.broken.append(sequence)
             self.waited_s += time.monotonic() - began

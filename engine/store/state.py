@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tandem.kvstore.interfaces import ObjectKey
 
 if TYPE_CHECKING:
-    from tandem.engine.store.loading import Load
+    from tandem.engine.store.loading import Loading
     from tandem.engine.store.lookup import LookUp
 
 
@@ -22,9 +22,9 @@ class StoreState:
     """Leading chunks that were offered to the saver, or need not be."""
     lookup: LookUp | None = None
     """A look-up that is in progress, or whose answer waits for blocks."""
-    load: Load | None = None
-    """The `Load` that is in progress."""
-    load_began: float = 0.0
+    loading: Loading | None = None
+    """The `Loading` that is in progress."""
+    loading_began: float = 0.0
     """time.monotonic() since when it waits in LOADING."""
     given_up_at: float = 0.0
     """time.monotonic() at which the look-up or loading in progress is done without."""

@@ -45,7 +45,7 @@ class StoreCounters:
             self._lookups[outcome] += 1
 
     def load(self, outcome: str, seconds: float, tokens: dict[str, int]) -> None:
-        """Counts one `Load`, the seconds it took and the tokens it brought, by tier."""
+        """Counts one `Loading`, the seconds it took and the tokens it brought, by tier."""
         with self._lock:
             self._loads[outcome] += 1
             self._load_s += seconds

@@ -1,6 +1,6 @@
-"""One fetch, as its reader sees it, and the loads that it waits for.
+"""One fetch, as its reader sees it, and the loadings that it waits for.
 
-A `Load` is one object; every fetch that wants it shares it. An object is filled front to back, so "how far" is one
+A `Loading` is one object; every fetch that wants it shares it. An object is filled front to back, so "how far" is one
 number.
 """
 
@@ -17,14 +17,14 @@ from tandem.kvstore.node.host import HostObject
 from tandem.kvstore.node.index import Resident
 
 
-class Load:
+class Loading:
     """`filled` and `ends` are set by its loader thread, the rest under the node's lock."""
 
     def __init__(self, item: HostObject, source: Located, resident: Resident | None) -> None:
         self.item = item
         self.source = source
         self.resident = resident
-        """The object on this node's disk; the load has a lease of it."""
+        """The object on this node's disk; the loading has a lease of it."""
         self.filled = 0
         """Leading bytes that are there."""
         self.ends: tuple[int, ...] = ()
@@ -59,15 +59,15 @@ class NodeFetch:
         office: FetchOffice,
         sources: Sequence[Located],
         items: Sequence[HostObject],
-        loads: Sequence[Load | None],
+        loadings: Sequence[Loading | None],
         lease_s: float | None,
         clock: Callable[[], float],
     ) -> None:
-        """`loads` has None for what is in host memory already."""
+        """`loadings` has None for what is in host memory already."""
         self._office = office
         self._sources = tuple(sources)
         self.items = tuple(items)
-        self._loads = tuple(loads)
+        self._loadings = tuple(loadings)
         self._clock = clock
         self._progress = threading.Condition()
         self._ended = False
@@ -86,7 +86,9 @@ class NodeFetch:
                 if self._ended or self.failed:
                     return False
                 self.touched_at = self._clock()
-                if all(load is None or load.complete or load.layers() >= num_layers for load in self._loads):
+                if all(
+                    loading is None or loading.complete or loading.layers() >= num_layers for loading in self._loadings
+                ):
                     return True
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -98,10 +100,10 @@ class NodeFetch:
         if self._ended:
             return 0
         self.touched_at = self._clock()
-        for index, load in enumerate(self._loads):
-            if load is not None and not load.complete:
+        for index, loading in enumerate(self._loadings):
+            if loading is not None and not loading.complete:
                 return index
-        return len(self._loads)
+        return len(self._loadings)
 
     @property
     def ended(self) -> bool:
@@ -111,7 +113,7 @@ class NodeFetch:
     @property
     def failed(self) -> bool:
         """One of the objects cannot be had any more."""
-        return any(load is not None and load.failed for load in self._loads)
+        return any(loading is not None and loading.failed for loading in self._loadings)
 
     def buffer(self, index: int) -> memoryview:
         """Raises ValueError after `close`, or when the lease has lapsed."""
@@ -144,6 +146,6 @@ class NodeFetch:
         self.close()
 
 
-def tell_watchers(loads: Iterable[Load]) -> None:
-    for fetch in {fetch for load in loads for fetch in tuple(load.watchers)}:
+def tell_watchers(loadings: Iterable[Loading]) -> None:
+    for fetch in {fetch for loading in loadings for fetch in tuple(loading.watchers)}:
         fetch.progressed()

@@ -1,4 +1,4 @@
-"""Fetches: leases of what is here, and loads of what is not."""
+"""Fetches: leases of what is here, and loadings of what is not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, Refusal, TierName
 from tandem.kvstore.node.books import AVOID_DAMAGED_S, AVOID_S, Books
-from tandem.kvstore.node.fetch import Load, NodeFetch, tell_watchers
+from tandem.kvstore.node.fetch import Loading, NodeFetch, tell_watchers
 from tandem.kvstore.node.host import HostObject, Phase
 from tandem.kvstore.node.loader import Loader
 from tandem.kvstore.node.sources import Sources
@@ -16,21 +16,21 @@ _UNKNOWN_OWNER = ""
 
 
 class Fetches:
-    """`fetch.FetchOffice` and `loader.LoadOffice`. Owns open fetches and running loads under the books' lock, and the
-    loader's threads."""
+    """`fetch.FetchOffice` and `loader.LoaderOffice`. Owns open fetches and running loadings under the books' lock, and
+    the loader's threads."""
 
     def __init__(self, books: Books, sources: Sources, num_threads: int) -> None:
         self._books = books
         self._sources = sources
         self._loader = Loader(self, sources, num_threads)
         self._open: set[NodeFetch] = set()
-        self._loads: dict[HostObject, Load] = {}
+        self._loadings: dict[HostObject, Loading] = {}
 
     def start(self) -> None:
         self._loader.start()
 
     def stop_loading(self) -> None:
-        """Running reads end first; loads that wait for a thread fail."""
+        """Running reads end first; loadings that wait for a thread fail."""
         self._loader.close()
 
     def close(self) -> None:
@@ -41,13 +41,13 @@ class Fetches:
     def fetch(self, located: Sequence[Located], overlap_s: float, lease_s: float | None) -> NodeFetch:
         """Starts to bring objects into host memory. `lease_s` None: leased until `close`."""
         books = self._books
-        fresh: list[Load] = []
+        fresh: list[Loading] = []
         with books.lock:
-            sources, items, loads = self._attach([] if books.closed else located, fresh)
-            fetch = NodeFetch(self, sources, items, loads, lease_s, books.clock)
-            for load in loads:
-                if load is not None:
-                    load.watchers.append(fetch)
+            sources, items, loadings = self._attach([] if books.closed else located, fresh)
+            fetch = NodeFetch(self, sources, items, loadings, lease_s, books.clock)
+            for loading in loadings:
+                if loading is not None:
+                    loading.watchers.append(fetch)
             self._open.add(fetch)
         self._loader.submit(fresh, overlap_s)
         books.announcer.publish()
@@ -61,9 +61,9 @@ class Fetches:
             self._open.remove(fetch)
             for item in fetch.items:
                 self._books.host.release(item)
-                load = self._loads.get(item)
-                if load is not None and fetch in load.watchers:
-                    load.watchers.remove(fetch)
+                loading = self._loadings.get(item)
+                if loading is not None and fetch in loading.watchers:
+                    loading.watchers.remove(fetch)
         fetch.end()
 
     def reap(self, now: float) -> None:
@@ -89,24 +89,24 @@ class Fetches:
 
     # What loader threads call
 
-    def still_wanted(self, loads: Sequence[Load]) -> list[Load]:
+    def still_wanted(self, loadings: Sequence[Loading]) -> list[Loading]:
         """Those that a fetch waits for; the others are dropped."""
         with self._books.lock:
-            for load in loads:
-                if not load.watchers and not load.ended:
-                    self._give_up(load)
-            return [load for load in loads if not load.ended]
+            for loading in loadings:
+                if not loading.watchers and not loading.ended:
+                    self._give_up(loading)
+            return [loading for loading in loadings if not loading.ended]
 
-    def finish_load(self, load: Load, info: ObjectInfo) -> None:
+    def finish_loading(self, loading: Loading, info: ObjectInfo) -> None:
         """All of it is in host memory: it can be found from now on. `info` is what its header says."""
         books = self._books
         with books.lock:
-            if load.ended:
+            if loading.ended:
                 return
-            item = load.item
-            known = load.resident.info if load.resident is not None else info
-            self._end_load(load)
-            lower = books.lower.get(load.source.tier)
+            item = loading.item
+            known = loading.resident.info if loading.resident is not None else info
+            self._end_loading(loading)
+            lower = books.lower.get(loading.source.tier)
             if lower is not None:
                 books.count_hit(lower.shelf.counters, item)
             else:
@@ -116,23 +116,23 @@ class Fetches:
                 lower.shelf.hit(resident)
             if item.phase is Phase.LOADING and books.host.complete(item, known):
                 books.announcer.note(item.key, TierName.HOST, item.info.size)
-            load.complete = True
+            loading.complete = True
             books.host.release(item)
-        tell_watchers([load])
+        tell_watchers([loading])
         books.announcer.publish()
 
-    def fail_load(self, load: Load, *, is_damaged: bool) -> None:
+    def fail_loading(self, loading: Loading, *, is_damaged: bool) -> None:
         """It cannot be had from there: nobody is sent there again soon. `is_damaged`: its content is wrong."""
         books = self._books
         with books.lock:
-            if load.ended:
+            if loading.ended:
                 return
-            key, source = load.item.key, load.source
-            self._give_up(load)
+            key, source = loading.item.key, loading.source
+            self._give_up(loading)
             books.counters.failed_loads += 1
             if source.tier is TierName.PEER:
                 books.avoided.add(source.link, key, books.clock() + (AVOID_DAMAGED_S if is_damaged else AVOID_S))
-        tell_watchers([load])
+        tell_watchers([loading])
         lower = books.lower.get(source.tier)
         if is_damaged:
             books.quarantine(key, f"no object of the store ({source.link})")
@@ -146,50 +146,50 @@ class Fetches:
     # Under the lock
 
     def held(self) -> Iterator[HostObject]:
-        """What fetches and loads have leases of, as often as they have."""
+        """What fetches and loadings have leases of, as often as they have."""
         yield from (item for fetch in self._open for item in fetch.items)
-        yield from self._loads
+        yield from self._loadings
 
     def loading(self) -> set[HostObject]:
-        return set(self._loads)
+        return set(self._loadings)
 
     @property
     def num_open(self) -> int:
         return len(self._open)
 
     def _attach(
-        self, located: Sequence[Located], fresh: list[Load]
-    ) -> tuple[list[Located], list[HostObject], list[Load | None]]:
+        self, located: Sequence[Located], fresh: list[Loading]
+    ) -> tuple[list[Located], list[HostObject], list[Loading | None]]:
         """Leases the leading run of what is here or can be brought here. What is here comes first, so that making
         room for the rest does not evict it."""
         books = self._books
         here = [self._lease_here(place.key) for place in located]
         sources: list[Located] = []
         items: list[HostObject] = []
-        loads: list[Load | None] = []
+        loadings: list[Loading | None] = []
         for place, found in zip(located, here, strict=True):
             item = found or self._lease_here(place.key)  # twice in one fetch
-            load = None
+            loading = None
             if item is None:
-                load = self._begin_load(place)
-                if load is None:
+                loading = self._begin_loading(place)
+                if loading is None:
                     break
-                item = load.item
+                item = loading.item
                 books.host.lease(item)  # beside the loader's own
-                fresh.append(load)
+                fresh.append(loading)
             elif item.phase is Phase.LOADING:
-                load = self._loads[item]
+                loading = self._loadings[item]
             else:
                 books.host.shelf.hit(item)
                 books.count_hit(books.host.shelf.counters, item)
             books.hot.note(place.key)
             sources.append(item.place)
             items.append(item)
-            loads.append(load)
+            loadings.append(loading)
         for found in here[len(items) :]:
             if found is not None:
                 books.host.release(found)
-        return sources, items, loads
+        return sources, items, loadings
 
     def _lease_here(self, key: ObjectKey) -> HostObject | None:
         item = self._books.host.get(key)
@@ -200,7 +200,7 @@ class Fetches:
         item.leases += 1
         return item
 
-    def _begin_load(self, place: Located) -> Load | None:
+    def _begin_loading(self, place: Located) -> Loading | None:
         """A place in host memory for an object, and where to get it from; the loader holds one lease of it."""
         books = self._books
         source, info = place, ObjectInfo(size=place.size, num_tokens=0, owner=_UNKNOWN_OWNER)
@@ -219,16 +219,16 @@ class Fetches:
         item.origin, item.place = source.link, source
         if resident is not None:
             resident.leases += 1
-        load = self._loads[item] = Load(item, source, resident)
-        return load
+        loading = self._loadings[item] = Loading(item, source, resident)
+        return loading
 
-    def _give_up(self, load: Load) -> None:
-        self._end_load(load)
-        load.failed = True
-        self._books.host.detach(load.item)
-        self._books.host.release(load.item)
+    def _give_up(self, loading: Loading) -> None:
+        self._end_loading(loading)
+        loading.failed = True
+        self._books.host.detach(loading.item)
+        self._books.host.release(loading.item)
 
-    def _end_load(self, load: Load) -> None:
-        del self._loads[load.item]
-        if load.resident is not None:
-            load.resident.leases -= 1
+    def _end_loading(self, loading: Loading) -> None:
+        del self._loadings[loading.item]
+        if loading.resident is not None:
+            loading.resident.leases -= 1

@@ -1,6 +1,6 @@
 """Objects on their way into host memory, layer by layer.
 
-The loads of one fetch from one link are brought in layer-major by a loader thread: the headers of all, layer 0 of all,
+What one fetch wants from one link is brought in layer-major by a loader thread: the headers of all, layer 0 of all,
 layer 1 of all, ... so that the consumer computes on the first layer while the others arrive.
 """
 
@@ -18,7 +18,7 @@ from tandem.kvstore.cost import RAW
 from tandem.kvstore.interfaces import Located, ObjectInfo, ObjectKey, TierName
 from tandem.kvstore.node import content
 from tandem.kvstore.node.arena import aligned
-from tandem.kvstore.node.fetch import Load, tell_watchers
+from tandem.kvstore.node.fetch import Loading, tell_watchers
 from tandem.kvstore.node.host import HostObject
 
 logger = logging.getLogger(__name__)
@@ -47,26 +47,26 @@ class ByteSource(Protocol):
         """The whole object, asked for in `codec` and decoded."""
 
 
-class LoadOffice(Protocol):
-    """The node's part that loads are begun and ended at."""
+class LoaderOffice(Protocol):
+    """The node's part that loadings are begun and ended at."""
 
     def view_of(self, item: HostObject) -> memoryview: ...
 
-    def still_wanted(self, loads: Sequence[Load]) -> list[Load]:
+    def still_wanted(self, loadings: Sequence[Loading]) -> list[Loading]:
         """Those that a fetch waits for; the others are dropped."""
 
-    def finish_load(self, load: Load, info: ObjectInfo) -> None: ...
+    def finish_loading(self, loading: Loading, info: ObjectInfo) -> None: ...
 
-    def fail_load(self, load: Load, *, is_damaged: bool) -> None: ...
+    def fail_loading(self, loading: Loading, *, is_damaged: bool) -> None: ...
 
 
 class Loader:
-    """A few threads. What waits for them is bounded by host memory: each load has its place there."""
+    """A few threads. What waits for them is bounded by host memory: each loading has its place there."""
 
-    def __init__(self, office: LoadOffice, sources: ByteSource, num_threads: int) -> None:
+    def __init__(self, office: LoaderOffice, sources: ByteSource, num_threads: int) -> None:
         self._office = office
         self._sources = sources
-        self._jobs: queue.SimpleQueue[tuple[list[Load], float] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[list[Loading], float] | None] = queue.SimpleQueue()
         self._closed = False
         self._layer_0_ends: dict[int, int] = {}
         """Ends of layer 0 in bytes, by size of the object."""
@@ -78,18 +78,18 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, loads: Sequence[Load], overlap_s: float) -> None:
-        """Hands loads to the threads, link by link. Never blocks."""
-        by_link: dict[str, list[Load]] = {}
-        for load in loads:
-            by_link.setdefault(load.source.link, []).append(load)
+    def submit(self, loadings: Sequence[Loading], overlap_s: float) -> None:
+        """Hands loadings to the threads, link by link. Never blocks."""
+        by_link: dict[str, list[Loading]] = {}
+        for loading in loadings:
+            by_link.setdefault(loading.source.link, []).append(loading)
         for group in by_link.values():
             num_slices = min(_SLICES.get(group[0].source.tier, 1), len(group))
             for index in range(num_slices):
                 self._jobs.put((group[index::num_slices], overlap_s))
 
     def close(self) -> None:
-        """Running reads end first; loads that wait for a thread fail."""
+        """Running reads end first; loadings that wait for a thread fail."""
         self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
@@ -98,53 +98,53 @@ class Loader:
                 thread.join()
         while not self._jobs.empty():
             job = self._jobs.get()
-            for load in job[0] if job is not None else ():
-                self._office.fail_load(load, is_damaged=False)
+            for loading in job[0] if job is not None else ():
+                self._office.fail_loading(loading, is_damaged=False)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            loads, overlap_s = job
+            loadings, overlap_s = job
             try:
-                self._bring(loads, overlap_s)
+                self._bring(loadings, overlap_s)
             except Exception:
-                logger.exception("loading from %s", loads[0].source.link)
-                for load in loads:
-                    self._office.fail_load(load, is_damaged=False)
+                logger.exception("loading from %s", loadings[0].source.link)
+                for loading in loadings:
+                    self._office.fail_loading(loading, is_damaged=False)
 
-    def _bring(self, loads: list[Load], overlap_s: float) -> None:
-        codec = self._sources.link_codec([load.source for load in loads], overlap_s)
+    def _bring(self, loadings: list[Loading], overlap_s: float) -> None:
+        codec = self._sources.link_codec([loading.source for loading in loadings], overlap_s)
         if codec != RAW:
-            loads = self._bring_encoded(loads, codec)
-        live = self._read(loads, [self._first_stop(load.source.size) for load in loads])
+            loadings = self._bring_encoded(loadings, codec)
+        live = self._read(loadings, [self._first_stop(loading.source.size) for loading in loadings])
         live = self._open(live)
         layer = 0
         while live:
-            stops = [_stop(load, layer) for load in live]
-            while sum(stops) - sum(load.filled for load in live) < _READ_BYTES and any(
-                stop < load.source.size for stop, load in zip(stops, live, strict=True)
+            stops = [_stop(loading, layer) for loading in live]
+            while sum(stops) - sum(loading.filled for loading in live) < _READ_BYTES and any(
+                stop < loading.source.size for stop, loading in zip(stops, live, strict=True)
             ):
                 layer += 1
-                stops = [_stop(load, layer) for load in live]
+                stops = [_stop(loading, layer) for loading in live]
             live = self._read(live, stops)
-            live = [load for load in live if not self._finished(load)]
+            live = [loading for loading in live if not self._finished(loading)]
             layer += 1
 
-    def _bring_encoded(self, loads: list[Load], codec: str) -> list[Load]:
+    def _bring_encoded(self, loadings: list[Loading], codec: str) -> list[Loading]:
         """One whole object after the other. Returns what cannot be had encoded, from the first such object on: it is
         read as it is."""
-        for index, load in enumerate(loads):
+        for index, loading in enumerate(loadings):
             if self._closed:
-                return loads[index:]
-            if not self._office.still_wanted([load]):
+                return loadings[index:]
+            if not self._office.still_wanted([loading]):
                 continue
-            whole = self._sources.read_encoded(load.source, load.item.key, codec)
-            ends = content.layer_ends(whole, load.source.size) if whole is not None else None
+            whole = self._sources.read_encoded(loading.source, loading.item.key, codec)
+            ends = content.layer_ends(whole, loading.source.size) if whole is not None else None
             if whole is None or not isinstance(ends, tuple):
-                return loads[index:]
-            np.copyto(np.frombuffer(self._view(load, 0, len(whole)), np.uint8), np.frombuffer(whole, np.uint8))
-            load.ends, load.filled = ends, len(whole)
-            tell_watchers([load])
-            self._finished(load)
+                return loadings[index:]
+            np.copyto(np.frombuffer(self._view(loading, 0, len(whole)), np.uint8), np.frombuffer(whole, np.uint8))
+            loading.ends, loading.filled = ends, len(whole)
+            tell_watchers([loading])
+            self._finished(loading)
         return []
 
     def _first_stop(self, size: int) -> int:
@@ -152,70 +152,73 @@ class Loader:
         own header decides; a wrong guess costs bytes that are needed soon, or one more read."""
         return min(self._layer_0_ends.get(size, content.HEAD_BYTES), size)
 
-    def _learn(self, load: Load) -> None:
+    def _learn(self, loading: Loading) -> None:
         if len(self._layer_0_ends) >= _MAX_SIZES:
             self._layer_0_ends.clear()
-        self._layer_0_ends[load.source.size] = aligned(load.ends[0])
+        self._layer_0_ends[loading.source.size] = aligned(loading.ends[0])
 
-    def _open(self, loads: list[Load]) -> list[Load]:
+    def _open(self, loadings: list[Loading]) -> list[Loading]:
         """Learns the layers from the headers, reading on where one is longer than usual."""
-        opened: list[Load] = []
-        for load in loads:
-            size = load.source.size
-            ends = content.layer_ends(self._view(load, 0, load.filled), size)
-            if isinstance(ends, int) and load.filled < ends <= size and self._read([load], [ends]):
-                ends = content.layer_ends(self._view(load, 0, load.filled), size)
+        opened: list[Loading] = []
+        for loading in loadings:
+            size = loading.source.size
+            ends = content.layer_ends(self._view(loading, 0, loading.filled), size)
+            if isinstance(ends, int) and loading.filled < ends <= size and self._read([loading], [ends]):
+                ends = content.layer_ends(self._view(loading, 0, loading.filled), size)
             if isinstance(ends, tuple) and ends:
-                load.ends = ends
-                self._learn(load)
-                opened.append(load)
-            elif not load.failed:
-                self._office.fail_load(load, is_damaged=True)
+                loading.ends = ends
+                self._learn(loading)
+                opened.append(loading)
+            elif not loading.failed:
+                self._office.fail_loading(loading, is_damaged=True)
         return opened
 
-    def _read(self, loads: list[Load], stops: list[int]) -> list[Load]:
-        """Fills each load up to its stop; returns those that are still alive and wanted."""
+    def _read(self, loadings: list[Loading], stops: list[int]) -> list[Loading]:
+        """Fills each loading up to its stop; returns those that are still alive and wanted."""
         if self._closed:
-            for load in loads:
-                self._office.fail_load(load, is_damaged=False)
+            for loading in loadings:
+                self._office.fail_loading(loading, is_damaged=False)
             return []
-        wanted = set(map(id, self._office.still_wanted(loads)))
-        todo = [(load, stop) for load, stop in zip(loads, stops, strict=True) if id(load) in wanted]
-        ranges = [(load, stop) for load, stop in todo if stop > load.filled]
+        wanted = set(map(id, self._office.still_wanted(loadings)))
+        todo = [(loading, stop) for loading, stop in zip(loadings, stops, strict=True) if id(loading) in wanted]
+        ranges = [(loading, stop) for loading, stop in todo if stop > loading.filled]
         done = (
             self._sources.read_ranges(
                 ranges[0][0].source,
-                [(load.item.key, load.filled, self._view(load, load.filled, stop)) for load, stop in ranges],
+                [
+                    (loading.item.key, loading.filled, self._view(loading, loading.filled, stop))
+                    for loading, stop in ranges
+                ],
             )
             if ranges
             else []
         )
-        for (load, stop), ok in zip(ranges, done, strict=True):
+        for (loading, stop), ok in zip(ranges, done, strict=True):
             if ok:
-                load.filled = stop
+                loading.filled = stop
             else:
-                self._office.fail_load(load, is_damaged=False)
-        tell_watchers(load for load, _ in ranges)
-        return [load for load, _ in todo if not load.failed]
+                self._office.fail_loading(loading, is_damaged=False)
+        tell_watchers(loading for loading, _ in ranges)
+        return [loading for loading, _ in todo if not loading.failed]
 
-    def _finished(self, load: Load) -> bool:
-        if load.filled < load.source.size:
+    def _finished(self, loading: Loading) -> bool:
+        if loading.filled < loading.source.size:
             return False
-        whole = self._view(load, 0, load.source.size)
+        whole = self._view(loading, 0, loading.source.size)
         info = content.describe(whole)
         # The consumer checks every layer; this keeps what a peer or a network garbled from being passed on to others.
-        if info is None or (load.source.tier is TierName.PEER and not content.is_sound(whole)):
-            self._office.fail_load(load, is_damaged=True)
+        if info is None or (loading.source.tier is TierName.PEER and not content.is_sound(whole)):
+            self._office.fail_loading(loading, is_damaged=True)
         else:
-            self._office.finish_load(load, info)
+            self._office.finish_loading(loading, info)
         return True
 
-    def _view(self, load: Load, start: int, stop: int) -> memoryview:
-        return self._office.view_of(load.item)[start:stop]
+    def _view(self, loading: Loading, start: int, stop: int) -> memoryview:
+        return self._office.view_of(loading.item)[start:stop]
 
 
-def _stop(load: Load, layer: int) -> int:
+def _stop(loading: Loading, layer: int) -> int:
     """How far to read so that `layer` is there. Whole pages, which direct disk reads can take."""
-    if layer >= len(load.ends) - 1:
-        return load.source.size
-    return max(load.filled, min(aligned(load.ends[layer]), load.source.size))
+    if layer >= len(loading.ends) - 1:
+        return loading.source.size
+    return max(loading.filled, min(aligned(loading.ends[layer]), loading.source.size))

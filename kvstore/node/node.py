@@ -55,7 +55,7 @@ _FLUSH_S = 5.0
 
 
 class KvNode:
-    """Threads start with `start`; before that puts and reads of host memory work, loads and write-backs wait."""
+    """Threads start with `start`; before that puts and reads of host memory work, loading and write-backs wait."""
 
     def __init__(
         self,

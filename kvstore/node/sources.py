@@ -1,4 +1,4 @@
-"""Where loads read from: the tiers below host memory, and other nodes."""
+"""Where loading reads from: the tiers below host memory, and other nodes."""
 
 from __future__ import annotations
 

@@ -47,14 +47,14 @@ class Held:
     def at_the_gate(self) -> threading.Event:
         """Set when a step waits for a layer that is not there."""
         waiting = threading.Event()
-        original = loading.Load.wait_layer
+        original = loading.Loading.wait_layer
 
-        def wait_layer(load: loading.Load, layer: int, timeout_s: float) -> bool:
+        def wait_layer(load: loading.Loading, layer: int, timeout_s: float) -> bool:
             if layer == 2:
                 waiting.set()
             return original(load, layer, timeout_s)
 
-        self._patch.setattr(loading.Load, "wait_layer", wait_layer)
+        self._patch.setattr(loading.Loading, "wait_layer", wait_layer)
         return waiting
 
     _patch: pytest.MonkeyPatch
@@ -144,9 +144,9 @@ def test_without_overlap_nobody_is_gated(make: MakeEngine, home: ScriptedHome, e
     wait_for(lambda: second.engine.scheduler.roster.loading)
     store = second.engine._store
     assert store is not None
-    (load,) = [state.load for state in store._states.values()]
-    assert load is not None
-    wait_for(lambda: load._layers == 2)
+    (under_way,) = [state.loading for state in store._states.values()]
+    assert under_way is not None
+    wait_for(lambda: under_way._layers == 2)
     second.engine.check_integrity()
     assert next(iter(second.engine._requests.sequences.values())).phase is Phase.LOADING
     home.layers_may_come.set()

@@ -106,14 +106,14 @@ def test_nothing_is_written_once_a_request_has_ended(
     wait_phase("loading", engine, key)
     state = state_of(engine, key)
     assert state is not None
-    load = state.load
-    assert load is not None
-    wait_for(lambda: load._layers == 1)
+    under_way = state.loading
+    assert under_way is not None
+    wait_for(lambda: under_way._layers == 1)
     engine.engine.cancel(key)
     engine.last(key)
     before = engine.engine.pool.storage.clone()
     home.layers_may_come.set()
-    wait_for(lambda: load._over)
+    wait_for(lambda: under_way._over)
     assert engine.engine.pool.storage.equal(before)
 
 

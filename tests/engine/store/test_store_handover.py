@@ -89,14 +89,14 @@ def test_rows_are_announced_as_they_arrive(
     monkeypatch.setattr(loading, "arrives_in_time", lambda *_: True)
     monkeypatch.setattr(loading, "GATE_S", 10.0)
     waiting = threading.Event()
-    wait_layer = loading.Load.wait_layer
+    wait_layer = loading.Loading.wait_layer
 
-    def noticing(load: loading.Load, layer: int, timeout_s: float) -> bool:
+    def noticing(load: loading.Loading, layer: int, timeout_s: float) -> bool:
         if layer == 2:
             waiting.set()
         return wait_layer(load, layer, timeout_s)
 
-    monkeypatch.setattr(loading.Load, "wait_layer", noticing)
+    monkeypatch.setattr(loading.Loading, "wait_layer", noticing)
     fill(make(), PROMPT)
     prefill, decode = make(), make()
     prefill.generate("measure", [7] * 20, max_tokens=1)
