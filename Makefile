@@ -37,20 +37,23 @@ setup: $(VENV)/.dev  ## make .venv with everything that development needs
 serve: $(VENV)/.base  ## install, then serve the bundled model (ARGS="--port 9000" passes flags)
 	@$(BIN)/tandem serve $(ARGS)
 
+# Most tests wait for processes, so there are more of those who test than cores. Each takes whole files, in the order of
+# tests/conftest.py. ARGS="-n 0 tests/x" runs them in one process.
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev  ## install, then run the tests (slow ones left out)
-	@$(BIN)/python -m pytest -m "not slow" -q $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" -q $(ARGS)
 
 # What is computed with the instructions of a processor, with those of older ones: no processor's luck hides a bug.
 ISA_TESTS := $(addprefix tests/engine/,$(addprefix model/,test_batch_invariant.py test_model_row_invariance.py \
   test_model_native.py test_native_attention.py test_model_linear.py test_model_loading.py) \
   test_resumed_output.py test_engine_handover.py)
 test-isa: $(VENV)/.dev  ## the engine's numerical tests with AVX2, then with oneDNN held to AVX-512
-	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m "not slow" -q $(ISA_TESTS) $(ARGS)
+	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" -q $(ISA_TESTS) $(ARGS)
 	@ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest -m "not slow" -q tests/engine/model/test_model_row_invariance.py \
 	  -k "tiny or small" $(ARGS)
 
 test-all: $(VENV)/.dev  ## run every test
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -q $(ARGS)
 
 # Each round prints its seed; run it again with ROUNDS=1 SEED=... What it finds becomes an @example of the test.
 test-random: $(VENV)/.dev  ## property tests with random examples, ROUNDS times

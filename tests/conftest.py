@@ -18,7 +18,10 @@ settings.register_profile("repeatable", derandomize=True, **UNHURRIED)
 settings.register_profile("random", **UNHURRIED)
 settings.load_profile("repeatable")
 
-END_TO_END = Path(__file__).parent / "e2e"
+HERE = Path(__file__).parent
+END_TO_END = HERE / "e2e"
+LONGEST_FIRST = ("e2e", "house", "clients")
+"""Folders whose files take minutes: several processes run the files, and none of these must begin last."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.processes)
         if item.get_closest_marker("processes") is not None:
             item.add_marker(pytest.mark.flaky(reruns=1))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    room = item.path.relative_to(HERE).parts[0]
+    return LONGEST_FIRST.index(room) if room in LONGEST_FIRST else len(LONGEST_FIRST)

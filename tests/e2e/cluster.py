@@ -39,6 +39,7 @@ from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
 from tests.e2e.running import READY_S, Running
 from tests.e2e.serving import Askers, environment, eventually, tandem_command
 from tests.models import VOCAB_SIZE, tiny_model
+from tests.ports import free_port
 
 Questions = dict[tuple[int, ...], tuple[int, ...]]
 """The right answer by prompt."""
@@ -443,13 +444,6 @@ class Proxy:
 def flipped(data: bytes, chance: random.Random) -> bytes:
     """With one bit of each byte changed."""
     return bytes(byte ^ 1 << chance.randrange(8) for byte in data)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def _end(sock: socket.socket) -> None:

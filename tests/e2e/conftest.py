@@ -54,9 +54,10 @@ def tool_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serves() -> Iterator[ServeFactory]:
-    """serves(model, *flags): a running platform, started at first use and shared by all tests with the same flags."""
+    """serves(model, *flags): a running platform, started at first use and shared by the file's tests with the same
+    flags."""
     running: dict[tuple[object, ...], Serve] = {}
     with ExitStack() as stack:
 

@@ -15,8 +15,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e.cluster import Process, free_port
+from tests.e2e.cluster import Process
 from tests.e2e.serving import KINDS, Askers, ask, environment, eventually, tandem_command
+from tests.ports import free_port
 
 QUESTIONS: list[dict[str, Any]] = [
     {"prompt": [7 + number, *range(20, 60)], "max_tokens": 24, **kind} for number, kind in enumerate(KINDS)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tandem.runtime.settings import BUNDLED_MODEL
-from tests.e2e.cluster import free_port
 from tests.e2e.conftest import ServeFactory
 from tests.e2e.serving import Serve
+from tests.ports import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 API_KEY = "operator-key"

@@ -15,9 +15,10 @@ import pytest
 
 from tandem.common.credentials import open_channel
 from tandem.proto import kvnode_pb2, kvnode_pb2_grpc
-from tests.e2e.cluster import CHUNK, Process, costly_model, free_port
+from tests.e2e.cluster import CHUNK, Process, costly_model
 from tests.e2e.serving import eventually, tandem_command
 from tests.models import VOCAB_SIZE
+from tests.ports import free_port
 
 LENGTH = 300
 PROMPTS = 3

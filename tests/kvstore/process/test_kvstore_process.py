@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from tandem.kvstore.settings import StoreSettings
 from tandem.runtime import cli, running
 from tests.kvstore.chunks import NUM_LAYERS, info, is_sound, key, put
 from tests.kvstore.homes import connects
+from tests.ports import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -170,8 +170,7 @@ def test_two_workers_share_a_node_and_operators_can_look_into_it(
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A node of several tests: starting one takes a second or two."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+    port = free_port()
     node = Node(tmp_path_factory.mktemp("shared"), "--node-id", "shared", "--metrics-port", str(port))
     node.metrics_port = port
     yield node

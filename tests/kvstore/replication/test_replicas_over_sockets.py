@@ -6,7 +6,6 @@ Real processes, TCP between them, a real Redis for the directory, and a secret t
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from tandem.kvstore.replication.replication import HOT_HITS
 from tests.kvstore.chunks import NUM_LAYERS, is_sound, key, put
 from tests.kvstore.homes import connects
 from tests.kvstore.process.test_kvstore_process import DEADLINE_S, Node
+from tests.ports import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -29,7 +29,7 @@ PATIENCE_S = 60.0
 
 @pytest.fixture
 def redis_url(tmp_path: Path) -> Iterator[str]:
-    with ValkeyServer(data_dir=tmp_path, save="") as server:
+    with ValkeyServer(port=free_port(), data_dir=tmp_path, save="") as server:
         yield f"redis://127.0.0.1:{server.port}/0"
 
 
@@ -41,10 +41,10 @@ def nodes(tmp_path: Path, redis_url: str) -> Iterator[list[Node]]:
     for number in range(3):
         folder = tmp_path / f"n{number}"
         folder.mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            port = unused.getsockname()[1]
         settings = ("--kv-directory", redis_url, "--kv-copies", "2", "--secret-file", str(secret))
-        started.append(Node(folder, "--node-id", f"n{number}", "--kv-peer-listen", f"127.0.0.1:{port}", *settings))
+        started.append(
+            Node(folder, "--node-id", f"n{number}", "--kv-peer-listen", f"127.0.0.1:{free_port()}", *settings)
+        )
     yield started
     for node in started:
         if node.process.poll() is None:

