@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from tandem.common.fairness import LAST_BAND
 from tandem.engine.request import FinishReason
-from tandem.engine.schedule.last_band import MAX_PIECE_S, PATIENCE_S, PROMPT_TOKENS, ROWS, SHARE
+from tandem.engine.schedule.last_band import (
+    FIRST_PIECE_S,
+    MAX_PIECE_S,
+    PATIENCE_S,
+    PROMPT_TOKENS,
+    ROWS,
+    SHARE,
+    LastBand,
+)
 from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tests.engine.schedule.test_scheduler import Play
@@ -51,6 +59,18 @@ def test_a_client_meets_none_of_a_batch_at_first_and_little_later() -> None:
     assert shared
     alone_s = len(plans) * (STEP_S + TOKEN_S)
     assert sum(map(play.step_s, plans)) <= 1.1 * alone_s
+
+
+def test_a_piece_costs_by_how_much_steps_with_it_are_longer() -> None:
+    """The first measured step is believed, later ones move the belief by a tenth; so with pieces."""
+    account = LastBand()
+    account.took(4, 0, 0, 0.010)
+    account.took(4, 0, 0, 0.020)
+    account.took(4, 0, 4, 0.013)
+    assert not account.is_due(0.0, first_token_waits=False)
+    longer_s = 0.013 - 0.011
+    piece_s = 0.9 * FIRST_PIECE_S + 0.1 * longer_s
+    assert account.due_at == pytest.approx((longer_s + piece_s) / SHARE)
 
 
 def test_under_a_load_without_end_the_last_band_has_its_share_of_the_time() -> None:

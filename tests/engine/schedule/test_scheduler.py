@@ -20,6 +20,7 @@ from tandem.engine.schedule.plan import StepPlan
 from tandem.engine.schedule.ranges import EMPTY, TokenRanges
 from tandem.engine.schedule.scheduler import Scheduler
 from tandem.engine.schedule.sequence import Phase, Sequence
+from tandem.kvstore.identity import prefix_chain
 from tests.engine_harness import make_sequence
 
 BLOCK = 16
@@ -241,6 +242,8 @@ def test_a_recompute_ends_its_chunks_where_the_first_computation_did() -> None:
         play.step()
         seen.append(victim.num_computed)
     assert seen[: len(ends)] == ends
+    assert victim.chunk_ends == ends, "they are noted once"
+    assert ends[-1] == 200, "up to the end of the prompt, not of the output"
 
 
 def test_equal_prompts_wait_for_the_blocks_of_the_first() -> None:
@@ -258,6 +261,29 @@ def test_equal_prompts_wait_for_the_blocks_of_the_first() -> None:
     assert play.blocks.table(first.key)[2] != play.blocks.table(second.key)[2]
     play.run()
     assert other.phase is Phase.FINISHED
+
+
+def test_nobody_waits_for_a_block_that_it_has_to_compute_itself() -> None:
+    """The last known token is always computed: a block that ends with it is no use."""
+    play = Play(budget=40)
+    prompt = list(range(48))
+    play.add("first", 0, tokens=prompt)
+    second = play.add("second", 0, tokens=prompt)
+    assert play.step().chunks[0].num_tokens == 32
+    plan = play.step()
+    assert plan.admitted == [second]
+    assert second.report is not None
+    assert second.report.cached_tokens == 32
+
+
+def test_blocks_of_output_are_known_by_what_is_in_them() -> None:
+    play = Play()
+    sequence = play.add("a", 20, max_tokens=50)
+    while sequence.num_output < 40:
+        play.step()
+    known = prefix_chain(sequence.root, sequence.tokens, BLOCK)
+    assert len(sequence.chain) == sequence.published == (20 + 39) // BLOCK
+    assert sequence.chain == known[: len(sequence.chain)]
 
 
 def test_equal_prompts_of_two_tenants_share_nothing() -> None:
@@ -494,6 +520,12 @@ def test_what_is_going_on_is_told_by_phase_and_band() -> None:
         (lambda running, waiting: setattr(running, "ahead", up_to(1)), "are behind 35"),
         (lambda running, waiting: setattr(running, "ahead", TokenRanges.of((35, 36))), "are behind 35"),
         (lambda running, waiting: setattr(waiting, "ahead", TokenRanges.of((19, 20))), "are behind 0"),
+        (
+            lambda running, waiting: (running.tokens.append(7), setattr(running, "ahead", TokenRanges.of((35, 36)))),
+            "are behind 35",
+        ),
+        (lambda running, waiting: setattr(waiting.account, "waiting", 2), "1 requests of .* wait, 2 are counted"),
+        (lambda running, waiting: setattr(waiting, "arrival", 5), "out of order"),
         (lambda running, waiting: setattr(running, "published", 3), "published more than the 35 tokens"),
         (lambda running, waiting: setattr(waiting, "key", running.key), "a request is in two phases"),
     ],

@@ -183,6 +183,24 @@ def test_slots_are_kept_for_a_while_and_no_more_than_a_share_of_all() -> None:
     assert few.reserved(0.0) == 1
 
 
+def test_who_comes_into_a_kept_slot_keeps_it_for_longer_and_no_further_one() -> None:
+    floor = Crowd()
+    first = floor.add("victim", max_tokens=LONG)
+    floor.step()
+    floor.leave(first)
+    second = floor.add("victim", max_tokens=LONG)
+    floor.step(seconds=0.6 * KEPT_S)
+    assert second.phase is Phase.RUNNING
+    floor.leave(second)
+    floor.step(seconds=0.6 * KEPT_S)
+    assert running(floor.crowd) == SLOTS - 1, "it is kept after the last of them"
+    floor.leave(next(each for each in floor.crowd if each.phase is Phase.RUNNING))
+    floor.step()
+    assert running(floor.crowd) == SLOTS - 1, "one slot was taken, so one is kept"
+    floor.step(seconds=KEPT_S)
+    assert running(floor.crowd) == SLOTS
+
+
 def test_nobody_yields_more_often_than_it_may() -> None:
     floor = Crowd()
     for _ in range(200):
