@@ -207,10 +207,12 @@ class Serve:
         tokens: list[int] = self.complete(prompt, max_tokens, **fields)["choices"][0]["token_ids"]
         return tokens
 
-    def stream(self, prompt: list[int] | str, max_tokens: int = 16, **fields: Any) -> Iterator[dict[str, Any]]:
+    def stream(
+        self, prompt: list[int] | str, max_tokens: int = 16, headers: dict[str, str] | None = None, **fields: Any
+    ) -> Iterator[dict[str, Any]]:
         """The events of a streaming completion, `[DONE]` left out. Close the iterator to disconnect."""
         body = self._body(prompt, max_tokens, fields) | {"stream": True}
-        with self.http.stream("POST", "/v1/completions", json=body) as answer:
+        with self.http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
             assert answer.status_code == 200, answer.read()
             for line in data_lines(answer):
                 if line != "[DONE]":

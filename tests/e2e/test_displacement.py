@@ -25,10 +25,12 @@ def serve(serves: Callable[..., Serve], slow_model: Path, request: pytest.Fixtur
 class Stream:
     """A streaming completion that is read by a thread."""
 
-    def __init__(self, serve: Serve, prompt: list[int], max_tokens: int, **fields: Any) -> None:
+    def __init__(
+        self, serve: Serve, prompt: list[int], max_tokens: int, headers: dict[str, str] | None = None, **fields: Any
+    ) -> None:
         self.tokens: list[int] = []
         self.problem: BaseException | None = None
-        self._events = serve.stream(prompt, max_tokens, **fields)
+        self._events = serve.stream(prompt, max_tokens, headers, **fields)
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
@@ -82,20 +84,17 @@ def test_an_urgent_request_displaces_and_nothing_is_lost(
 
 
 def test_explain_tells_who_had_to_yield(serve: Serve, prompt: MakePrompt) -> None:
-    ids = [f"batch-{index}-{id(serve)}" for index in range(SLOTS + 1)]
-
-    def run(request_id: str) -> None:
-        body = serve._body(prompt(30), LENGTH, {"priority": 7})
-        serve.http.post("/v1/completions", json=body, headers={"x-request-id": request_id})
-
-    threads = [threading.Thread(target=run, args=(each,)) for each in ids]
-    for thread in threads:
-        thread.start()
-    urge(serve, prompt, lambda: any(thread.is_alive() for thread in threads))
-    for thread in threads:
-        thread.join()
-    accounts = [serve.http.get(f"/v1/requests/{each}").json() for each in ids]
+    before = displaced(serve)
+    streams = {
+        name: Stream(serve, prompt(30), LENGTH, headers={"x-request-id": name}, priority=7)
+        for name in (f"batch-{index}-{id(serve)}" for index in range(SLOTS + 3))
+    }
+    eventually(lambda: sum(bool(stream.tokens) for stream in streams.values()) >= SLOTS, 120, "a full batch")
+    urge(serve, prompt, lambda: any(stream.going_on for stream in streams.values()))
+    assert displaced(serve) > before
+    for stream in streams.values():
+        stream.end()
+    accounts = [serve.http.get(f"/v1/requests/{name}").json() for name in streams]
     notes = [note for account in accounts for attempt in account["attempts"] for note in attempt.get("preemptions", ())]
-    assert notes
     assert {note["reason"] for note in notes} == {"priority"}
     assert all(note["at_s"] > 0 for note in notes)
