@@ -38,6 +38,7 @@ from tandem.engine.schedule.sequence import Phase
 from tandem.engine.settings import MAX_WAITING, EngineConfig
 from tandem.engine.status import EngineStatus, StepMeter
 from tandem.engine.step.executor import Executor, StepResult
+from tandem.engine.step.faults import DeviceLost
 from tandem.engine.step.local import LocalExecutor, load
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.flow import StoreFlow
@@ -55,11 +56,13 @@ class Engine:
         config: EngineConfig,
         on_outputs: Callable[[list[RequestOutput]], None],
         store: EngineStore | None = None,
+        on_device_lost: Callable[[DeviceLost], None] = lambda lost: None,
     ) -> None:
         """Loads the model and reserves the KV pool. Raises ConfigError for a setting or model that cannot be used.
 
         `on_outputs` is called on the engine thread, once per step, and must not block. `store` serves this engine
-        alone; without one, no KV outlives the pool.
+        alone; without one, no KV outlives the pool. `on_device_lost` is called on the engine thread when nothing can be
+        computed any more, and may end the process; if it returns, the engine stops.
         """
         self.config = config
         if store is not None:
@@ -77,6 +80,7 @@ class Engine:
             max_prompt_tokens_beside_decodes=_tokens_beside_decodes(config, self.loaded.device.type),
         )
         self._executor: Executor = LocalExecutor(config, self.loaded, self.pool, self.blocks, self.max_model_len)
+        self._on_device_lost = on_device_lost
         self._meter = StepMeter()
         self._pulse = Pulse()
         self._inbox = Inbox()
@@ -146,6 +150,11 @@ class Engine:
         return EngineStatus.of(self.scheduler, self._meter)
 
     @property
+    def shortages(self) -> int:
+        """How often a step, or a part of one, found too little memory on the device."""
+        return self._executor.shortages
+
+    @property
     def stalled_s(self) -> float:
         """How long the engine thread has been in the same layer of a step, or between two; 0 while it has no work."""
         moved = self._pulse.moved
@@ -194,6 +203,11 @@ class Engine:
                     if plan.num_tokens:
                         self._step(plan)
                     idle = not (plan.num_tokens or plan.admitted or plan.preempted)
+                except DeviceLost as lost:
+                    self._on_device_lost(lost)
+                    logger.critical("the device is lost, so the engine stops", exc_info=lost)
+                    self._requests.close()
+                    break
                 except Exception:
                     logger.exception("the engine failed outside a step; all its requests are given up")
                     self._requests.end_all(TandemError("internal", "the engine failed; see its log"))

@@ -9,6 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from tandem.engine.engine import Engine
 from tandem.engine.request import Preemption, RequestOutput
 from tandem.engine.store.stats import StoreStats
 from tandem.proto import worker_pb2
@@ -111,6 +112,21 @@ class _EngineGauges(Collector):
             name = re.sub(r"_s$", "_seconds", field.name.replace("_per_s", "_per_second"))
             value = float(getattr(status, field.name))
             yield GaugeMetricFamily(f"tandem_engine_{name}", f"WorkerStatus.{field.name}", value=value)
+
+
+class ShortageCounter(Collector):
+    """Steps of an engine that found too little memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The count so far. Called with each scrape, off the event loop."""
+        yield CounterMetricFamily(
+            "tandem_worker_memory_shortages",
+            "Steps, or parts of them, that found too little memory on the device and were computed again",
+            value=self._engine.shortages,
+        )
 
 
 class _StoreCounters(Collector):

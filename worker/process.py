@@ -29,12 +29,13 @@ from tandem.common.telemetry import serve_metrics, set_up_logging, set_up_tracin
 from tandem.engine.engine import Engine
 from tandem.engine.model.model import num_parameters, weight_bytes
 from tandem.engine.schedule.block_manager import IntegrityError
+from tandem.engine.step.faults import DeviceLost
 from tandem.engine.step.warmup import warm_up
 from tandem.engine.store.cache import EngineStore
 from tandem.handover import HAND_OVER, HandoverMetrics, HandoverStats, PeerIdentity, local_host_id
 from tandem.kvstore.process.open import OpenStore, open_home
 from tandem.proto import worker_pb2, worker_pb2_grpc
-from tandem.worker.metrics import WorkerMetrics
+from tandem.worker.metrics import ShortageCounter, WorkerMetrics
 from tandem.worker.server import Handover, WorkerServer
 from tandem.worker.session import OutputBridge
 from tandem.worker.settings import WorkerConfig
@@ -54,6 +55,8 @@ STALLED_S = 60.0
 """An engine that takes longer for one layer does not come back: a kernel, a driver or a lock hangs."""
 STALLED_STATUS = 70
 """Exit status of a worker whose engine hangs."""
+DEVICE_LOST_STATUS = 71
+"""Exit status of a worker whose device makes nothing but errors."""
 
 _SERVER_OPTIONS = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", 64 << 20)]
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -105,7 +108,7 @@ class WorkerProcess:
                 model=config.served_model_name or Path(config.model).name,
                 near_allowed=config.kv_near,
             )
-        engine = Engine(config, self._bridge.put, self._store)
+        engine = Engine(config, self._bridge.put, self._store, end_without_device)
         engine.start_masks()
         seconds = warm_up(engine.loaded, engine.pool, config.max_num_seqs, config.max_num_batched_tokens)
         log.debug("warmed up in %.1f s", seconds)
@@ -127,6 +130,7 @@ class WorkerProcess:
         service = WorkerServer(self.engine, handover, self._info(kv_endpoint), self._store_node)
         stats = self._store.stats if self._store else None
         service.metrics = WorkerMetrics(service.status, service.registry, stats)
+        service.registry.register(ShortageCounter(self.engine))
         service.registry.register(HandoverMetrics(transferred))
         if self.config.metrics_port:
             host = "127.0.0.1" if is_local(self.config.listen) else "0.0.0.0"
@@ -226,6 +230,12 @@ class WorkerProcess:
 
     def _store_node(self) -> str:
         return self._opened.node_id if self._opened is not None else ""
+
+
+def end_without_device(lost: DeviceLost) -> None:
+    """Ends this process at once, so that routers go on elsewhere and whoever started it starts it again."""
+    log.critical("the device can compute nothing any more: this process ends", exc_info=lost)
+    os._exit(DEVICE_LOST_STATUS)
 
 
 def _hardware_class(device: torch.device) -> str:

@@ -77,7 +77,11 @@ class StepWatch(Protocol):
 
 
 class Executor(Protocol):
-    """One per engine. Engine thread only."""
+    """One per engine. Engine thread only. `admit` and `execute` raise `DeviceLost` where nothing can be computed any
+    more."""
+
+    shortages: int
+    """Steps, or parts of them, that found too little memory on the device."""
 
     @property
     def free_rows(self) -> int:

@@ -21,6 +21,7 @@ from tandem.engine.schedule.plan import Chunk, StepPlan
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.settings import EngineConfig
 from tandem.engine.step.executor import NextToken, StepResult, StepWatch
+from tandem.engine.step.faults import device_faults, free_cached, is_shortage
 from tandem.engine.step.parts import compute_in_parts, failure
 from tandem.engine.step.pooling import Pooler, pooled_rows
 from tandem.engine.step.runner import Runner
@@ -67,6 +68,7 @@ class LocalExecutor:
         self._poolers: dict[Sequence, Pooler] = {}
         self._scores: dict[Sequence, list[TokenLogprobs]] = {}
         """Log-probabilities of prompt tokens, until the first token is chosen."""
+        self.shortages = 0
 
     @property
     def free_rows(self) -> int:
@@ -79,7 +81,8 @@ class LocalExecutor:
             yield
 
     def admit(self, sequence: Sequence) -> None:
-        self._sampler.admit(sequence, self._runner.admit(sequence))
+        with device_faults(self._loaded.device):
+            self._sampler.admit(sequence, self._runner.admit(sequence))
         if sequence.request.pooling is not Pooling.NONE:
             self._poolers[sequence] = Pooler(sequence.request.pooling)
 
@@ -102,8 +105,9 @@ class LocalExecutor:
         except _GivenUp:
             self._runner.forget_decodes()
             return None
-        except Exception:
+        except Exception as error:
             logger.exception("a step failed; its %d requests are computed again in parts", len(plan.sequences))
+            self._make_room(error)
             result = compute_in_parts(plan, lambda part: self._compute_again(part, watch), watch)
             self._runner.forget_decodes()
         result.seconds = time.perf_counter() - started
@@ -111,9 +115,22 @@ class LocalExecutor:
 
     def _compute_again(self, plan: StepPlan, watch: StepWatch) -> StepResult:
         self._runner.forget_decodes()
-        return self._compute(plan, watch, stops=False)
+        try:
+            return self._compute(plan, watch, stops=False)
+        except Exception as error:
+            self._make_room(error)
+            raise
+
+    def _make_room(self, error: Exception) -> None:
+        if is_shortage(error):
+            self.shortages += 1
+            free_cached(self._loaded.device)
 
     def _compute(self, plan: StepPlan, watch: StepWatch, *, stops: bool) -> StepResult:
+        with device_faults(self._loaded.device):
+            return self._computed(plan, watch, stops)
+
+    def _computed(self, plan: StepPlan, watch: StepWatch, stops: bool) -> StepResult:
         """Raises what the model and the sampler raise, with nothing but KV written. `stops`: it may be given up; a GPU
         has all layers long before it has computed the first."""
         started = time.perf_counter()
