@@ -96,7 +96,7 @@ class Service:
         siblings.on("usage", lambda question: accounts.usage.report(question["tenant"]))
         siblings.on("request", lambda question: _account(self.explain, question))
         self.salt_key = derive(secret, SALT_PURPOSE)
-        dispatcher = Dispatcher(fleet, metrics, config.disaggregate, self.store, self.salt_key)
+        dispatcher = Dispatcher(fleet, metrics, config.disaggregate, self.store, self.salt_key, config.max_index_blocks)
         self.admission = Admission(
             counters,
             max_requests=config.max_queued_requests,

@@ -70,6 +70,9 @@ class FrontDoorSettings:
     max_requests: int = 4096
     """Sequences in flight, waiting ones included (a request with n=4 counts four); more are answered 503. Bounds the
     router's memory."""
+    max_index_blocks: int = 4_000_000
+    """Blocks of KV that the router remembers where they are: as many as its workers have, but no more than this. A
+    million takes about 130 MB; what does not fit counts as not cached."""
     ttft_slo_s: float | None = None
     """A request that would certainly wait longer than this for its first token is answered 503 at once. None: it waits
     in the queue."""
@@ -105,7 +108,13 @@ class FrontDoorSettings:
             raise ConfigError(f"grpc_port {self.grpc_port}: must be between 0 and 65535")
         if self.grpc_port == 0 and self.routers > 1:
             raise ConfigError("grpc_port 0: several routers share a port, name one")
-        for setting in ("max_body_bytes", "max_queued_requests", "max_queued_tokens", "max_requests"):
+        for setting in (
+            "max_body_bytes",
+            "max_queued_requests",
+            "max_queued_tokens",
+            "max_requests",
+            "max_index_blocks",
+        ):
             if getattr(self, setting) < 1:
                 raise ConfigError(f"{setting} {getattr(self, setting)}: must be at least 1")
         if self.request_timeout_s <= 0:

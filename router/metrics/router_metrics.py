@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 from prometheus_client import Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -80,6 +81,9 @@ class RouterMetrics:
     def watch_admission(self, admission: Admission) -> None:
         self.registry.register(_AdmissionCollector(admission))
 
+    def watch_index(self, index: IndexSize) -> None:
+        self.registry.register(_IndexCollector(index))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -109,6 +113,31 @@ class _AdmissionCollector(Collector):
         for reason, count in admission.refused.items():
             refused.add_metric([reason], count)
         yield refused
+
+
+class IndexSize(Protocol):
+    """What is counted of the prefix index."""
+
+    max_blocks: int
+    forgotten: int
+
+    def __len__(self) -> int: ...
+
+
+class _IndexCollector(Collector):
+    """The prefix index, read when asked."""
+
+    def __init__(self, index: IndexSize) -> None:
+        self._index = index
+
+    def collect(self) -> Iterator[Metric]:
+        """Its size, what it may have now, and what did not fit."""
+        index = self._index
+        yield GaugeMetricFamily("tandem_router_index_blocks", "Blocks of KV that are known to be somewhere", len(index))
+        yield GaugeMetricFamily("tandem_router_index_max_blocks", "As many are kept at most", index.max_blocks)
+        yield CounterMetricFamily(
+            "tandem_router_index_forgotten_blocks", "Blocks that did not fit and count as not cached", index.forgotten
+        )
 
 
 class _FleetCollector(Collector):

@@ -18,6 +18,7 @@ from tandem.router.metrics.router_metrics import RouterMetrics
 from tandem.router.placing.attempt import Attempt, Listener
 from tandem.router.placing.placement import Hits, Placement, Request, Stored, left_over, place
 from tandem.router.placing.pool import Placed, Pool, WorkerState
+from tandem.router.placing.prefix_index import MAX_BLOCKS
 from tandem.router.placing.store_view import StoreView
 from tandem.router.settings import Disaggregate
 from tandem.router.tenants.caller import Caller
@@ -62,11 +63,13 @@ class Dispatcher:
         disaggregate: Disaggregate,
         store: StoreView | None = None,
         salt_key: bytes = bytes(32),
+        max_index_blocks: int = MAX_BLOCKS,
     ) -> None:
         """`store`: what the KV store holds; without it only the workers' own caches count. `salt_key`: of
-        `keyed_salt`."""
+        `keyed_salt`. `max_index_blocks`: see RouterConfig."""
         self.fleet = fleet
-        self.pool = Pool()
+        self.pool = Pool(max_index_blocks)
+        metrics.watch_index(self.pool.index)
         self._metrics = metrics
         self._disaggregate = disaggregate
         self._store = store

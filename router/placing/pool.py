@@ -15,8 +15,12 @@ from tandem.planner.perf_model import ModelShape, PerfModel
 from tandem.proto import worker_pb2
 from tandem.router.fleet.load import Work, WorkerLoad
 from tandem.router.fleet.session import WorkerSession, hashes
-from tandem.router.placing.prefix_index import PrefixIndex
+from tandem.router.placing.prefix_index import MAX_BLOCKS, PrefixIndex
 
+LEAST_INDEX_BLOCKS = 65_536
+INDEX_SPARE = 2
+"""The index keeps so many times the blocks that the workers have: promised ones come on top, and those of workers that
+have gone are wiped little by little."""
 FIRST_OUTPUT_TOKENS = 256.0
 """Output tokens of an average answer, until some have ended."""
 _REMEMBERED = 100
@@ -32,8 +36,11 @@ _LINK_FAULT = re.compile(r"\b(lease|stalled|unreachable|slow): ")
 class Pool:
     """Used from the event loop."""
 
-    def __init__(self) -> None:
-        self.index = PrefixIndex()
+    def __init__(self, max_index_blocks: int = MAX_BLOCKS) -> None:
+        """`max_index_blocks`: see RouterConfig."""
+        self.index = PrefixIndex(min(LEAST_INDEX_BLOCKS, max_index_blocks))
+        self._max_index_blocks = max_index_blocks
+        self._worker_blocks = 0
         self.output_tokens = FIRST_OUTPUT_TOKENS
         """Output tokens of a recent answer, on average."""
         self._models: dict[tuple[str, ModelShape], PerfModel] = {}
@@ -55,8 +62,15 @@ class Pool:
             self._models[key] = PerfModel(info.hardware_class, shape)
         return self._models[key]
 
+    def add_blocks(self, blocks: int) -> None:
+        """The workers have so many blocks of KV more, or fewer: the index is made to fit."""
+        self._worker_blocks += blocks
+        fitting = max(LEAST_INDEX_BLOCKS, INDEX_SPARE * self._worker_blocks)
+        self.index.resize(min(fitting, self._max_index_blocks))
+
     def forget(self, state: WorkerState) -> None:
         self.index.retire(state.load.slot)
+        self.add_blocks(-state.session.info.num_blocks)
         if self._states.get(state.session.identity) is state:
             del self._states[state.session.identity]
 
@@ -74,6 +88,7 @@ class WorkerState:
         self._block_size = info.block_size
         self._step_s = 0.0
         self._listed = False
+        pool.add_blocks(info.num_blocks)
         self.load = WorkerLoad(
             model=pool.model(info),
             slot=pool.index.add(None if info.sends_cache_events else info.num_blocks),

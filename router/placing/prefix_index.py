@@ -22,10 +22,10 @@ from itertools import compress, count, groupby
 from tandem.kvstore.identity import BlockHash
 from tandem.router.placing.prefix_runs import Recent, Run
 
-MAX_BLOCKS = 1_000_000
-"""About 130 MB. What does not fit is forgotten and so counts as not cached."""
+MAX_BLOCKS = 4_000_000
+"""About 130 MB per million (docs/placement.md). What does not fit is forgotten and so counts as not cached."""
 _WIPED = 500
-"""Blocks that each change looks at while bits of retired slots are left."""
+"""Blocks that each change looks at while bits of retired slots are left, or forgets while the index shrinks."""
 _BATCH = 128
 """Blocks with entries of their own that are looked at in one go when there are too many."""
 _SPARED = 1024
@@ -43,6 +43,8 @@ class PrefixIndex:
 
     def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
         self.max_blocks = max_blocks
+        self.forgotten = 0
+        self._shrinks_to = max_blocks
         self._entries: dict[BlockHash, int | Run] = {}
         self._shared: dict[int, int] = {}
         self._line: deque[tuple[BlockHash, ...] | Run] = deque()
@@ -63,6 +65,11 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def resize(self, max_blocks: int) -> None:
+        """More are kept from now on, or fewer: what is too much is forgotten with the changes to come."""
+        self._shrinks_to = max_blocks
+        self.max_blocks = max(self.max_blocks, max_blocks)
 
     def add(self, capacity: int | None) -> int:
         """A slot for a worker that sends events (None), or else is believed to keep the last `capacity` blocks."""
@@ -303,15 +310,18 @@ class PrefixIndex:
         return self._shared.setdefault(entry, entry)
 
     def _tidy(self) -> None:
-        if len(self._entries) > self.max_blocks:
-            self._forget()
         if self._retired:
             self._wipe()
+        elif self.max_blocks > self._shrinks_to:
+            self.max_blocks = max(self._shrinks_to, min(self.max_blocks, len(self._entries)) - _WIPED)
+        if len(self._entries) > self.max_blocks:
+            self._forget()
 
     def _forget(self) -> None:
         """Second chance (Corbató 1968): oldest first, but what was used again goes to the end of the line once. Only so
         many at a time, so that no decision walks the whole line."""
         entries, spared = self._entries, 0
+        self.forgotten += len(entries)
         while len(entries) > self.max_blocks:
             item = self._line.popleft()
             if isinstance(item, Run):
@@ -337,6 +347,7 @@ class PrefixIndex:
                 else:
                     del entries[block]
             self._queue(kept)
+        self.forgotten -= len(entries)
 
     def _queue(self, blocks: Sequence[BlockHash]) -> None:
         """The line to forget. A block that was removed and stored again stands in it twice, and then goes early; the

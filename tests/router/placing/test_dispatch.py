@@ -346,3 +346,18 @@ async def test_only_between_hosts_a_hand_over_is_given_up_when_it_takes_too_long
     Bench(Workers([decode], [prefill])).start(range(2000))
     (sent,) = prefill._outbox
     assert (sent.submit.handover_limit_s > 0.0) == limited
+
+
+async def test_the_index_is_as_large_as_what_the_workers_hold_under_its_bound() -> None:
+    workers = [session(f"w{number}", num_blocks=100_000) for number in range(3)]
+    fleet = cast(Fleet, Workers(workers))
+    dispatcher = Dispatcher(fleet, RouterMetrics(), "auto", max_index_blocks=500_000)
+    sizes = [dispatcher.pool.index.max_blocks]
+    for worker in workers:
+        state = dispatcher.pool.state(worker)
+        sizes.append(dispatcher.pool.index.max_blocks)
+    assert sizes == [65_536, 200_000, 400_000, 500_000]
+    state.on_closed()
+    tell(workers[0], cache=worker_pb2.CacheEvents(stored=blocks(range(2048))))
+    tell(workers[0], cache=worker_pb2.CacheEvents(stored=blocks(range(3, 2048))))
+    assert dispatcher.pool.index.max_blocks == 400_000

@@ -292,3 +292,36 @@ def test_memory_per_block_is_small(workers: int) -> None:
     values = {id(entry): entry for entry in index._entries.values()}
     held = sys.getsizeof(index._entries) + sum(map(sys.getsizeof, values.values()))
     assert held / count < 100, "bytes beyond the hash itself"
+
+
+def test_it_shrinks_little_by_little_and_counts_what_did_not_fit() -> None:
+    index = PrefixIndex(8000)
+    slot = index.add(None)
+    held = chain(*range(8000))
+    index.stored(slot, held)
+    index.resize(1000)
+    sizes = []
+    while len(index) > 1000:
+        index.promise(slot, held[-1:], 1)
+        index.check_integrity()
+        sizes.append(len(index))
+    assert len(sizes) > 10, "no change forgets all of it"
+    assert index.forgotten == 8000 - len(index)
+    index.resize(3000)
+    index.stored(slot, chain(9, *range(2500)))
+    assert 2500 < len(index) <= 3000
+    assert index.forgotten == 8000 + 2501 - len(index)
+
+
+def test_wiping_a_lost_worker_costs_the_others_nothing() -> None:
+    index = PrefixIndex(8000)
+    lost, slot = index.add(None), index.add(None)
+    kept = chain(1, *range(2000))
+    index.stored(slot, kept)
+    index.stored(lost, chain(2, *range(3999)))
+    index.retire(lost)
+    index.resize(3000)
+    for _ in range(30):
+        index.promise(slot, kept[:1], 1)
+    assert index.match(kept) == [(slot, len(kept), 0)]
+    assert (len(index), index.max_blocks, index.forgotten) == (len(kept), 3000, 0)
