@@ -77,12 +77,13 @@ class LocationTable:
             return {name: NodeState(node.info, node.seq) for name, node in self._nodes.items() if node.live}
 
     def announce(self, info: NodeInfo, seq: int, expires_at: float) -> Reply:
-        """Takes in that a node lives until `expires_at`; a later epoch voids what an earlier one held."""
+        """Takes in that a node lives until `expires_at`; a later epoch voids what an earlier one held, and the other
+        way round once the later one has been silent: a clock may have been set back."""
         with self._lock:
             node = self._nodes.get(info.node_id)
-            if node is not None and node.info.epoch > info.epoch:
+            if node is not None and node.live and node.info.epoch > info.epoch:
                 return Reply(Verdict.SUPERSEDED, node.seq)
-            if node is None or node.info.epoch < info.epoch:
+            if node is None or node.info.epoch != info.epoch:
                 self._retire(info.node_id)
                 node = self._nodes[info.node_id] = _Incarnation(info, expires_at)
             node.info, node.expires_at, node.live = info, expires_at, True

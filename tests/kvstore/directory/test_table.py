@@ -41,9 +41,9 @@ class ObviousModel:
 
     def announce(self, name: str, epoch: int, seq: int, expires_at: float) -> Verdict:
         known_epoch, known_seq, _ = self.nodes.get(name, (0, 0, 0.0))
-        if known_epoch > epoch:
+        if known_epoch > epoch and name not in self.hidden:
             return Verdict.SUPERSEDED
-        if known_epoch < epoch:
+        if known_epoch != epoch:
             self.forget(name)
             known_seq = 0
         self.nodes[name] = (epoch, known_seq, expires_at)
@@ -207,3 +207,14 @@ def test_the_log_is_bounded_and_reads_on_from_any_cursor() -> None:
     assert log.read("another:2").updates == tuple(said[3:])
     assert log.read("nonsense").updates == tuple(said[3:])
     assert log.read(log.read(start).cursor).updates == ()
+
+
+def test_a_node_whose_clock_was_set_back_is_heard_once_its_earlier_start_is_silent() -> None:
+    table, tomorrow, today = LocationTable(), 86_400 * 10**9, 1
+    table.announce(info("a", tomorrow), 0, 3.0)
+    table.apply(update("a", tomorrow, 1, (1, HOST, 5), reset=True), 3.0)
+    assert table.announce(info("a", today), 0, 4.0).verdict is Verdict.SUPERSEDED
+    assert table.expire(3.5) == ["a"]
+    assert table.announce(info("a", today), 0, 6.5).verdict is Verdict.OK
+    assert table.apply(update("a", today, 1, (2, HOST, 6), reset=True), 6.5).verdict is Verdict.OK
+    assert table.lookup([key(1), key(2)]) == [(), (Location("a", today, HOST, 6),)]
