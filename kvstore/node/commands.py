@@ -46,6 +46,9 @@ class Commands:
     def clear(self, owner: str | None = None, model: str | None = None) -> int:
         """Drops all objects of an owner, of a model, of both at once, or all; pins do not save them, and readers finish
         reading. How many. Puts that are not committed stay."""
+        with self._books.lock:
+            for lower in self._books.lower.values():
+                lower.clear_later(owner, model)
         chosen = [
             stored.key
             for stored in self._lookups.objects()

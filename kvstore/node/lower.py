@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import threading
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 _EVICTIONS_PER_WRITE = 64
 """Most evictions for one object: a tier whose files still hold dead bytes may need more than the object's size."""
 _DELETES_PER_WRITE = 4
+_TOLD_TOGETHER = 1_000
 _FULL_SHARE = 8
 """A write that fails while less than 1/8 of the tier is free failed for want of room; otherwise it is a fault."""
 
@@ -55,6 +57,9 @@ class LowerTier:
         self._lock = lock
         self._on_change = on_change
         self._writing = threading.Lock()
+        self._is_indexed = False
+        self._cleared: set[tuple[str | None, str | None]] = set()
+        """Owner and model of what was cleared before the index was there; None: any."""
         self._undeleted: set[ObjectKey] = set()
         """Keys that are out of the books, but which the tier could not delete; tried again with the next writes. Under
         `_writing`."""
@@ -73,17 +78,44 @@ class LowerTier:
             self._fault("measure", b"")
             return 0
 
-    def load_index(self, stop: Callable[[], bool]) -> None:
-        """Takes up what the tier holds already, oldest first."""
+    def load_index(self, stop: Callable[[], bool], tell: Callable[[], None]) -> None:
+        """Takes up what the tier holds already, oldest first; nothing is written before. `tell` is called now and then,
+        without the lock, with changes that were noted."""
         try:
-            for key, info in self.tier.objects():
+            for number, (key, info) in enumerate(self.tier.objects(), 1):
                 if stop():
                     return
-                with self._lock:
-                    if self.shelf.get(key) is None:
-                        self._enter(key, info)
+                self._take_up(key, info)
+                if number % _TOLD_TOGETHER == 0:
+                    tell()
+                    gc.freeze()  # full collections of what stays would stop all threads again and again
         except Exception:
             self._fault("list", b"")
+        tell()
+        with self._lock:
+            self._is_indexed = True
+            self._cleared.clear()
+        if not self.is_shared:
+            self.trim()
+            tell()
+
+    def _take_up(self, key: ObjectKey, info: ObjectInfo) -> None:
+        with self._lock:
+            cleared = any(owner in (None, info.owner) and model in (None, info.model) for owner, model in self._cleared)
+            known = self.shelf.get(key)
+            if known is not None and known.info.size != info.size and not self.is_shared:
+                self.forget(key)  # a later record of the key, in another codec
+                known = None
+            if known is None and not cleared:
+                self._enter(key, info)
+        if cleared:
+            self.drop(key)
+            self._delete(key)
+
+    def clear_later(self, owner: str | None, model: str | None) -> None:
+        """What the index does not list yet is cleared as it comes to light. The caller holds the node's lock."""
+        if not self._is_indexed:
+            self._cleared.add((owner, model))
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         """What the books say; for a shared tier then the tier itself, which the books remember."""
@@ -152,6 +184,8 @@ class LowerTier:
     def write(self, key: ObjectKey, info: ObjectInfo, content: memoryview) -> bool:
         """Evicts what has to leave. True if it is there afterwards."""
         with self._writing:
+            if not self._is_indexed:
+                return False
             self._delete_again()
             if self.info(key) is not None:
                 return True
@@ -201,6 +235,8 @@ class LowerTier:
             with self._lock:
                 wrong = self.shelf.check_integrity()
                 booked = {resident.key: resident.info.size for resident in self.shelf}
+                if not self._is_indexed:
+                    return wrong
             try:
                 self.tier.check_integrity()
                 held = {key: info.size for key, info in self.tier.objects()}

@@ -96,18 +96,17 @@ class KvNode:
     # Life
 
     def start(self, *, unix_path: str = "", host: str = "", port: int = 0, grpc_address: str = "") -> None:
-        """Takes up what the disk holds, and announces it with where other nodes reach this one. Call it once, when the
-        servers listen."""
-        books = self._books
-        disk = books.lower.get(TierName.DISK)
-        if disk is not None:
-            disk.load_index(stop=lambda: books.closed)
-            disk.trim()
+        """Announces what is here with where other nodes reach this one. What the lower tiers hold is taken up in the
+        background and is a miss until then; writes to them wait for it. Call it once, when the servers listen."""
         self._info = replace(self._info, unix_path=unix_path, host=host, port=port, grpc_address=grpc_address)
-        books.announcer.register(self._info, self.snapshot)
+        self._books.announcer.register(self._info, self.snapshot)
         self._fetches.start()
         self._write_backs.start()
         self.janitor.start()
+
+    def wait_indexed(self, timeout_s: float) -> bool:
+        """Waits until all that the disk holds can be found. False: time is up."""
+        return self._write_backs.wait_indexed(timeout_s)
 
     def snapshot(self) -> list[DirectoryEvent]:
         """Everything that other nodes can read here: for the directory, which calls it from a thread of its own."""

@@ -15,15 +15,20 @@ class WriteBack:
     """The queue to one lower tier, and the thread that writes what is in it. For any thread."""
 
     def __init__(
-        self, lower: LowerTier, max_bytes: int, write: Callable[[WriteBack, HostObject], None], *, index_first: bool
+        self,
+        lower: LowerTier,
+        max_bytes: int,
+        write: Callable[[WriteBack, HostObject], None],
+        tell: Callable[[], None],
     ) -> None:
         """`write` gets an object off the queue, with the lease of its memory that came with it, and calls `done` when
-        it ends that lease. `index_first`: the thread lists what the tier holds before it writes; for tiers that are
-        far away."""
+        it ends that lease. `tell`: see `LowerTier.load_index`, which the thread calls before it writes."""
         self.lower = lower
         self._max_bytes = max_bytes
         self._write = write
-        self._index_first = index_first
+        self._tell = tell
+        self.indexed = threading.Event()
+        """What the tier holds is known."""
         self._changed = threading.Condition()
         self._queue: deque[HostObject] = deque()
         self._current: HostObject | None = None
@@ -78,8 +83,8 @@ class WriteBack:
         return left
 
     def _run(self) -> None:
-        if self._index_first:
-            self.lower.load_index(stop=lambda: self._closed)
+        self.lower.load_index(lambda: self._closed, self._tell)
+        self.indexed.set()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)

@@ -27,13 +27,18 @@ class WriteBacks:
         self._books = books
         most_bytes = books.host.arena.capacity_bytes // _QUEUE_SHARE
         self._queues = [
-            WriteBack(lower, most_bytes, self._write_back, index_first=lower.is_shared)
-            for lower in books.lower.values()
+            WriteBack(lower, most_bytes, self._write_back, books.announcer.publish) for lower in books.lower.values()
         ]
 
     def start(self) -> None:
         for queue in self._queues:
             queue.start()
+
+    def wait_indexed(self, timeout_s: float) -> bool:
+        """Waits until it is known what the tiers hold that are this node's alone. False: time is up."""
+        deadline = time.monotonic() + timeout_s
+        own = [queue for queue in self._queues if not queue.lower.is_shared]
+        return all(queue.indexed.wait(max(0.0, deadline - time.monotonic())) for queue in own)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that was offered is written or dropped. False: time is up."""

@@ -4,6 +4,7 @@ in the right order. Workers call `open_home`, `tandem kvstore` calls `open_node`
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ from tandem.kvstore.replication.replication import Replicator
 from tandem.kvstore.settings import StoreSettings, split_address
 from tandem.wire.peers import PeerIdentity, local_host_id
 
+logger = logging.getLogger(__name__)
+
+_INDEX_S = 1.0
+"""A node of which all is known so soon begins with it; the others answer meanwhile."""
 _KEY_BYTES = 32
 
 
@@ -129,6 +134,8 @@ def open_node(
             opened.callback(server.stop)
         host = split_address(settings.kv_peer_listen, "kv_peer_listen")[0] if settings.kv_peer_listen else ""
         node.start(unix_path=unix_path, host=host, port=server.port if server else 0, grpc_address=grpc_address)
+        if not node.wait_indexed(_INDEX_S):
+            logger.info("the disk is still being indexed: what is not found yet is a miss, writes to it wait")
         replicator = None
         if directory is not None and peers is not None and settings.kv_copies > 1:
             replicator = Replicator(_Replicas(node), directory, peers, settings.kv_copies, node_id=node_id)

@@ -20,7 +20,8 @@ SCHEMES = (
 
 
 def open_tier(url: str, capacity_bytes: int) -> Tier:
-    """Raises ConfigError if the URL, the capacity or the place cannot be used."""
+    """Raises ConfigError if the URL, the capacity or the place cannot be used. A disk tier stores nothing before its
+    `objects` were listed."""
     if capacity_bytes <= 0:
         raise ConfigError(f"the tier {url} needs a capacity in bytes that is greater than 0, not {capacity_bytes}")
     scheme, _, rest = url.partition(":")
@@ -31,7 +32,7 @@ def open_tier(url: str, capacity_bytes: int) -> Tier:
         if scheme == "disk":
             from tandem.kvstore.tiers.disk import DiskTier
 
-            return DiskTier(path, capacity_bytes)
+            return DiskTier(path, capacity_bytes, later=True)
         from tandem.kvstore.tiers.folder import FolderTier
 
         return FolderTier(path, capacity_bytes)

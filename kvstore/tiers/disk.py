@@ -1,8 +1,9 @@
 """The disk tier: a log of segments. Survives a restart, stays within its bytes, and does not mind being killed.
 
-Objects are appended to the newest segment; an index in memory says where. It is rebuilt at start from the header pages
-alone, so a start costs one small read per object. Deleting marks the header page in place. A segment without live
-records is removed; when files take too much, live records move out of the segment with the most dead bytes.
+Objects are appended to the newest segment; an index in memory says where. It is rebuilt from the header pages alone,
+one small read per object: at start, or `later`, while what is not in it yet is a miss. Deleting marks the header page
+in place. A segment without live records is removed; when files take too much, live records move out of the segment
+with the most dead bytes.
 
 `capacity_bytes` is what live records may take: an eighth of the directory's bytes is left for dead ones, so that a put
 moves at most about seven times its own size, and one segment for the moving itself. The files never take more than
@@ -17,6 +18,7 @@ import fcntl
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +49,9 @@ class DiskTier:
 
     name = TierName.DISK
 
-    def __init__(self, directory: str | Path, capacity_bytes: int) -> None:
-        """Raises ConfigError if the directory cannot be used."""
+    def __init__(self, directory: str | Path, capacity_bytes: int, *, later: bool = False) -> None:
+        """Raises ConfigError if the directory cannot be used. `later`: the first `objects` takes up what is there, and
+        nothing is stored before it has ended."""
         if capacity_bytes < SMALLEST_BYTES:
             raise ConfigError(f"kv_disk_bytes is {capacity_bytes}; a disk tier needs at least {SMALLEST_BYTES}")
         self.directory = Path(directory)
@@ -64,7 +67,6 @@ class DiskTier:
         self._lock = threading.Lock()
         """The books. Never held during I/O, except by `check_integrity`."""
         self._index: dict[ObjectKey, Record] = {}
-        """Oldest first."""
         self._segments: dict[int, Segment] = {}
         self._active: Segment | None = None
         self._live_bytes = 0
@@ -72,10 +74,13 @@ class DiskTier:
         self._next_segment = 1
         self._next_sequence = 1
         self._closed = False
+        self._is_loading = False
+        self._is_loaded = False
         self._lock_fd = self._claim()
         try:
             self.direct_io = takes_direct_io(self.directory)
-            self._load()
+            if not later:
+                deque(self._load(), maxlen=0)
         except OSError as error:
             os.close(self._lock_fd)
             raise ConfigError(f"kv_disk: cannot use {directory}: {error.strerror}; choose a writable folder") from error
@@ -88,7 +93,7 @@ class DiskTier:
         """Appends a record, moving others where files take too much. False: no room or a fault."""
         record = new_record(key, info, content)
         with self._write_lock:
-            if self._closed:
+            if self._closed or not self._is_loaded:
                 return False
             if not self._make_room(key, padded(record.size)):
                 return False
@@ -135,14 +140,19 @@ class DiskTier:
         return True
 
     def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
-        """Everything in the index, oldest first."""
+        """Everything in the index, oldest first. The first time, where that was left for `later`, file by file."""
+        if not self._is_loading:
+            yield from self._load()
+            return
         with self._lock:
             records = list(self._index.items())
-        for key, record in records:
+        for key, record in sorted(records, key=lambda item: item[1].sequence):
             yield key, record.info()
 
     def check_integrity(self) -> None:
         """Raises StoreIntegrityError where index, books and files differ."""
+        if not self._is_loaded:
+            return
         with self._write_lock, self._lock:
             wrong = self._wrong()
         if wrong:
@@ -183,8 +193,9 @@ class DiskTier:
             ) from error
         return fd
 
-    def _load(self) -> None:
-        found: list[Record] = []
+    def _load(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
+        """Puts what the files hold into the index, one file after the other, and tells of each once it is there."""
+        self._is_loading = True
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             if not path.stem.isdecimal():
                 continue
@@ -195,28 +206,37 @@ class DiskTier:
                 self.faults.report(f"open {path.name}, which is left out", error)
                 continue
             try:
-                found.extend(list(segment.scan()))
+                found = sorted(segment.scan(), key=lambda record: record.sequence)
             except OSError as error:
                 self.faults.report(f"read {path.name}, which is left out", error)
                 segment.file.close()
                 continue
-            self._segments[segment.number] = segment
-            self._file_bytes += segment.size
-        found.sort(key=lambda record: record.sequence)
-        for record in found:
-            old = self._index.pop(ObjectKey(record.key), None)
-            self._count_live(record)
-            self._enter(record)
-            if old is not None:
-                self._retire(old)
-        if found:
-            self._next_sequence = found[-1].sequence + 1
-        for segment in list(self._segments.values()):
-            segment.readers += 1
+            with self._lock:
+                self._segments[segment.number] = segment
+                self._file_bytes += segment.size
+                segment.readers += 1
+            taken = [record for record in found if self._take_up(record)]
             self._release(segment)
+            yield from ((ObjectKey(record.key), record.info()) for record in taken)
         newest = self._segments.get(self._next_segment - 1)
         if newest is not None and newest.size < self.segment_bytes:
             self._active = newest
+        self._is_loaded = True
+
+    def _take_up(self, record: Record) -> bool:
+        """A record that was found in a file, unless a later one of its key is known."""
+        key = ObjectKey(record.key)
+        with self._lock:
+            self._next_sequence = max(self._next_sequence, record.sequence + 1)
+            self._count_live(record)
+            old = self._index.get(key)
+            is_later = old is None or old.sequence <= record.sequence
+            if is_later:
+                self._index.pop(key, None)
+                self._enter(record)
+        if old is not None:
+            self._retire(old if is_later else record)
+        return is_later
 
     def _make_room(self, key: ObjectKey, need: int) -> bool:
         """Moves records until `need` bytes can be appended. Called under the write lock."""
@@ -311,7 +331,7 @@ class DiskTier:
         self._live_bytes += padded(record.size)
 
     def _enter(self, record: Record) -> None:
-        """A new record becomes the youngest of the index. Called under `_lock`."""
+        """A new record is in the index. Called under `_lock`."""
         key = ObjectKey(record.key)
         self._index[key] = record
         self._segments[record.segment].keys[key] = None

@@ -30,7 +30,7 @@ _HEAD = struct.Struct("<8s4sIQ")
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
     """An object as a tier knows it."""
 
     key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]

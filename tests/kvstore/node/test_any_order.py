@@ -55,6 +55,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.directory, self.peers = DictDirectory(), DirectPeers()
         self.other = KvNode(make_settings(6, node_id="other"), directory=self.directory, peers=self.peers)
         self.other.start()
+        assert self.other.wait_indexed(60)
         self.peers.nodes["other"] = self.other
         self.epoch = 0
         self.open()
@@ -76,6 +77,7 @@ class AnyOrder(RuleBasedStateMachine):
             clock=self.clock,
         )
         self.node.start()
+        assert self.node.wait_indexed(60)
         self.peers.nodes["a"] = self.node
         self.tickets: list[Ticket] = []
         self.fetches: list[NodeFetch] = []

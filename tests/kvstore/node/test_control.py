@@ -37,6 +37,7 @@ def disk() -> DictTier:
 def node(clock: Clock, disk: DictTier) -> Iterator[KvNode]:
     node = KvNode(make_settings(4), tiers=[disk], clock=clock)
     node.start()
+    assert node.wait_indexed(60)
     yield node
     node.check_integrity()
     node.close()
@@ -114,6 +115,7 @@ def test_an_object_on_disk_only_is_pinned_there(clock: Clock) -> None:
     disk = DictTier(capacity_bytes=6 * SIZE)
     node = KvNode(make_settings(4), tiers=[disk], clock=clock)
     node.start()
+    assert node.wait_indexed(60)
     fill(node, 0, 5)
     assert node.lookups.contains(key_of(0)) == [TierName.DISK]
     assert node.commands.pin(key_of(0), "me", None, hard=True)
@@ -188,6 +190,7 @@ def test_move_from_disk_to_the_remote_tier() -> None:
     disk.content[key_of(1)] = (info_of(spec_of(1)), bundle_of(spec_of(1)))
     node = KvNode(make_settings(4), tiers=[disk, remote])
     node.start()
+    assert node.wait_indexed(60)
     assert node.commands.move(key_of(1), TierName.REMOTE)
     assert node.lookups.contains(key_of(1)) == [TierName.REMOTE]
     assert disk.content == {}

@@ -58,6 +58,7 @@ def test_layers_arrive_in_order_over_all_objects() -> None:
     disk = disk_with(1, 2, tokens=BIG)
     node = KvNode(make_settings(host_bytes=64 << 20, loaders=1), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(node.locate([key_of(1), key_of(2)])) as fetch:
         assert fetch.wait(LAYERS, 60)
         for index, number in enumerate((1, 2)):
@@ -81,6 +82,7 @@ def test_the_first_layers_can_be_read_while_the_others_are_on_their_way(gate: th
     disk.fault = lambda operation, key: operation == "read" and len(disk.log) > 2 and not gate.wait(60)
     node = KvNode(make_settings(host_bytes=64 << 20), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert fetch.wait(1, 60)
         assert not fetch.wait(2, 0.01)
@@ -97,6 +99,7 @@ def test_what_was_fetched_stays_in_host_memory_and_is_announced() -> None:
     directory = DictDirectory()
     node = KvNode(make_settings(), tiers=[disk_with(1)], directory=directory)
     node.start()
+    assert node.wait_indexed(60)
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE}
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert [source.tier for source in fetch.sources] == [TierName.DISK]
@@ -116,6 +119,7 @@ def test_two_fetches_of_one_object_share_one_load(gate: threading.Event) -> None
     disk.fault = lambda operation, key: operation == "read" and not gate.wait(60)
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     first = node.fetch(node.locate([key_of(1)]))
     second = node.fetch(node.locate([key_of(1), key_of(1)]))
     assert [source.tier for source in second.sources] == [TierName.DISK, TierName.DISK]
@@ -137,6 +141,7 @@ def test_a_load_that_nobody_waits_for_stops_and_gives_its_memory_back(gate: thre
     disk.fault = lambda operation, key: operation == "read" and not gate.wait(60)
     node = KvNode(make_settings(host_bytes=64 << 20), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     fetch = node.fetch(node.locate([key_of(1)]))
     eventually(lambda: bool(disk.log))
     fetch.close()
@@ -155,6 +160,7 @@ def test_a_failed_object_ends_the_run_and_is_not_tried_again() -> None:
     disk.fault = lambda operation, key: operation == "read" and key == key_of(2)
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(node.locate([key_of(number) for number in (1, 2, 3)])) as fetch:
         assert not fetch.wait(LAYERS, 60)
         assert fetch.failed
@@ -179,6 +185,7 @@ def test_bytes_that_are_no_object_are_quarantined(damage: str) -> None:
     disk.content[key_of(1)] = (replace(info, size=len(broken)), broken)
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert not fetch.wait(0, 60)
     eventually(lambda: node.stats().quarantined == 1)
@@ -199,6 +206,7 @@ def test_a_tier_that_raises_is_a_fault_and_the_loaders_live_on() -> None:
     disk.fault = fault
     node = KvNode(make_settings(loaders=1), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(node.locate([key_of(1)])) as fetch:
         assert not fetch.wait(LAYERS, 60)
     with node.fetch(node.locate([key_of(2)])) as fetch:
@@ -211,6 +219,7 @@ def test_room_for_a_load_never_costs_an_object_of_the_same_fetch() -> None:
     disk = disk_with(1, 2)
     node = KvNode(make_settings(3), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     assert put(node, spec_of(3))  # the one used longest ago
     assert put(node, spec_of(4))
     with node.fetch([*located(1, 2), *node.locate([key_of(3)])]) as fetch:
@@ -223,6 +232,7 @@ def test_room_for_a_load_never_costs_an_object_of_the_same_fetch() -> None:
 def test_a_fetch_larger_than_host_memory_gets_the_leading_part() -> None:
     node = KvNode(make_settings(3), tiers=[disk_with(*range(6))])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(located(*range(6))) as fetch:
         assert [source.key for source in fetch.sources] == [key_of(number) for number in range(3)]
         assert fetch.wait(LAYERS, 60)
@@ -233,6 +243,7 @@ def test_a_fetch_larger_than_host_memory_gets_the_leading_part() -> None:
 def test_a_stale_location_is_looked_up_again_on_this_node() -> None:
     node = KvNode(make_settings(), tiers=[disk_with(1)])
     node.start()
+    assert node.wait_indexed(60)
     with node.fetch(located(1, tier=TierName.HOST, link="host")) as fetch:
         assert [source.link for source in fetch.sources] == ["disk"]
         assert fetch.wait(LAYERS, 60)
@@ -248,6 +259,7 @@ def two_nodes(directory: DictDirectory, peers: DirectPeers, **settings: object) 
     )
     for node in nodes:
         node.start()
+        assert node.wait_indexed(60)
         peers.nodes[node.settings.node_id] = node
     return nodes[0], nodes[1]
 
@@ -394,6 +406,7 @@ def test_close_ends_waiting_fetches(gate: threading.Event) -> None:
     disk.fault = lambda operation, key: operation == "read" and not gate.wait(60)
     node = KvNode(make_settings(loaders=1), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     fetch = node.fetch(node.locate([key_of(1)]))
     answers: list[bool] = []
     waiter = threading.Thread(target=lambda: answers.append(fetch.wait(LAYERS, 30)))

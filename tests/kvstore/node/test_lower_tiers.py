@@ -40,6 +40,7 @@ def test_what_is_committed_goes_to_disk_and_then_to_the_remote_tier() -> None:
         tier.fault = lambda operation, key, name=tier.name: operation == "put" and order.append(name) is not None
     node = KvNode(make_settings(), tiers=[remote, disk], directory=directory)
     node.start()
+    assert node.wait_indexed(60)
     assert put(node, spec_of(1))
     assert node.flush(60)
     assert order == ["disk", "remote"]
@@ -54,6 +55,7 @@ def test_what_is_committed_goes_to_disk_and_then_to_the_remote_tier() -> None:
 def test_an_object_that_left_host_memory_is_read_from_disk() -> None:
     node = KvNode(make_settings(8), tiers=[DictTier()])
     node.start()
+    assert node.wait_indexed(60)
     for number in range(12):
         assert put(node, spec_of(number))
         assert node.flush(60)
@@ -71,6 +73,7 @@ def test_a_full_queue_drops_writes_and_never_holds_up_a_put(gate: threading.Even
     disk.fault = lambda operation, key: operation == "put" and not gate.wait(60)
     node = KvNode(make_settings(8), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     for number in range(20):
         assert put(node, spec_of(number))
     stats = node.stats()
@@ -90,6 +93,7 @@ def test_the_disk_stays_within_its_capacity_and_evicts() -> None:
     directory = DictDirectory()
     node = KvNode(make_settings(), tiers=[disk], directory=directory)
     node.start()
+    assert node.wait_indexed(60)
     for number in range(12):
         assert put(node, spec_of(number))
         assert node.flush(60)
@@ -117,6 +121,7 @@ def test_a_tier_with_more_overhead_than_the_books_know_still_finds_room() -> Non
     )
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     for number in range(8):
         assert put(node, spec_of(number))
         assert node.flush(60)
@@ -131,6 +136,7 @@ def test_a_disk_that_fails_loses_nothing_else() -> None:
     disk.fault = lambda operation, key: operation == "put" and key == key_of(1)
     node = KvNode(make_settings(), tiers=[disk, DictTier(TierName.REMOTE)])
     node.start()
+    assert node.wait_indexed(60)
     assert put(node, spec_of(0))
     assert put(node, spec_of(1))
     assert node.flush(60)
@@ -148,6 +154,7 @@ def test_every_operation_of_a_tier_may_raise() -> None:
     disk, remote = DictTier(fault=fault), DictTier(TierName.REMOTE, fault=fault)
     node = KvNode(make_settings(4), tiers=[disk, remote])
     node.start()
+    assert node.wait_indexed(60)
     for number in range(8):
         assert put(node, spec_of(number))
     assert node.flush(60)
@@ -163,11 +170,13 @@ def test_after_a_restart_the_disk_is_announced_and_read() -> None:
     disk = DictTier()
     first = KvNode(make_settings(), tiers=[disk])
     first.start()
+    assert first.wait_indexed(60)
     assert put(first, spec_of(1))
     first.close()
     directory = DictDirectory()
     second = KvNode(make_settings(epoch=2), tiers=[disk], directory=directory)
     second.start(unix_path="/run/store", port=7)
+    assert second.wait_indexed(60)
     assert directory.held["a"] == {(key_of(1), TierName.DISK): SIZE}
     assert (directory.infos["a"].unix_path, directory.infos["a"].port) == ("/run/store", 7)
     with second.fetch(second.locate([key_of(1)])) as fetch:
@@ -181,6 +190,7 @@ def test_close_writes_what_is_queued() -> None:
     disk = DictTier()
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     for number in range(10):
         assert put(node, spec_of(number))
     node.close()
@@ -192,6 +202,7 @@ def test_a_smaller_disk_after_a_restart_is_trimmed() -> None:
     disk.capacity_bytes = 3 * SIZE
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     assert sorted(disk.content) == [key_of(3), key_of(4), key_of(5)]
     node.check_integrity()
     node.close()
@@ -201,6 +212,7 @@ def test_the_disk_may_hold_another_codec() -> None:
     disk = DictTier()
     node = KvNode(make_settings(4, disk_codec="kivi-int8"), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     assert put(node, spec_of(1, tokens=64))
     assert node.flush(60)
     info, content = disk.content[key_of(1)]
@@ -221,6 +233,7 @@ def test_an_object_that_is_dropped_while_it_is_written_does_not_come_back(gate: 
     disk.fault = lambda operation, key: operation == "put" and not gate.wait(60)
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     assert put(node, spec_of(1))
     eventually(lambda: bool(disk.log))
     quarantine = threading.Thread(target=node.quarantine, args=(key_of(1), "test"))
@@ -239,6 +252,7 @@ def test_peers_read_what_is_on_disk_only() -> None:
     disk = DictTier(content={key_of(1): (info_of(spec_of(1)), bundle_of(spec_of(1)))})
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     out = memoryview(bytearray(100))
     assert node.read_range(key_of(1), 50, out)
     assert bytes(out) == bundle_of(spec_of(1))[50:150]
@@ -268,6 +282,7 @@ def test_a_remote_tier_that_takes_batches_is_asked_once() -> None:
     remote = Batched(TierName.REMOTE, content={})
     node = KvNode(make_settings(loaders=1), tiers=[remote])
     node.start()
+    assert node.wait_indexed(60)
     keys = [key_of(number) for number in range(10)]
     eventually(lambda: node.locate(keys) == [])
     remote.content.update({key_of(i): (info_of(spec_of(i)), bundle_of(spec_of(i))) for i in (*range(6), 8)})
@@ -288,6 +303,7 @@ def test_a_slow_remote_tier_is_not_asked_for_long() -> None:
     remote = DictTier(TierName.REMOTE)
     node = KvNode(make_settings(), tiers=[remote])
     node.start()
+    assert node.wait_indexed(60)
     eventually(lambda: node.locate([key_of(0)]) == [])
     remote.content.update({key_of(i): (info_of(spec_of(i)), bundle_of(spec_of(i))) for i in range(64)})
     remote.fault = lambda operation, key: operation == "info" and time.sleep(0.02) is not None
@@ -302,6 +318,7 @@ def test_a_deletion_that_failed_is_tried_again_and_never_hits_a_newer_object() -
     disk = DictTier(fault=lambda operation, key: operation == "delete")
     node = KvNode(make_settings(), tiers=[disk])
     node.start()
+    assert node.wait_indexed(60)
     for number in (1, 2):
         assert put(node, spec_of(number))
         assert node.flush(60)
@@ -317,3 +334,73 @@ def test_a_deletion_that_failed_is_tried_again_and_never_hits_a_newer_object() -
     assert set(disk.content) == {key_of(1), key_of(3)}
     node.check_integrity()
     node.close()
+
+
+class SlowToList(DictTier):
+    """A disk that tells of its second half only once `gate` is open."""
+
+    gate: threading.Event
+
+    def objects(self) -> Iterator[tuple[ObjectKey, ObjectInfo]]:
+        known = list(super().objects())
+        yield from known[: len(known) // 2]
+        assert self.gate.wait(60)
+        yield from known[len(known) // 2 :]
+
+
+def slow_disk(gate: threading.Event, owners: Sequence[str]) -> SlowToList:
+    specs = [spec_of(number, owner=owner) for number, owner in enumerate(owners)]
+    disk = SlowToList(content={ObjectKey(spec.key): (info_of(spec), bundle_of(spec)) for spec in specs})
+    disk.gate = gate
+    return disk
+
+
+def test_a_node_answers_while_its_disk_is_being_indexed(gate: threading.Event) -> None:
+    disk, directory = slow_disk(gate, ["default"] * 10), DictDirectory()
+    node = KvNode(make_settings(), tiers=[disk], directory=directory)
+    node.start()
+    eventually(lambda: len(node.locate([key_of(number) for number in range(5)])) == 5)
+    assert not node.wait_indexed(0.0)
+    assert node.locate([key_of(7)]) == []
+    with node.fetch(node.locate([key_of(3)])) as fetch:
+        assert fetch.wait(LAYERS, 60)
+        assert bytes(fetch.buffer(0)) == bundle_of(spec_of(3))
+    assert put(node, spec_of(50))
+    assert not node.commands.move(key_of(50), TierName.DISK), "nothing is written before the quotas are known"
+    node.check_integrity()
+    assert key_of(50) not in disk.content
+    gate.set()
+    assert node.wait_indexed(60)
+    assert node.flush(60)
+    assert key_of(50) in disk.content
+    assert {key for key, tier in directory.held["a"] if tier is TierName.DISK} == set(disk.content)
+    node.check_integrity()
+    node.close()
+
+
+def test_what_is_cleared_while_the_disk_is_being_indexed_does_not_come_back(gate: threading.Event) -> None:
+    disk = slow_disk(gate, ["a", "b"] * 5)
+    node = KvNode(make_settings(), tiers=[disk])
+    node.start()
+    eventually(lambda: len(node.lookups.objects()) == 5)
+    assert node.commands.clear(owner="a") == 3
+    gate.set()
+    assert node.wait_indexed(60)
+    assert {info.owner for info, _ in disk.content.values()} == {"b"}
+    assert len(node.lookups.objects()) == 5
+    node.check_integrity()
+    node.close()
+
+
+def test_a_node_closes_while_its_disk_is_being_indexed(gate: threading.Event) -> None:
+    disk = slow_disk(gate, ["default"] * 10)
+    node = KvNode(make_settings(), tiers=[disk])
+    node.start()
+    eventually(lambda: len(node.lookups.objects()) == 5)
+    assert put(node, spec_of(50))
+    closing = threading.Thread(target=node.close, args=(0.0,))
+    closing.start()
+    gate.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert node.locate([key_of(1)]) == []

@@ -41,6 +41,7 @@ def test_readers_writers_and_operators_at_once() -> None:
             make_settings(8, node_id=name, eviction=DEFAULT_POLICY), tiers=[disk], directory=directory, peers=peers
         )
         node.start()
+        assert node.wait_indexed(60)
         peers.nodes[name] = node
         nodes.append(node)
     content = {key_of(number): bundle_of(spec_of(number)) for number in range(KEYS)}

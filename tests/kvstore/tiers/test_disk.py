@@ -353,3 +353,22 @@ def test_look_ups_take_microseconds(tmp_path: Path) -> None:
     assert best < 500e-6
     assert tier.info(ObjectKey(b"?" * 32)) is None
     tier.close()
+
+
+def test_opened_later_it_tells_file_by_file_what_it_holds_and_stores_nothing_before(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 4 << 20)
+    stored, _ = random_load(tier, 300, random.Random(3), [8192, 65_536])
+    tier.close()
+    tier = DiskTier(tmp_path, 4 << 20, later=True)
+    assert tier.info(key_of(next(iter(stored)))) is None
+    assert not put(tier, 999, b"x")
+    known = set()
+    for key, info in tier.objects():
+        known.add(key)
+        assert tier.info(key) == info
+        assert not put(tier, 999, b"x")
+    assert known == {key_of(number) for number in stored}
+    assert [key for key, _ in tier.objects()] == [key_of(number) for number in stored]
+    tier.check_integrity()
+    assert put(tier, 999, b"x")
+    tier.close()
