@@ -7,8 +7,8 @@ The model, in a few lines (docs/planner.md has the assumptions and the error aga
   time of each shorter and the answer of each later.
 - *Decode* is a processor that is shared: n requests run, each gets a token per step, n follows from Little's law. The
   number fluctuates like a Poisson process whose sum the router spreads over the replicas.
-- A *unified* replica does both: prompts take their share of the time from the decode steps, and each prompt's chunks
-  wait for the decode steps between them.
+- A *unified* replica does both in the same steps: prompts make steps longer for what decodes, and every chunk of a
+  prompt waits for the decode rows of its step.
 
 Pure functions; seconds, tokens, requests per second.
 """
@@ -102,50 +102,55 @@ def highest_rate(role: Role, load: Load, slo: Slo, known: float = 0.0) -> float:
 
 
 def _prefill(load: Load, rate: float) -> Latency:
-    prompts = _prompts(load)
-    mean_alone = _mean(prompts)
-    batch, together_s = _prompt_batch(load, rate)
-    stretch = together_s / mean_alone if mean_alone > 0 else 1.0
-    ttft = _ttft(load, rate, [(seconds * stretch, share) for seconds, share in prompts], together_s / batch)
-    return OVERLOADED if ttft is None else Latency(ttft_s=ttft, busy=min(rate * together_s / batch, 1.0))
+    alone = [(prompt.seconds, prompt.share) for prompt in _prompts(load)]
+    batch, together_s, one_s = _prompt_batch(load, rate)
+    occupied = [(seconds * together_s / batch / one_s, share) for seconds, share in alone]
+    ttft = _ttft(load, rate, occupied, [(seconds * together_s / one_s, share) for seconds, share in alone])
+    return OVERLOADED if ttft is None else Latency(ttft_s=ttft, busy=rate * _mean(occupied))
 
 
 def _decode(load: Load, rate: float) -> Latency:
-    return _decoding(load, rate, prompt_share=0.0, prompt_square_s=0.0)
+    moved_s = load.replica.transfer_s("handover", load.demand.prompt_tokens.mean)
+    return _decoding(load, rate, [], moved_s)
 
 
 def _unified(load: Load, rate: float) -> Latency:
-    step = load.replica.decode_step_s(1, 1)
-    work = [(max(seconds - step, 0.0), share) for seconds, share in _prompts(load)]
-    batch, together_s = _prompt_batch(load, rate)
-    mean_work = max(together_s - step, 0.0) / batch
-    busy = rate * mean_work
-    square = sum(share * seconds * seconds for seconds, share in work)
-    decoding = _decoding(load, rate, prompt_share=busy, prompt_square_s=square)
+    floor = load.replica.decode_step_s(1, 1)
+    prompts = _prompts(load)
+    work = [(max(prompt.seconds - prompt.chunks * floor, 0.0), prompt.share) for prompt in prompts]
+    decoding = _decoding(load, rate, work, 0.0)
     if decoding is OVERLOADED:
         return OVERLOADED
-    kv = decoding.running * _mean_context(load.demand)
-    beside_s = load.replica.decode_step_s(decoding.running, kv) if decoding.running > 0 else 0.0
-    beside_s = max(beside_s - step, 0.0)
-    chunks = _chunks(load)
-    served = [(alone + n * beside_s, share) for (alone, share), n in zip(_prompts(load), chunks, strict=True)]
-    ttft = _ttft(load, rate, served, mean_work + beside_s * min(_mean_chunks(load, chunks), 1.0))
+    running = max(decoding.running, 1.0)
+    step_s = load.replica.decode_step_s(running, running * _mean_context(load.demand))
+    occupied, served = [], []
+    for prompt, (seconds, share) in zip(prompts, work, strict=True):
+        occupied.append((seconds + step_s * prompt.tokens / load.token_budget, share))
+        served.append((seconds + step_s * (prompt.chunks + min(decoding.running, 1.0) / 2), share))
+    ttft = _ttft(load, rate, occupied, served)
     if ttft is None:
         return OVERLOADED
-    return Latency(ttft, decoding.tpot_s, decoding.running, min(busy, 1.0), decoding.kv_share)
+    return Latency(ttft, decoding.tpot_s, decoding.running, rate * _mean(work), decoding.kv_share)
 
 
-def _decoding(load: Load, rate: float, prompt_share: float, prompt_square_s: float) -> Latency:
-    """Requests that decode while prompts take `prompt_share` of the replica's time."""
-    if prompt_share >= 1:
-        return OVERLOADED
+def _decoding(load: Load, rate: float, work: list[tuple[float, float]], moved_s: float) -> Latency:
+    """Requests that decode while prompts are computed beside them.
+
+    Args:
+        rate: requests per second at one replica.
+        work: seconds by which a prompt makes steps longer, with shares.
+        moved_s: seconds before the second token, of every request.
+    """
     demand, replica = load.demand, load.replica
+    left = 1 - rate * _mean(work)
+    if left <= 0:
+        return OVERLOADED
     answer, context = max(demand.output_tokens.mean - 1, 0.0), _mean_context(demand)
 
     def step_s(running: float) -> float:
-        return replica.decode_step_s(max(running, 1.0), max(running, 1.0) * context) / (1 - prompt_share)
+        return replica.decode_step_s(max(running, 1.0), max(running, 1.0) * context)
 
-    running = _fixed_point(lambda n: rate * answer * step_s(n), load.max_batch)
+    running = _fixed_point(lambda n: rate * answer * step_s(n) / left, load.max_batch)
     if running is None:
         return OVERLOADED
     z = NormalDist().inv_cdf(load.percentile / 100)
@@ -153,14 +158,38 @@ def _decoding(load: Load, rate: float, prompt_share: float, prompt_square_s: flo
     if at_peak > load.max_batch:
         return OVERLOADED
     kv_share = _kv_at_peak(load, running, z) / max(replica.kv_tokens, 1.0)
-    lifetime_s = answer * step_s(at_peak)
-    bursts_s = z * math.sqrt(rate * lifetime_s * prompt_square_s) / answer if answer > 0 else 0.0
-    moved_s = (
-        replica.transfer_s("handover", demand.prompt_tokens.mean) / answer if answer > 0 and not prompt_share else 0.0
-    )
-    return Latency(
-        tpot_s=step_s(at_peak) + bursts_s + moved_s if answer > 0 else 0.0, running=running, kv_share=kv_share
-    )
+    tpot = _tpot(load, rate, step_s(at_peak), left, work, moved_s) if answer > 0 else 0.0
+    if work:
+        tpot = min(tpot, step_s(at_peak) + _most_of_a_step(load))
+    return Latency(tpot_s=tpot, running=running, kv_share=kv_share)
+
+
+def _most_of_a_step(load: Load) -> float:
+    """Seconds that prompts add to a step whose token budget they fill."""
+    return max(load.replica.prefill_s(load.token_budget) - load.replica.decode_step_s(1, 1), 0.0)
+
+
+def _tpot(
+    load: Load, rate: float, step_s: float, left: float, work: list[tuple[float, float]], moved_s: float
+) -> float:
+    """The percentile over requests of seconds per token. Short answers differ most: a prompt that comes while they run
+    is spread over few tokens. An answer is a busy period of M/G/1 that begins with its own steps, and in which the
+    prompts that come are served at once; its length is taken to be normal."""
+    square = sum(share * seconds * seconds for seconds, share in work)
+    answers = []
+    for tokens, share in load.demand.output_tokens.points:
+        steps = max(tokens - 1, 1.0)
+        spread_s = math.sqrt(rate * steps * step_s * square / left**3) / steps
+        answers.append((step_s / left + moved_s / steps, spread_s, share))
+    goal = load.percentile / 100
+
+    def covered(tpot: float) -> float:
+        return sum(
+            share * (NormalDist(mean, spread).cdf(tpot) if spread > 0 else float(tpot >= mean))
+            for mean, spread, share in answers
+        )
+
+    return _bisect(lambda tpot: covered(tpot) >= goal, max(mean + spread for mean, spread, _ in answers))
 
 
 def _kv_at_peak(load: Load, running: float, z: float) -> float:
@@ -172,21 +201,23 @@ def _kv_at_peak(load: Load, running: float, z: float) -> float:
     return max(running * mean + z * math.sqrt(running * square), longest)
 
 
-def _ttft(load: Load, rate: float, served: list[tuple[float, float]], service_s: float) -> float | None:
+def _ttft(
+    load: Load, rate: float, occupied: list[tuple[float, float]], served: list[tuple[float, float]]
+) -> float | None:
     """The percentile of wait and service; None where the queue grows without end.
 
     Args:
         rate: requests per second at one replica.
-        served: seconds from the first chunk's start to the first token, with shares.
-        service_s: seconds of a replica's time that a prompt takes, on average.
+        occupied: seconds by which a prompt keeps the next ones waiting, with shares.
+        served: seconds from its first chunk's start to its first token; shares in the same order.
     """
-    busy = rate * service_s
+    mean = _mean(occupied)
+    busy = rate * mean
     if busy >= 1:
         return None
-    mean = _mean(served)
-    square = sum(share * seconds * seconds for seconds, share in served)
+    square = sum(share * seconds * seconds for seconds, share in occupied)
     variation = max(square / (mean * mean) - 1, 0.0) if mean > 0 else 0.0
-    wait_s = service_s * (load.demand.burstiness + variation) / 2 / (load.replicas * (1 - busy))
+    wait_s = mean * (load.demand.burstiness + variation) / 2 / (load.replicas * (1 - busy))
     waits = _erlang_c(load.replicas, busy * load.replicas)
     goal = 1 - load.percentile / 100
 
@@ -196,12 +227,17 @@ def _ttft(load: Load, rate: float, served: list[tuple[float, float]], service_s:
             for seconds, share in served
         )
 
-    low, high = 0.0, max(seconds for seconds, _ in served)
-    while late(high) > goal:
-        low, high = high, 2 * high + wait_s
+    return _bisect(lambda ttft: late(ttft) <= goal, max(seconds for seconds, _ in served))
+
+
+def _bisect(enough: Callable[[float], bool], guess: float) -> float:
+    """The least value that is enough."""
+    low, high = 0.0, max(guess, 1e-9)
+    while not enough(high):
+        low, high = high, 2 * high
     while high - low > _TOLERANCE * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if late(middle) <= goal else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
 
@@ -213,44 +249,42 @@ def _erlang_c(servers: int, offered: float) -> float:
     return blocked / (1 - offered / servers * (1 - blocked))
 
 
-def _prompt_batch(load: Load, rate: float) -> tuple[float, float]:
-    """(prompts computed together, seconds of all of them): what arrives while the ones before are computed."""
-    uncached = _mean_uncached(load.demand)
-    most = max(load.token_budget / uncached, 1.0) if uncached > 0 else 1.0
-    cached = load.demand.prompt_tokens.mean - uncached
+def _prompt_batch(load: Load, rate: float) -> tuple[float, float, float]:
+    """(prompts computed together, seconds of all of them, seconds of one): what comes while the ones before are
+    computed. Of prompts of the mean length."""
+    uncached = max(load.demand.prompt_tokens.mean * (1 - load.demand.cached_share), 1.0)
+    cached = load.demand.prompt_tokens.mean * load.demand.cached_share
 
     def seconds(batch: float) -> float:
         return load.replica.prefill_s(batch * uncached, cached)
 
+    most = max(load.token_budget / uncached, 1.0)
     batch = _fixed_point(lambda k: max(rate * seconds(k), 1.0), most)
     batch = most if batch is None else batch
-    return batch, seconds(batch)
+    return batch, seconds(batch), seconds(1.0)
 
 
-def _prompts(load: Load) -> list[tuple[float, float]]:
-    """(seconds of a prompt alone, share)."""
-    uncached = 1 - load.demand.cached_share
-    return [
-        (load.replica.prefill_s(max(tokens * uncached, 1.0), tokens * (1 - uncached)), share)
-        for tokens, share in load.demand.prompt_tokens.points
-    ]
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """Prompts of one length."""
+
+    tokens: float
+    """That are not cached."""
+    chunks: int
+    seconds: float
+    """Of all chunks, when nothing else is computed."""
+    share: float
 
 
-def _chunks(load: Load) -> list[int]:
-    uncached = 1 - load.demand.cached_share
-    return [max(math.ceil(tokens * uncached / load.token_budget), 1) for tokens, _ in load.demand.prompt_tokens.points]
-
-
-def _mean_chunks(load: Load, chunks: list[int]) -> float:
-    """Steps of prompts per request, where short prompts share one."""
-    shared = _mean_uncached(load.demand) / load.token_budget
-    return max(
-        shared, sum(n * share for n, (_, share) in zip(chunks, load.demand.prompt_tokens.points, strict=True)) - 1
-    )
-
-
-def _mean_uncached(demand: Demand) -> float:
-    return demand.prompt_tokens.mean * (1 - demand.cached_share)
+def _prompts(load: Load) -> list[_Prompt]:
+    prompts = []
+    for length, share in load.demand.prompt_tokens.points:
+        tokens = max(length * (1 - load.demand.cached_share), 1.0)
+        chunks = max(math.ceil(tokens / load.token_budget), 1)
+        before = length - tokens + tokens * (chunks - 1) / (2 * chunks)
+        seconds = chunks * load.replica.prefill_s(tokens / chunks, max(before, 0.0))
+        prompts.append(_Prompt(tokens, chunks, seconds, share))
+    return prompts
 
 
 def _mean_context(demand: Demand) -> float:

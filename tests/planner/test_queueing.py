@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -25,18 +25,28 @@ def simulated_ttft(load: Load, rate: float, requests: int, seed: int) -> float:
     for _ in range(requests):
         now += draw.expovariate(rate)
         begin = max(now, heapq.heappop(free_at))
-        end = begin + load.replica.prefill_s(draw.choices(tokens, shares)[0])
+        end = begin + chunked_s(load, draw.choices(tokens, shares)[0])
         heapq.heappush(free_at, end)
         seen.append(end - now)
     return sorted(seen)[int(load.percentile / 100 * requests)]
 
 
+def chunked_s(load: Load, tokens: float) -> float:
+    """Seconds of a prompt in chunks of the token budget."""
+    seconds, done = 0.0, 0.0
+    while done < tokens:
+        chunk = min(load.token_budget, tokens - done)
+        seconds += load.replica.prefill_s(chunk, done)
+        done += chunk
+    return seconds
+
+
 @pytest.mark.parametrize("replicas", [1, 4, 16])
 @pytest.mark.parametrize("busy", [0.3, 0.6, 0.85])
 def test_the_ttft_of_prefill_is_near_that_of_a_simulated_queue(replicas: int, busy: float) -> None:
-    """One prompt at a time, as the simulation takes them."""
-    load = Load(PlainReplica(), CHAT, 95.0, replicas, token_budget=1)
-    mean_s = sum(share * load.replica.prefill_s(tokens) for tokens, share in CHAT.prompt_tokens.points)
+    """One prompt at a time, as the simulation takes them: the budget is that of one chunk."""
+    load = Load(PlainReplica(), CHAT, 95.0, replicas, token_budget=1000)
+    mean_s = sum(share * chunked_s(load, tokens) for tokens, share in CHAT.prompt_tokens.points)
     rate = busy * replicas / mean_s
     assert latency(Role.PREFILL, load, rate).ttft_s == pytest.approx(simulated_ttft(load, rate, 60_000, 7), rel=0.2)
 
@@ -71,6 +81,71 @@ def test_the_tpot_of_decode_is_near_that_of_simulated_steps(rate: float) -> None
     moved_s = load.replica.transfer_s("handover", CHAT.prompt_tokens.mean) / (CHAT.output_tokens.mean - 1)
     predicted = latency(Role.DECODE, load, rate).tpot_s - moved_s
     assert predicted == pytest.approx(simulated_tpot(load, rate, 3000, 3), rel=0.25)
+
+
+@dataclass
+class Running:
+    """A request in the simulation of a unified replica."""
+
+    came: float
+    prompt: float
+    tokens: float
+    """Of the answer, without the first."""
+    uncomputed: float = 0.0
+    begun: float = 0.0
+    left: float = 0.0
+
+
+def simulated_unified(load: Load, rate: float, requests: int, seed: int) -> tuple[float, float]:
+    """One replica whose steps hold a token for each that runs and chunks of prompts, first come, first served: the
+    percentiles of TTFT and TPOT."""
+    draw = random.Random(seed)
+    prompts, prompt_shares = zip(*load.demand.prompt_tokens.points, strict=True)
+    outputs, output_shares = zip(*load.demand.output_tokens.points, strict=True)
+    floor = load.replica.decode_step_s(1, 1)
+    now, due = 0.0, draw.expovariate(rate)
+    waiting: list[Running] = []
+    running: list[Running] = []
+    ttft: list[float] = []
+    tpot: list[float] = []
+    while len(tpot) < requests:
+        while due <= now or not (waiting or running):
+            now = max(now, due)
+            prompt = draw.choices(prompts, prompt_shares)[0]
+            waiting.append(Running(now, prompt, draw.choices(outputs, output_shares)[0] - 1, uncomputed=prompt))
+            due += draw.expovariate(rate)
+        room = budget = load.token_budget - len(running)
+        for one in waiting:
+            chunk = min(one.uncomputed, room)
+            one.uncomputed, room = one.uncomputed - chunk, room - chunk
+        step_s = 0.0
+        if running:
+            contexts = sum(one.prompt + one.tokens - one.left for one in running)
+            step_s = load.replica.decode_step_s(len(running), contexts)
+        if room < budget:
+            step_s += load.replica.prefill_s(budget - room) - (floor if running else 0.0)
+        now += step_s
+        for one in running:
+            one.left -= 1
+        tpot += [(now - one.begun) / one.tokens for one in running if one.left <= 0]
+        begun = [one for one in waiting if one.uncomputed == 0]
+        ttft += [now - one.came for one in begun]
+        for one in begun:
+            one.begun, one.left = now, one.tokens
+        waiting = [one for one in waiting if one.uncomputed > 0]
+        running = [one for one in running if one.left > 0] + begun
+    share = load.percentile / 100
+    return sorted(ttft)[int(share * len(ttft))], sorted(tpot)[int(share * len(tpot))]
+
+
+@pytest.mark.parametrize("budget", [512, 2048, 8192])
+@pytest.mark.parametrize("rate", [2.0, 6.0, 10.0])
+def test_the_latencies_of_a_unified_replica_are_near_those_of_simulated_steps(budget: int, rate: float) -> None:
+    load = Load(PlainReplica(), CHAT, 95.0, 1, token_budget=budget)
+    predicted = latency(Role.UNIFIED, load, rate)
+    ttft, tpot = simulated_unified(load, rate, 2000, 1)
+    assert predicted.ttft_s == pytest.approx(ttft, rel=0.3)
+    assert predicted.tpot_s == pytest.approx(tpot, rel=0.2)
 
 
 @pytest.mark.parametrize("role", list(Role))
