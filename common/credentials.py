@@ -21,15 +21,31 @@ from tandem.common.secret import derive
 
 Options = Sequence[tuple[str, Any]]
 
+KEEPALIVE_MS = 5_000
+"""Silence after which the other end is asked, and time for its answer. A host that is lost without a word costs both;
+then its name is looked up again."""
 SERVER_OPTIONS: Options = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # the library waits for the longer of the two
+    ("grpc.http2.max_pings_without_data", 0),
+    # Without these a server hangs up on clients that ask whether it is there.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
     # Strangers who connect and say nothing: they are hung up on, and leave descriptors for others.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_allowed_incoming_connections", 512),
 )
 """Options of a server to which `add_port` adds one."""
+_CHANNEL_OPTIONS: Options = (
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+)
 
 _NAME = "tandem"
 _CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -49,14 +65,14 @@ class _Papers:
 
 def open_channel(target: str, secret: bytes, options: Options = ()) -> grpc.Channel:
     if not secret:
-        return grpc.insecure_channel(target, options=list(options))
+        return grpc.insecure_channel(target, options=[*_CHANNEL_OPTIONS, *options])
     return grpc.secure_channel(target, _client(secret), options=_named(options))
 
 
 def open_aio_channel(target: str, secret: bytes, options: Options = ()) -> grpc.aio.Channel:
     """A channel to `target` for the event loop that runs. With a secret it is mutual TLS, without one it is plain."""
     if not secret:
-        return grpc.aio.insecure_channel(target, options=list(options))
+        return grpc.aio.insecure_channel(target, options=[*_CHANNEL_OPTIONS, *options])
     return grpc.aio.secure_channel(target, _client(secret), options=_named(options))
 
 
@@ -86,7 +102,7 @@ def _client(secret: bytes) -> grpc.ChannelCredentials:
 
 def _named(options: Options) -> list[tuple[str, Any]]:
     """The name in certificates is the same for all, whatever address leads to them."""
-    return [*options, ("grpc.ssl_target_name_override", _NAME)]
+    return [*_CHANNEL_OPTIONS, *options, ("grpc.ssl_target_name_override", _NAME)]
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tandem.common.caretaker import RUN_FOLDER_VARIABLE, end_processes_of
+from tandem.common.errors import ConfigError
 
 PREFIX = "tandem-"
 _LOCK = "owner.lock"
@@ -31,23 +32,34 @@ def scratch_roots() -> list[Path]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new folder with mode 0700, removed at the end of the `with`. Raises OSError."""
+    """A new folder with mode 0700, removed at the end of the `with`. Raises ConfigError."""
     within = os.environ.get(RUN_FOLDER_VARIABLE)
-    if within is not None:
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=within, ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
-        return
-    remove_abandoned()
-    root = next((each for each in scratch_roots() if len(str(each)) <= _LONGEST), None)
-    folder = tempfile.mkdtemp(prefix=PREFIX, dir=root)
-    lock = -1
+    folder, lock = _new_folder(within)
     try:
-        lock = _locked(Path(folder))
-        yield Path(folder)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock >= 0:
             os.close(lock)
+
+
+def _new_folder(within: str | None) -> tuple[Path, int]:
+    """Makes it, and gives the descriptor of its lock; -1: it goes with `within`, which has one. Raises ConfigError."""
+    root: str | Path = within or ""
+    try:
+        if within is not None:
+            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=within)), -1
+        remove_abandoned()
+        root = next(each for each in scratch_roots() if len(str(each)) <= _LONGEST)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+        try:
+            return folder, _locked(folder)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        where = f"{root}: nothing can be written there ({error.strerror})" if root else error.strerror or str(error)
+        raise ConfigError(f"{where}; set TMPDIR to a folder that can be written") from error
 
 
 def remove_abandoned() -> None:

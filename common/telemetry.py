@@ -22,6 +22,7 @@ from prometheus_client import (
     start_http_server,
 )
 
+from tandem.common.addresses import in_url
 from tandem.common.errors import ConfigError
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -104,8 +105,10 @@ def process_registry() -> CollectorRegistry:
 
 
 def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> None:
-    """Prometheus text at http://host:port/metrics, from a daemon thread."""
+    """Prometheus text at http://host:port/metrics, from a daemon thread. Raises ConfigError."""
     try:
         start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise ConfigError(f"--metrics-port {port}: cannot listen on {host}:{port} ({error.strerror})") from error
+        raise ConfigError(
+            f"--metrics-port {port}: cannot listen on {in_url(host)}:{port} ({error.strerror})"
+        ) from error

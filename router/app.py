@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from tandem.common.addresses import in_url
 from tandem.common.errors import ConfigError
 from tandem.common.fairness import ServiceCounters
 from tandem.common.secret import read_secret
@@ -97,8 +98,7 @@ class Router:
 
     @property
     def url(self) -> str:
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.port}"
+        return f"http://{in_url(self.config.host)}:{self.port}"
 
     async def start(self) -> None:
         """Returns when both servers listen; workers connect in the background."""

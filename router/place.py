@@ -12,6 +12,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.common.addresses import family_of
 from tandem.common.caretaker import RUN_FOLDER_VARIABLE
 from tandem.common.errors import ConfigError
 
@@ -60,8 +61,8 @@ def health_path(folder: Path, name: str) -> Path:
 def bind(host: str, port: int) -> socket.socket:
     """A TCP socket that does not listen yet: who connects is refused. Raises ConfigError, where somebody listens on
     the port as well."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        family = family_of(host, port)
         with socket.create_server((host, port), family=family) as probe:
             port = probe.getsockname()[1]
         sock = socket.socket(family, socket.SOCK_STREAM)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from tandem.common.addresses import in_url
 from tandem.common.errors import ConfigError
 from tandem.common.scratch import PREFIX, scratch_roots
 
@@ -33,8 +34,8 @@ class Running:
 
 
 def reachable(host: str) -> str:
-    """An address of this machine for a server that listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    """An address of this machine, as URLs have it, for a server that listens on `host`."""
+    return in_url({"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host))
 
 
 def announce(run_directory: Path, url: str, model: str, node: str, secret_file: str) -> None:

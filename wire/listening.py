@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tandem.common.addresses import family_of
 from tandem.common.seldom import Seldom
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Listener:
             if self.unix_path:
                 self._sockets.append(_listen_unix(self.unix_path))
             if self._tcp:
-                family = socket.AF_INET6 if ":" in self._tcp[0] else socket.AF_INET
+                family = family_of(*self._tcp)
                 self._sockets.append(socket.create_server(self._tcp, family=family, backlog=_BACKLOG))
                 self.host, self.port = self._sockets[-1].getsockname()[:2]
         except OSError:

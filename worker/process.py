@@ -21,10 +21,11 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 import tandem
+from tandem.common.addresses import beside
 from tandem.common.credentials import SERVER_OPTIONS, add_port
 from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.errors import ConfigError
-from tandem.common.secret import check_reachable, is_local, read_secret
+from tandem.common.secret import check_reachable, read_secret
 from tandem.common.telemetry import serve_metrics, set_up_logging, set_up_tracing
 from tandem.engine.engine import Engine
 from tandem.engine.model.model import num_parameters, weight_bytes
@@ -133,8 +134,7 @@ class WorkerProcess:
         service.registry.register(ShortageCounter(self.engine))
         service.registry.register(HandoverMetrics(transferred))
         if self.config.metrics_port:
-            host = "127.0.0.1" if is_local(self.config.listen) else "0.0.0.0"
-            serve_metrics(host, self.config.metrics_port, service.registry)
+            serve_metrics(beside(self.config.listen), self.config.metrics_port, service.registry)
         self._bridge.deliver = service.deliver
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)

@@ -31,7 +31,7 @@ class WorkerConfig(EngineConfig, StoreSettings):
     """Workers of one class are equally fast: a router learns their speeds together. Empty: the GPU's name, such as
     "nvidia-h100", or "cpu". Name it where equal names do not mean equal speeds."""
     metrics_port: int = 0
-    """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
+    """Port of Prometheus metrics on the loopback device (on all interfaces if `listen` is not local). 0: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Level of this project's own loggers."""
 

@@ -24,11 +24,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from tandem.common.addresses import beside
 from tandem.common.credentials import SERVER_OPTIONS, add_port
 from tandem.common.ending import LATE_S, end_within, ending_signals
 from tandem.common.errors import ConfigError
 from tandem.common.scratch import scratch_folder
-from tandem.common.secret import check_reachable, is_local, read_secret
+from tandem.common.secret import check_reachable, read_secret
 from tandem.common.settings import Group
 from tandem.common.telemetry import process_registry, serve_metrics, set_up_logging
 from tandem.kvstore.contexts.contexts import open_shelf
@@ -73,7 +74,7 @@ class KvStoreConfig(StoreSettings):
     drain_grace_s: float = 10.0
     """On SIGTERM: how long the node may take to write what is not on a lower tier yet."""
     metrics_port: int = 0
-    """Port of Prometheus metrics on 127.0.0.1 (on all interfaces if `listen` is not local). 0: none."""
+    """Port of Prometheus metrics on the loopback device (on all interfaces if `listen` is not local). 0: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Level of this project's own loggers."""
 
@@ -112,8 +113,7 @@ def serve(config: KvStoreConfig) -> None:
             registry = process_registry()
             StoreMetrics(store.stats, registry)
             if config.metrics_port:
-                host = "127.0.0.1" if is_local(config.listen) else "0.0.0.0"
-                serve_metrics(host, config.metrics_port, registry)
+                serve_metrics(beside(config.listen), config.metrics_port, registry)
             kvnode_pb2_grpc.add_KvNodeServicer_to_server(KvNodeService(store, directory, contexts, registry), server)
             if isinstance(directory, EmbeddedDirectory):
                 add_directory_service(server, directory)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -16,6 +15,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from tandem.common.patience import Silence
 from tandem.proto import worker_pb2
 from tandem.router.fleet.health import WorkerHealth
 
@@ -81,14 +81,13 @@ class WorkerSession:
         self.alive = True
         self.usable = False
         """Whether it takes new requests, as far as it has said."""
-        self.heard_at = 0.0
-        """time.monotonic() at the last message."""
+        self.silence = Silence(silence_s, self._give_up)
+        """Since its last message."""
         self.stale_outputs = 0
         """Outputs of requests that had already ended here."""
         self._call = call
         self._changed = changed
         self._leaving = False
-        self._silence_s = silence_s
         self._handlers: dict[Key, tuple[Handler, Watcher | None]] = {}
         self._watchers: dict[Key, Watcher] = {}
         """Watchers of requests about to be submitted."""
@@ -98,7 +97,7 @@ class WorkerSession:
         self._outbox: deque[worker_pb2.SessionRequest] = deque()
         self._outbox_filled = asyncio.Event()
         self._frozen = False
-        """Nothing was heard for `silence_s`."""
+        """Nothing was heard for too long."""
 
     @property
     def requests(self) -> int:
@@ -160,13 +159,12 @@ class WorkerSession:
         """Reads and writes until the session ends. Returns why it ended; every open request has been told."""
         writer = asyncio.create_task(self._write())
         reason = "router is stopping"
-        self.heard_at = time.monotonic()
-        self._expect_message(self._silence_s)
+        self.silence.start()
         try:
             reason = await self._read()
         finally:
             self.alive = self.usable = False
-            self._patience.cancel()
+            self.silence.stop()
             writer.cancel()
             self._call.cancel()
             handlers, self._handlers = self._handlers, {}
@@ -198,7 +196,7 @@ class WorkerSession:
     async def _read(self) -> str:
         try:
             async for response in self._call:
-                self.heard_at = time.monotonic()
+                self.silence.heard()
                 self._dispatch(response)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {(error.details() or '')[:200]}"
@@ -206,22 +204,15 @@ class WorkerSession:
             if not self._call.cancelled() or being_cancelled():
                 raise
             if self._frozen:
-                return f"no message for {self._silence_s:g} s"
+                return f"no message for {self.silence.seconds:g} s"
             if self._leaving:
                 return "it has left the list of workers"
             return "the connection broke while writing"
         return "the worker closed the session"
 
-    def _expect_message(self, within_s: float) -> None:
-        self._patience = asyncio.get_running_loop().call_later(within_s, self._look_for_silence)
-
-    def _look_for_silence(self) -> None:
-        left_s = self.heard_at + self._silence_s - time.monotonic()
-        if left_s > 0:
-            self._expect_message(left_s)
-        else:
-            self._frozen = True
-            self._call.cancel()
+    def _give_up(self) -> None:
+        self._frozen = True
+        self._call.cancel()
 
     def _dispatch(self, response: worker_pb2.SessionResponse) -> None:
         for output in response.outputs:

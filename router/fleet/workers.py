@@ -74,11 +74,10 @@ class Fleet:
         if now - self._compared_at >= COMPARE_S:
             self._compared_at = now
             self._eject_outliers(now)
-        lately = now - QUIET_S
         usable = [
             session
             for client in self._by_role.get(role, ())
-            if (session := client.session) is not None and session.usable and session.heard_at > lately
+            if (session := client.session) is not None and session.usable and session.silence.seconds < QUIET_S
         ]
         return [session for session in usable if session.health.available(now)] or usable
 

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tandem.common.addresses import in_url
 from tandem.common.errors import ConfigError, TandemError
 from tandem.proto import inference_pb2 as pb
 from tandem.router.calls.accounts import Accounts
@@ -183,7 +184,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = f"{in_url(host)}:{port}"
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tandem.common.patience import within
+from tandem.common.patience import Silence, within
 
 LONG_S = 3600.0
 
@@ -66,3 +66,38 @@ async def test_an_answer_that_came_while_the_loop_was_held_up_is_heard() -> None
     assert await within(1.0, reader.readexactly(6)) == b"answer"
     writer.close()
     theirs.close()
+
+
+async def test_silence_breaks_what_hears_nothing_for_long_and_once() -> None:
+    broken: asyncio.Queue[float] = asyncio.Queue()
+    silence = Silence(0.2, lambda: broken.put_nowait(silence.seconds))
+    silence.start()
+    assert await broken.get() == pytest.approx(0.2)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(broken.get(), 0.1)
+
+
+async def test_a_word_ends_silence() -> None:
+    broken = asyncio.Event()
+    silence = Silence(0.2, broken.set)
+    silence.start()
+    await broken.wait()
+    assert silence.seconds
+    silence.heard()
+    assert silence.seconds == 0.0
+
+
+async def test_a_loop_that_was_held_up_blames_nobody_else() -> None:
+    held_up = asyncio.Event()
+
+    def hold_up() -> None:
+        time.sleep(1.5)  # longer than the limit
+        held_up.set()
+
+    silence = Silence(1.0, lambda: None)
+    silence.start()
+    asyncio.get_running_loop().call_soon(hold_up)
+    await held_up.wait()
+    await asyncio.sleep(0)  # its look, which is late, is over
+    assert silence.seconds <= 0.2
+    silence.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tandem.common import scratch
 from tandem.common.caretaker import RUN_FOLDER_VARIABLE
+from tandem.common.errors import ConfigError
 from tandem.common.scratch import remove_abandoned, scratch_folder
 
 HOLDS = """
@@ -102,3 +104,25 @@ def test_only_what_is_ours_and_abandoned_is_removed(root: Path) -> None:
     before = set(root.rglob("*"))
     remove_abandoned()
     assert before - set(root.rglob("*")) == {abandoned, abandoned / "owner.lock", abandoned / "out"}
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(
+    folder: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "file").touch()
+    monkeypatch.setattr(scratch, "scratch_roots", lambda: [root / folder])
+    with pytest.raises(ConfigError, match=rf"{root / folder}: nothing can be written there \(.+\); set TMPDIR to"):
+        scratch_folder().__enter__()
+    monkeypatch.setenv(RUN_FOLDER_VARIABLE, str(root / folder))
+    with pytest.raises(ConfigError, match=f"{root / folder}: nothing can be written there"):
+        scratch_folder().__enter__()
+
+
+def test_no_folder_at_all_is_an_error_with_the_remedy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> list[Path]:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(scratch, "scratch_roots", none)
+    with pytest.raises(ConfigError, match=r"No usable .+; set TMPDIR to a folder"):
+        scratch_folder().__enter__()

@@ -28,7 +28,7 @@ def costly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return costly_model(tmp_path_factory.mktemp("hosts"))
 
 
-@pytest.fixture(params=[4], ids=["ipv4"])
+@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
 def hosts(request: pytest.FixtureRequest, costly: Path) -> Iterator[Hosts]:
     try:
         made = Hosts(costly, request.param, TANDEM_DISAGGREGATE="always")

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 from prometheus_client import CollectorRegistry
 
+from tandem.common.credentials import SERVER_OPTIONS
 from tandem.kvstore.contexts.contexts import open_shelf
 from tandem.kvstore.directory import EmbeddedDirectory
 from tandem.kvstore.interfaces import ObjectKey
@@ -48,7 +49,7 @@ class StoreNode:
         self._shelf = open_shelf(self.node, str(self._folder), CHUNK, b"")
         self._shelf.start()
         self._threads = ThreadPoolExecutor(2)
-        self._server = grpc.server(self._threads, options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.server(self._threads, options=SERVER_OPTIONS)
         service = KvNodeService(self._store, directory, self._shelf, CollectorRegistry())
         kvnode_pb2_grpc.add_KvNodeServicer_to_server(service, self._server)
         self._server.add_insecure_port(self.address)

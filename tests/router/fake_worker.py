@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from tandem.common.credentials import SERVER_OPTIONS
 from tandem.proto import worker_pb2, worker_pb2_grpc
 
 NAMESPACE = b"n" * 32
@@ -93,7 +94,7 @@ class FakeWorker:
         return {key.request_id for key in self.cancels}
 
     async def start(self) -> FakeWorker:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(_Servicer(self), self._server)
         self._server.add_insecure_port(self.target)
         await self._server.start()
@@ -101,7 +102,7 @@ class FakeWorker:
 
     async def start_on_tcp(self) -> int:
         """Listens on 127.0.0.1 instead. Returns the port."""
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(_Servicer(self), self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,26 @@ async def test_a_quiet_worker_gets_nothing_new_until_it_is_heard_again(
     assert not worker.submits
     worker._thawed.set()
     assert (await request).status_code == 200
+
+
+async def test_a_router_that_was_held_up_itself_goes_on_with_its_workers(house: House) -> None:
+    worker = await house.decode()
+    router = await house.router(worker, silence_s=2.0)
+    client = await house.client(router)
+    session = router.fleet.clients[0].session
+    worker.freeze()
+    held_up = asyncio.Event()
+
+    def hold_up() -> None:
+        time.sleep(3.0)  # longer than the silence after which a worker is given up: nobody could be heard
+        held_up.set()
+
+    asyncio.get_running_loop().call_soon(hold_up)
+    await held_up.wait()
+    assert router.fleet.decode, "it gets requests at once"
+    worker._thawed.set()
+    assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+    assert router.fleet.clients[0].session is session
 
 
 async def test_a_name_whose_worker_was_lost_leads_to_the_next_one(house: House) -> None:
