@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,8 @@ from tandem.common.settings.fields import Setting
 from tandem.common.settings.values import BOOLEANS, Raw, close_to, is_repeatable, is_switch
 from tandem.common.yaml_file import read_document
 
+log = logging.getLogger(__name__)
+
 RENAMED = {
     "kv_node": "kv_store_socket",
     "kv_store": "kv_store_address",
@@ -24,6 +28,9 @@ RENAMED = {
 """Settings that had another name. It is refused wherever the new one is known."""
 COMMON_FLAGS = ("--help", "--config", "--print-config")
 CONFIG_VARIABLE = "TANDEM_CONFIG"
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:\d{1,5}")
+"""What Kubernetes writes into TANDEM_PORT for a Service called tandem, into TANDEM_GRPC_PORT for tandem-grpc. No setting
+has such values."""
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -135,15 +142,13 @@ def read_variables(known: Known) -> dict[str, Given]:
     given = {}
     for setting in known.settings.values():
         raw = os.environ.get(setting.variable)
-        if raw is not None and not _is_service_link(setting, raw):
+        if raw is None:
+            continue
+        if _SERVICE_LINK.fullmatch(raw):
+            log.warning("%s=%s is Kubernetes's link to a Service, and no setting", setting.variable, raw)
+        else:
             given[setting.name] = Given(raw, setting.variable)
     return given
-
-
-def _is_service_link(setting: Setting, raw: str) -> bool:
-    """Whether Kubernetes has set it: TANDEM_PORT=tcp://... for a Service called tandem, TANDEM_GRPC_PORT for
-    tandem-grpc."""
-    return f"_{setting.name}".endswith("_port") and raw.startswith(("tcp://", "udp://", "sctp://"))
 
 
 def read_file(path: str, known: Known) -> dict[str, Given]:

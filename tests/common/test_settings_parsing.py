@@ -260,10 +260,13 @@ def parse_server(*argv: str) -> Server:
     return parse_settings(Server, argv, command="t", description="d", examples=())
 
 
-def test_kubernetes_may_have_services_with_our_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubernetes_may_have_services_with_our_names(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("TANDEM_PORT", "tcp://10.0.0.1:8000")
-    monkeypatch.setenv("TANDEM_GRPC_PORT", "udp://10.0.0.1:8001")
+    monkeypatch.setenv("TANDEM_GRPC_PORT", "udp://[fd00::1]:8001")
     assert parse_server() == Server()
+    assert [record.message.partition("=")[0] for record in caplog.records] == ["TANDEM_PORT", "TANDEM_GRPC_PORT"]
     monkeypatch.setenv("TANDEM_GRPC_PORT", "8001")
     assert parse_server().grpc_port == 8001
     monkeypatch.setenv("TANDEM_GRPC_PORT", "http://10.0.0.1:8001")
