@@ -8,10 +8,13 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
+import tandem
 from tandem.common.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+BUNDLED_MODEL = Path(tandem.__file__).resolve().parent / "small_model"
+BUNDLED_NAME = "tandem-small"
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TEXT_FILES = (
     "config.json",
@@ -53,6 +56,15 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
     if folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise ConfigError(f"--model {model}: no such folder, and not a hub id of the form OWNER/NAME")
     return _fetch(model, weights)
+
+
+def model_name(model: str) -> str:
+    """What clients call a folder or hub id: its last part; the model that comes with the project has a name of its
+    own."""
+    folder = Path(model).expanduser()
+    if folder.resolve() == BUNDLED_MODEL.resolve():
+        return BUNDLED_NAME
+    return folder.name or folder.resolve().name
 
 
 def read_json(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:

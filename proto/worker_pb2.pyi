@@ -191,6 +191,7 @@ class WorkerInfo(_message.Message):
     SENDS_CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     ROW_INVARIANT_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     worker_epoch: _builtins.int
     """differs for every start of the process"""
@@ -223,6 +224,8 @@ class WorkerInfo(_message.Message):
     """a row's bits depend on its own tokens alone, by construction or as measured there"""
     host_id: _builtins.str
     """of the host it runs on, as in KvEndpoint; empty where that is unknown"""
+    fingerprint: _builtins.bytes
+    """of tokenizer and weights (32 bytes): routers know by it whether it is their model"""
     @_builtins.property
     def kv_endpoint(self) -> Global___KvEndpoint:
         """decode workers"""
@@ -252,10 +255,11 @@ class WorkerInfo(_message.Message):
         sends_cache_events: _builtins.bool = ...,
         row_invariant: _builtins.bool = ...,
         host_id: _builtins.str = ...,
+        fingerprint: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_endpoint", b"kv_endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "hardware_class", b"hardware_class", "host_id", b"host_id", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "row_invariant", b"row_invariant", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk_tokens", b"chunk_tokens", "compatibility", b"compatibility", "fingerprint", b"fingerprint", "hardware_class", b"hardware_class", "host_id", b"host_id", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "model", b"model", "namespace", b"namespace", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "role", b"role", "row_invariant", b"row_invariant", "sends_cache_events", b"sends_cache_events", "store_node", b"store_node", "version", b"version", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "worker_epoch", b"worker_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

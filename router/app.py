@@ -75,7 +75,7 @@ class Router:
             self._shared.buckets.routers = place.count  # those that are certain, until Redis tells of more
             if (tenants := self.tenants) is not None:
                 self._shared.tenants = lambda: tenants.fingerprint
-        self.fleet = Fleet(sources, secrets.token_hex(4), silence_s, secret)
+        self.fleet = Fleet(sources, secrets.token_hex(4), silence_s, secret, self.model.fingerprint)
         self.metrics.watch(self.fleet)
         self.siblings = Siblings(place.folder, place.index, place.count)
         self.service = Service(

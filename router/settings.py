@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -134,7 +135,8 @@ class RouterConfig(FrontDoorSettings):
     model: str
     """Folder or hub id of the model: its tokenizer, chat template and limits are read, never its weights."""
     served_model_name: str | None = None
-    """The name clients use. None: the last part of `model`."""
+    """The name clients use. None: the last part of `model`, or tandem-small for the model that comes with the
+    project."""
     decode_workers: list[str] = field(default_factory=list)
     """Decode workers: `unix:/run/decode-0.sock`, `10.0.0.4:9200`, or `dns:NAME:PORT` for all addresses of a name, which
     is looked up again and again. At least one, here or in `workers_file`."""
@@ -143,6 +145,10 @@ class RouterConfig(FrontDoorSettings):
     workers_file: Path | None = None
     """YAML file with more workers, `decode: [10.0.0.4:9200]` and `prefill: []`, which is read again when it changes.
     None: there is none."""
+
+    model_fingerprint: str = ""
+    """First digits of the fingerprint of the model, as workers log it when they start: workers of another one are
+    refused. Empty: that of `model`, where its weights are there; without them the first worker decides."""
 
     store: ClassVar[Group]
     """Store: the KV store whose contents placement goes by."""
@@ -155,3 +161,8 @@ class RouterConfig(FrontDoorSettings):
     secret_file: str = ""
     """File with the deployment's secret, which workers and store nodes have, too. Empty: the variable TANDEM_SECRET
     holds it; without either they must ask for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if set(self.model_fingerprint.lower()) - set(string.hexdigits):
+            raise ConfigError(f"model_fingerprint {self.model_fingerprint!r}: must be hexadecimal digits")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.common.checkpoint import model_name
 from tandem.engine.settings import EngineConfig
 from tandem.kvstore.settings import StoreSettings
 from tandem.router.settings import FrontDoorSettings
 from tandem.runtime.settings import ServeConfig
 
-BUNDLED_NAME = "tandem-small"
 _KNOWN_TO_WORKERS = ("kv_chunk_tokens", "secret_file", "kv_near")
 """Settings of the store that workers need; the rest is between the node and its tiers."""
 
@@ -28,9 +28,7 @@ class ProcessSpec:
 
 def served_name(config: ServeConfig) -> str:
     """The model's name in the API."""
-    if config.served_model_name:
-        return config.served_model_name
-    return Path(config.model_folder).name if config.model else BUNDLED_NAME
+    return config.served_model_name or model_name(config.model_folder)
 
 
 def processes_of(config: ServeConfig, run_directory: Path, port: int) -> list[ProcessSpec]:

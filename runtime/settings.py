@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import tandem
+from tandem.common.checkpoint import BUNDLED_MODEL
 from tandem.common.errors import ConfigError
 from tandem.common.settings import Group
 from tandem.engine.settings import EngineConfig
 from tandem.kvstore.settings import StoreSettings
 from tandem.router.settings import FrontDoorSettings
-
-BUNDLED_MODEL = Path(tandem.__file__).resolve().parent / "small_model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -226,6 +226,7 @@ class WorkerProcess:
             chunk_tokens=self._store.chunk_tokens if self._store is not None else 0,
             sends_cache_events=True,
             row_invariant=loaded.row_invariant,
+            fingerprint=loaded.fingerprint,
         )
 
     def _store_node(self) -> str:

@@ -29,8 +29,8 @@ RENAMED = {
 COMMON_FLAGS = ("--help", "--config", "--print-config")
 CONFIG_VARIABLE = "TANDEM_CONFIG"
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:\d{1,5}")
-"""What Kubernetes writes into TANDEM_PORT for a Service called tandem, into TANDEM_GRPC_PORT for tandem-grpc. No setting
-has such values."""
+"""What Kubernetes writes into TANDEM_PORT for a Service called tandem, into TANDEM_GRPC_PORT for tandem-grpc. No
+setting has such values."""
 _NULL = "tag:yaml.org,2002:null"
 
 

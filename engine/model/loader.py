@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from tandem.common.checkpoint import MAX_LONG_BYTES
 from tandem.common.errors import ConfigError
+from tandem.common.fingerprint import fingerprint, shown
 from tandem.engine.model.attention import AttentionBackend, ReferenceAttention
 from tandem.engine.model.batch_invariance import arithmetic, check_batch_invariant
 from tandem.engine.model.config import ModelConfig
@@ -48,6 +49,8 @@ class LoadedModel:
     compatibility: bytes
     """32 bytes; workers whose values are equal may exchange KV."""
     rows: RowPromise
+    fingerprint: bytes
+    """Of `common/fingerprint.py`."""
 
     @property
     def row_invariant(self) -> bool:
@@ -100,6 +103,8 @@ def load_model(
             fixed_sums=fixed_sums,
         )
         weights_digest = checkpoint.digest()
+    known_by = fingerprint(folder)
+    logger.info("the model's fingerprint is %s", shown(known_by))
     identity = namespace(
         KvIdentity(
             weights_digest=weights_digest,
@@ -127,7 +132,7 @@ def load_model(
     logger.info(
         "a row's bits %s on its own tokens alone: %s", "depend" if rows.holds else "may not depend", rows.reason
     )
-    return LoadedModel(decoder, config, kind, target, identity, compatibility, rows)
+    return LoadedModel(decoder, config, kind, target, identity, compatibility, rows, known_by)
 
 
 def _device(name: str) -> torch.device:

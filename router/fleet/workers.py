@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from tandem.common.errors import TandemError
+from tandem.common.fingerprint import SHOWN_DIGITS, shown
 from tandem.proto import worker_pb2
 from tandem.router.fleet.client import ConnectedAlready, WorkerClient, WorkerRefused
 from tandem.router.fleet.health import eject_outliers
@@ -34,11 +35,14 @@ class Fleet:
         router_id: str,
         silence_s: float = SILENCE_S,
         secret: bytes = b"",
+        fingerprint: str = "",
     ) -> None:
+        """`fingerprint`: digits with which that of every worker's model must begin; empty: the first worker decides."""
         self.sources = sources
         self._router_id = router_id
         self._silence_s = silence_s
         self._secret = secret
+        self._fingerprint = fingerprint
         self._clients: dict[Target, WorkerClient] = {}
         self._by_role: dict[worker_pb2.Role.ValueType, list[WorkerClient]] = {}
         self._changed = asyncio.Event()
@@ -184,7 +188,13 @@ class Fleet:
             self._follow()  # it may have been listed again meanwhile
 
     def check(self, info: worker_pb2.WorkerInfo) -> None:
-        """Raises WorkerRefused for a worker that cannot serve together with those that are connected."""
+        """Raises WorkerRefused for a worker of another model, or that cannot serve together with those that are
+        connected."""
+        if not info.fingerprint.hex().startswith(self._fingerprint):
+            raise WorkerRefused(
+                f"it has other weights or another tokenizer: its model's fingerprint is {shown(info.fingerprint)}, "
+                f"that of this router's {self._fingerprint[:SHOWN_DIGITS]} (--model, or --model-fingerprint)"
+            )
         for client in self._clients.values():
             other = client.session
             if other is None or not other.alive:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.common.checkpoint import read_json, resolve_model, shown
+from tandem.common.checkpoint import model_name, read_json, resolve_model, shown
 from tandem.common.errors import ConfigError, TandemError
 from tandem.common.fair_work import FairWork
+from tandem.common.fingerprint import fingerprint
 from tandem.common.sampling import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MAX_TOP_K, MIN_REPETITION_PENALTY
 from tandem.kvstore.identity import BlockHash, Namespace, prefix_chain
 from tandem.router.fields.truncation import Truncation
@@ -102,6 +103,8 @@ class ServedModel:
     max_position_embeddings: int
     created: int
     """Seconds since 1970; OpenAI's model object has it."""
+    fingerprint: str
+    """Hexadecimal digits with which that of a worker must begin. Empty: nothing is known of the weights."""
     _renderings: FairWork = field(default_factory=_fair_renderings)
 
     @classmethod
@@ -110,7 +113,7 @@ class ServedModel:
         folder = resolve_model(config.model, weights=False)
         settings = read_json(folder / "config.json")
         vocab_size = _size(folder, settings, "vocab_size")
-        name = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
+        name = config.served_model_name or model_name(config.model)
         template = ChatTemplate.load(folder)
         if config.tool_format:
             kind = format_named(config.tool_format)
@@ -133,6 +136,7 @@ class ServedModel:
             vocab_size=vocab_size,
             max_position_embeddings=_size(folder, settings, "max_position_embeddings"),
             created=int(time.time()),
+            fingerprint=config.model_fingerprint.lower() or fingerprint(folder).hex(),
         )
 
     def close(self) -> None:

@@ -66,6 +66,7 @@ class FakeWorker:
     epoch: int = 1
     worker_id: str = ""
     namespace: bytes = NAMESPACE
+    fingerprint: bytes = b""
     max_model_len: int = 512
     vocab_size: int = 512
     submits: list[worker_pb2.Submit] = field(default_factory=list)
@@ -137,6 +138,7 @@ class FakeWorker:
             role=self.role,
             model="fake",
             namespace=self.namespace,
+            fingerprint=self.fingerprint,
             compatibility=COMPATIBILITY,
             block_size=16,
             num_blocks=1000,

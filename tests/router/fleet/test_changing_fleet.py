@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from tandem.common.errors import ConfigError
+from tandem.common.fingerprint import fingerprint, shown
 from tandem.proto import worker_pb2
 from tandem.router.app import Router
 from tandem.router.fleet import client as fleet_client
 from tandem.router.fleet import sources, workers
 from tandem.router.fleet.sources import NameSource, Target
+from tandem.router.settings import RouterConfig
 from tests.router.conftest import House, router_metrics, until
 from tests.router.fake_worker import FakeWorker, Script
 from tests.router.fleet.test_sources import Names, write
@@ -295,3 +299,34 @@ async def test_a_worker_with_two_addresses_is_used_once_and_survives_the_loss_of
     write(listed, f"decode: ['{other}']")
     await until(lambda: names(router) == ["decode-0"] and router.fleet.clients[0].target.address == other)
     assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_the_routers_own_model_decides_whoever_comes_first(house: House, model_folder: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, house.folder / "model"))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    mine = fingerprint(folder)
+    wrong = await house.decode("wrong", fingerprint=b"x" * 32, namespace=b"n" * 32)
+    house.model = folder
+    router = await house.router(wrong, wait=False, workers_file=listing(house))
+    client = await house.client(router)
+    await until(lambda: router.fleet.clients[0].problem)
+    (told,) = (await client.get("/readyz")).json()["workers"]
+    assert told["target"] == wrong.target
+    assert f"{shown(mine)} (--model, or --model-fingerprint)" in told["problem"]
+    assert shown(b"x" * 32) in told["problem"]
+    listing(house, await house.decode("right", fingerprint=mine))
+    await until(lambda: names(router) == ["right"])
+    assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+    assert not wrong.submits
+
+
+async def test_a_setting_says_which_model_it_is_where_the_router_has_no_weights(house: House) -> None:
+    wrong, right = (
+        await house.decode("wrong", fingerprint=b"x" * 32),
+        await house.decode("right", fingerprint=b"y" * 32),
+    )
+    router = await house.router(wrong, right, wait=False, model_fingerprint=shown(b"y" * 32).upper())
+    await until(lambda: names(router) == ["right"])
+    await until(lambda: any("other weights" in worker.problem for worker in router.fleet.clients))
+    with pytest.raises(ConfigError, match="model_fingerprint 'small': must be hexadecimal digits"):
+        RouterConfig(model="m", model_fingerprint="small")
