@@ -53,6 +53,12 @@ def test_goals_bounds_and_limits_are_what_the_file_says(file: Path) -> None:
     }
 
 
+def test_the_file_of_the_docs_is_read(file: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "pool-plan.md"
+    file.write_text(page.read_text().split("```yaml\n")[1].split("```")[0])
+    assert set(read_deployment(file).classes) == {"h100", "a100"}
+
+
 def test_what_is_written_reads_back_the_same(file: Path) -> None:
     deployment = read_deployment(file)
     file.write_text(written([deployment.service, *deployment.classes.values()]))
