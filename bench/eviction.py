@@ -19,7 +19,6 @@ import gzip
 import heapq
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from bench.policies import POLICIES  # noqa: E402
 from bench.prompt_streams import SESSIONS, azure, servegen  # noqa: E402
+from bench.systems import machine  # noqa: E402
 from tandem.kvstore.eviction import DEFAULT_POLICY  # noqa: E402
 from tandem.kvstore.interfaces import ObjectInfo, ObjectKey  # noqa: E402
 
@@ -252,7 +252,7 @@ def main() -> None:
             for name in names
         },
         "default": DEFAULT_POLICY,
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "machine": machine(),
         "results": [
             {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(item).items()}
             for item in results

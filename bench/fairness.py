@@ -21,7 +21,6 @@ import csv
 import gzip
 import json
 import math
-import platform
 import random
 import statistics
 import sys
@@ -30,6 +29,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from systems import machine
 
 from tandem.common.fair_queue import QUANTUM
 from tandem.common.fairness import INPUT_COST, OUTPUT_COST, AccountKey, ServiceCounters
@@ -399,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
     report = {
         "bench": "fairness",
-        "machine": f"{platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        "machine": machine(),
         "virtual_time": True,
         "redis": f"modelled, an exchange every {EXCHANGE_S} s",
         "overload": OVERLOAD,

@@ -30,7 +30,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -47,6 +46,7 @@ from pathlib import Path
 import numpy as np
 import redis
 from numpy.typing import NDArray
+from systems import machine
 
 from tandem.kvstore.dataplane.client import RemoteHomeNode
 from tandem.kvstore.dataplane.nixl import PACKAGES, NixlAgent
@@ -412,13 +412,7 @@ def report(
         spread = f"({min(measured):.2f}..{max(measured):.2f})"
         row = f"{size >> 10:>6}Ki  {op}  {name:<12} {statistics.median(measured):>6.2f} {spread:>13}"
         print(row + f" {p50:>9.0f} {p99:>9.0f}" + (f"  {ratio:.2f} {rival}" if ratio else ""), file=sys.stderr)
-    machine = {
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
-    result = json.dumps({"benchmark": "kvstore", "machine": machine, "cells": cells})
+    result = json.dumps({"benchmark": "kvstore", "machine": machine("numpy", "redis"), "cells": cells})
     print(result)
     if path:
         path.write_text(result + "\n")

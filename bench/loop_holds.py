@@ -16,8 +16,6 @@ import asyncio
 import hashlib
 import http.client
 import json
-import os
-import platform
 import resource
 import sys
 import tempfile
@@ -30,6 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from systems import machine  # noqa: E402
 
 MODEL = ROOT / "examples/small_model/model"
 TICK_S = 0.001
@@ -276,8 +276,7 @@ def main() -> None:
     import uvloop
 
     rows = uvloop.run(measure(args.kinds or list(KINDS)))
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    text = json.dumps({"machine": machine, "rows": rows}, indent=1)
+    text = json.dumps({"machine": machine("uvloop", "uvicorn"), "rows": rows}, indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from systems import machine
 
 from tandem.common.sampling import SamplingParams
 from tandem.engine.engine import Engine
@@ -334,7 +334,7 @@ def main() -> None:
     found: dict[str, object] = {
         "prompt_tokens": PROMPT_TOKENS,
         "rounds": rounds,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": machine("torch"),
     }
     with contextlib.ExitStack() as stack:
         bench = Bench(arguments.model, rounds, stack)

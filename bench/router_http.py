@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import re
 import socket
@@ -46,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from router_targets import Ask, GrpcTarget, HttpTarget, Spread, Target, Times  # noqa: E402
 from router_workers import sockets  # noqa: E402
 from serve import percentile  # noqa: E402
+from systems import machine  # noqa: E402
 
 SYSTEM_TOKENS = 300
 USER_TOKENS = 100
@@ -294,8 +293,9 @@ def main() -> None:
     print(f"{'router':<20} {'kind':<10}" + "".join(f"{title:>11}" for title in columns.values()), file=sys.stderr)
     for row in rows:
         print(f"{row['router']:<20} {row['kind']:<10}" + "".join(f"{row[c]:>11}" for c in columns), file=sys.stderr)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    text = json.dumps({"machine": machine, "clients": args.clients, "rows": rows}, indent=1)
+    text = json.dumps(
+        {"machine": machine("grpcio", "uvloop", "uvicorn"), "clients": args.clients, "rows": rows}, indent=1
+    )
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from urllib.parse import urlsplit
 import grpc.aio
 
 from tandem.proto import worker_pb2, worker_pb2_grpc
+
+_TEXT = re.compile(rb'"content": ?"[^"]')
+"""The first event of a stream may have a role and no text."""
+_LONGEST_BEGINNING = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +59,16 @@ class HttpTarget:
 
     async def request(self, ask: Ask, *, streaming: bool) -> Times:
         raw = self._encode(ask, streaming)
-        if self._idle:
-            connection = self._idle.pop()
-        else:
-            _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)
+        while self._idle:
+            kept = self._idle.pop()
+            try:
+                return await self._exchange(kept, raw)
+            except ConnectionResetError:
+                continue  # closed by the server while nobody used it
+        _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)
+        return await self._exchange(connection, raw)
+
+    async def _exchange(self, connection: _Connection, raw: bytes) -> Times:
         times = await connection.exchange(raw)
         self._idle.append(connection)
         return times
@@ -96,7 +107,9 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
 
     async def exchange(self, request: bytes) -> Times:
-        assert self._transport is not None
+        """Raises ConnectionResetError where the connection closed before a byte of the answer."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("closed before the request")
         self._answer, self._first = b"", 0.0
         self._done = asyncio.get_running_loop().create_future()
         started = time.perf_counter()
@@ -104,18 +117,23 @@ class _Connection(asyncio.Protocol):
         ended = await asyncio.wait_for(self._done, 60)
         if b" 200 " not in self._answer[:16] or b'"length"' not in self._answer:
             raise ConnectionError(f"an unexpected answer: {self._answer[:500]!r}")
+        if not self._first:
+            raise ConnectionError(f"an answer without text: {self._answer[:500]!r}")
         return Times(self._first - started, ended - started, self._answer.count(b"data: {"))
 
     def data_received(self, data: bytes) -> None:
+        before = len(self._answer)
         self._answer += data
-        if not self._first and b'"content":' in data:
+        if not self._first and _TEXT.search(self._answer, max(0, before - _LONGEST_BEGINNING)):
             self._first = time.perf_counter()
         if self._done is not None and not self._done.done() and _complete(self._answer):
             self._done.set_result(time.perf_counter())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
         if self._done is not None and not self._done.done():
-            self._done.set_exception(ConnectionError(f"closed after {self._answer[:500]!r}"))
+            kind = ConnectionError if self._answer else ConnectionResetError
+            self._done.set_exception(kind(f"closed after {self._answer[:500]!r}"))
 
     def close(self) -> None:
         if self._transport is not None:

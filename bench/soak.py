@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import platform
 import random
 import re
 import subprocess
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 
 import httpx
 import psutil
+from systems import machine
 
 WARM_UP_SHARE = 0.25
 IDLE_S = 30.0
@@ -75,7 +75,7 @@ class Soak:
             "tokens": self.tokens,
             "duration_s": round(time.monotonic() - self.started, 1),
             "samples": [asdict(sample) for sample in samples],
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count()},
+            "machine": machine("torch", "grpcio"),
         }
 
     async def _load(self, seconds: float) -> None:

@@ -7,8 +7,10 @@ else float32 (llama.cpp always f16, which is faster there). Peers live in virtua
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -102,6 +104,21 @@ def gguf_of(model: Path) -> Path:
 def dtype_here() -> str:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def machine(*packages: str) -> dict[str, object]:
+    """What figures depend on: processor, load (of 1, 5 and 15 minutes, this bench included), versions of `packages`."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "flags": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in text],
+        "cores": os.cpu_count(),
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
 
 
 def all_systems(model: Path) -> list[Server | Job]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import socket
 import statistics
 import sys
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from systems import machine
 
 from tandem.handover import Endpoint, Incoming, KvClient, KvServer, PeerIdentity, Reason
 
@@ -260,13 +259,7 @@ def report(
             spread = f"({low:.2f}..{high:.2f})"
             row = f"{size >> 10:>5}Ki {peer:<13} {median:>6.2f} {spread:>13} {cpu_s:>9.2f} {p50:>9.0f} {p99:>9.0f}"
             print(row + (f"  {ratio:.2f}" if ratio else ""), file=sys.stderr)
-    machine = {
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
-    result = json.dumps({"benchmark": "transport", "machine": machine, "cells": cells})
+    result = json.dumps({"benchmark": "transport", "machine": machine("numpy"), "cells": cells})
     print(result)
     if path:
         path.write_text(result)
