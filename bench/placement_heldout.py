@@ -21,6 +21,8 @@ from pathlib import Path
 
 from mock_pool import Request
 from placement import A100_70B, H100_8B, Part, arguments, faster, measure_all, unified
+from placement_agents import BLOCK as AGENT_BLOCK
+from placement_agents import agents
 
 BLOCK = 64
 MESSAGE_TOKENS = 256
@@ -108,6 +110,10 @@ def main() -> None:
         Part("applications x 12, 8B on H100", H100_8B, 10, BLOCK, faster(apps, 12)),
         Part("conversations x 4, 70B on A100", A100_70B, 10, BLOCK, faster(chats, 4)),
         Part("applications x 3, 70B on A100", A100_70B, 10, BLOCK, faster(apps, 3)),
+    ]
+    sessions = agents(300, 250.0, seed=1)
+    parts += [
+        Part(f"agents x {rate}, 8B on H100", H100_8B, 10, AGENT_BLOCK, faster(sessions, rate)) for rate in (1, 4, 10)
     ]
     about = {
         name: {

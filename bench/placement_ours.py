@@ -12,6 +12,7 @@ from tandem.planner.perf_model import ModelShape, PerfModel
 from tandem.router.fleet.load import Work, WorkerLoad
 from tandem.router.placing.placement import Hits, Placement, Request, place
 from tandem.router.placing.prefix_index import PrefixIndex
+from tandem.router.placing.targets import Targets
 from tandem.router.settings import Disaggregate
 
 FIRST_OUTPUT_TOKENS = 256.0
@@ -52,11 +53,13 @@ class Ours:
         cache_events: bool = False,
         prefills: int = 0,
         disaggregate: Disaggregate = "auto",
+        targets: Targets | None = None,
     ) -> None:
         self._pool = pool
         self._turn = turn
         self._events = cache_events
         self._disaggregate = disaggregate
+        self._targets = targets
         self._block_tokens = pool.workers[0].block_tokens
         self._index = PrefixIndex()
         model = PerfModel(known.hardware_class, known.shape)
@@ -88,6 +91,7 @@ class Ours:
             hits,
             now,
             disaggregate=self._disaggregate,
+            targets=self._targets,
             turn=self._turn,
         )
         decode = self._start(
@@ -108,7 +112,8 @@ class Ours:
     ) -> Work:
         prompt = job.request.prompt_tokens
         cached = min(sum(hits.get(load.slot, (0, 0))), prompt)
-        work = Work(load, prompt, output_tokens, chosen.prefill_s if computes else 0.0, cached)
+        stall_s = chosen.stall_s if output_tokens else 0.0
+        work = Work(load, prompt, output_tokens, chosen.prefill_s if computes else 0.0, cached, stall_s=stall_s)
         work.start(now)
         return work
 

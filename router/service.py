@@ -31,6 +31,7 @@ from tandem.router.metrics.router_metrics import RouterMetrics
 from tandem.router.placing.contexts import ContextClient
 from tandem.router.placing.dispatch import Dispatcher
 from tandem.router.placing.store_view import StoreView
+from tandem.router.placing.targets import Targets
 from tandem.router.settings import RouterConfig
 from tandem.router.tenants.caller import Caller
 from tandem.router.tenants.usage import TenantUsage, merged
@@ -96,7 +97,15 @@ class Service:
         siblings.on("usage", lambda question: accounts.usage.report(question["tenant"]))
         siblings.on("request", lambda question: _account(self.explain, question))
         self.salt_key = derive(secret, SALT_PURPOSE)
-        dispatcher = Dispatcher(fleet, metrics, config.disaggregate, self.store, self.salt_key, config.max_index_blocks)
+        dispatcher = Dispatcher(
+            fleet,
+            metrics,
+            config.disaggregate,
+            self.store,
+            self.salt_key,
+            config.max_index_blocks,
+            targets=Targets.stated(config),
+        )
         self.admission = Admission(
             counters,
             max_requests=config.max_queued_requests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from dataclasses import dataclass, field
@@ -64,6 +65,17 @@ class FrontDoorSettings:
     """Queue: who waits, for how long, and which worker is chosen."""
     disaggregate: Disaggregate = "auto"
     """auto: use a prefill worker where that pays; always: wherever one is alive; never: decode workers do it all."""
+    target_ttft_s: float | None = None
+    """Time to the first token that is promised to clients. Requests go where this and the other targets are missed
+    least; nothing is refused for it. None: no such promise, and with no target at all the cheapest way is taken."""
+    target_tpot_s: float | None = None
+    """Mean time of an answer's later tokens that is promised (TPOT; some call it inter-token latency). None: no such
+    promise."""
+    target_gap_s: float | None = None
+    """Wait between two tokens of an answer that is promised, at `target_percentile` of its tokens. None: no such
+    promise."""
+    target_percentile: float = 95.0
+    """Percent of requests that shall meet the targets: how cautious placement is."""
     max_queued_requests: int = 2048
     """Requests that wait for their turn; more are answered 503."""
     max_queued_tokens: int = 8_000_000
@@ -122,6 +134,12 @@ class FrontDoorSettings:
             raise ConfigError(f"request_timeout_s {self.request_timeout_s:g}: must be positive")
         if self.ttft_slo_s is not None and self.ttft_slo_s <= 0:
             raise ConfigError(f"ttft_slo_s {self.ttft_slo_s:g}: must be positive")
+        for setting in ("target_ttft_s", "target_tpot_s", "target_gap_s"):
+            target = getattr(self, setting)
+            if target is not None and not 0 < target < math.inf:
+                raise ConfigError(f"{setting} {target:g}: must be a positive number of seconds")
+        if not 50 <= self.target_percentile < 100:
+            raise ConfigError(f"target_percentile {self.target_percentile:g}: must be at least 50 and below 100")
         for setting in ("drain_grace_s", "worker_wait_s"):
             if getattr(self, setting) < 0:
                 raise ConfigError(f"{setting} {getattr(self, setting):g}: must not be negative")

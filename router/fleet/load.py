@@ -5,6 +5,7 @@ Pure: the clock is passed in. Shared by the live router and by what drives the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -35,6 +36,38 @@ class BandLoad:
     reserved_tokens: int = 0
     tenants: dict[str, TenantLoad] = field(default_factory=dict)
     """None is without requests."""
+
+
+@dataclass(slots=True)
+class Stalls:
+    """How prompts that were computed on a worker have held up those that decode there, in about the last `life_s`
+    seconds: they come at random, so many small ones spread less than a few long ones."""
+
+    at: float = 0.0
+    count: float = 0.0
+    seconds: float = 0.0
+    squares: float = 0.0
+
+    def add(self, now: float, life_s: float, stall_s: float) -> None:
+        """Counts one of `stall_s`; older ones fade with `life_s`."""
+        left = self._left(now, life_s)
+        self.count = left * self.count + 1.0
+        self.seconds = left * self.seconds + stall_s
+        self.squares = left * self.squares + stall_s * stall_s
+        self.at = max(self.at, now)
+
+    def count_in(self, now: float, life_s: float) -> float:
+        """Stalls in the life of a request."""
+        return self._left(now, life_s) * self.count
+
+    def total_s(self, now: float, life_s: float, more_s: float, deviations: float) -> float:
+        """Seconds that a request loses in its life, with one more stall of `more_s`; `deviations` above the mean."""
+        left = self._left(now, life_s)
+        spread_s = math.sqrt(left * self.squares + more_s * more_s)
+        return left * self.seconds + more_s + deviations * spread_s
+
+    def _left(self, now: float, life_s: float) -> float:
+        return math.exp(-max(now - self.at, 0.0) / life_s) if life_s > 0.0 else 0.0
 
 
 @dataclass(slots=True)
@@ -78,6 +111,7 @@ class WorkerLoad:
     foreign_decoding: int = 0
     foreign_s: float = 0.0
     foreign_tokens: int = 0
+    stalls: Stalls = field(default_factory=Stalls)
 
     @property
     def batch(self) -> int:
@@ -177,6 +211,8 @@ class Work:
     tenant: str = ""
     weight: float = 1.0
     """The tenant's."""
+    stall_s: float = 0.0
+    """By which it holds up each request that decodes there, while its prompt is computed."""
     produced_tokens: int = 0
     _waits: bool = field(default=False, init=False)
     _decodes: bool = field(default=False, init=False)
@@ -200,6 +236,9 @@ class Work:
             load.waiting_s += self.prefill_s
             self._band.waiting_s += self.prefill_s
             load.busy_until = max(load.busy_until, now) + self.prefill_s
+        if self.stall_s > 0.0:
+            life_s = self.output_tokens * load.model.decode_step_s(load.batch, load.kv_tokens)
+            load.stalls.add(now, life_s, self.stall_s)
 
     def computed(self, now: float) -> None:
         """The first token is there. Idempotent."""

@@ -20,6 +20,7 @@ from tandem.router.placing.placement import Hits, Placement, Request, Stored, le
 from tandem.router.placing.pool import Placed, Pool, WorkerState
 from tandem.router.placing.prefix_index import MAX_BLOCKS
 from tandem.router.placing.store_view import StoreView
+from tandem.router.placing.targets import Targets
 from tandem.router.settings import Disaggregate
 from tandem.router.tenants.caller import Caller
 from tandem.router.text.served_model import Prompt
@@ -64,9 +65,11 @@ class Dispatcher:
         store: StoreView | None = None,
         salt_key: bytes = bytes(32),
         max_index_blocks: int = MAX_BLOCKS,
+        *,
+        targets: Targets | None = None,
     ) -> None:
         """`store`: what the KV store holds; without it only the workers' own caches count. `salt_key`: of
-        `keyed_salt`. `max_index_blocks`: see RouterConfig."""
+        `keyed_salt`. `max_index_blocks`: see RouterConfig. `targets`: what the deployment has promised."""
         self.fleet = fleet
         self.pool = Pool(max_index_blocks)
         metrics.watch_index(self.pool.index)
@@ -74,6 +77,7 @@ class Dispatcher:
         self._disaggregate = disaggregate
         self._store = store
         self._salt_key = salt_key
+        self._targets = targets
         self._turn = 0
 
     def start(
@@ -108,6 +112,7 @@ class Dispatcher:
             hits,
             time.monotonic(),
             disaggregate=self._disaggregate,
+            targets=self._targets,
             turn=self._turn,
         )
         self._metrics.placements.inc(placement.reason)
@@ -252,6 +257,7 @@ class Dispatcher:
                 priority=request.priority,
                 tenant=caller.tenant,
                 weight=caller.weight,
+                stall_s=placement.stall_s if state is decode else 0.0,
             )
             source = prefill if state is decode else None
             placed = Placed(self.pool, state, work, chain, cached // block_size, source=source, resumed=resumed)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tandem.common.fairness import LAST_BAND
 from tandem.router.fleet.load import LOWEST, WorkerLoad
+from tandem.router.placing.targets import Change, Targets, missed
 from tandem.router.settings import Disaggregate
 
 REASONS = (
@@ -38,6 +40,7 @@ Hits = Mapping[int, tuple[int, int]]
 """Prefix hits by slot of a worker: leading prompt tokens present, and tokens promised right after them."""
 Stored = Mapping[str, Sequence[tuple[str, int]]]
 """Leading prompt tokens that each store node can fetch, as runs of (tier, end of the run in tokens)."""
+_Cost = TypeVar("_Cost", float, tuple[float, float])
 _NOTHING = (0, 0)
 MAX_SOURCES = 16
 """Prefill workers that are weighed with the links from their hosts: the cheapest ones."""
@@ -49,6 +52,7 @@ STALL_WEIGHT = 0.05
 """Waiting for the first token weighs more than as many seconds taken from running requests, which are spread over all
 of them and over many tokens."""
 DECODE_WEIGHT = 0.5
+SLOWDOWN_WEIGHT = 0.5
 """Waiting for the later tokens weighs less, too: those of this answer, and of the answers that it slows down."""
 
 
@@ -76,7 +80,7 @@ class CandidateCost:
     """Name of the worker."""
     prefill: str | None
     total_s: float
-    """The sum, with `PREFILL_WEIGHT`, `STALL_WEIGHT` and `DECODE_WEIGHT`."""
+    """The sum, with the weights above."""
     queue_s: float
     """Until its turn, on whichever worker computes the prompt, and for a place in the decode worker's batch."""
     prefill_s: float
@@ -100,10 +104,6 @@ class CandidateCost:
     """More that are fetched, by tier."""
 
 
-_Way = tuple["_Prompt", "_Decode", WorkerLoad, WorkerLoad | None, float]
-"""Costs, workers, and the seconds of the hand-over; without a prefill worker the decode worker computes the prompt."""
-
-
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The decision for one request, and what it was based on."""
@@ -118,12 +118,14 @@ class Placement:
     """Estimated time to compute (or fetch) the prompt where that happens."""
     ways: tuple[_Way, ...]
     """What was compared, as `candidates` shows it."""
+    stall_s: float = 0.0
+    """By which each request that decodes on the worker is held up while the prompt is computed there."""
 
     @property
     def candidates(self) -> tuple[CandidateCost, ...]:
         """Cheapest first: every decode worker by itself, each with the best prefill worker, and the best decode worker
         with each prefill worker. Made when asked for, since few placements are ever explained."""
-        return tuple(sorted((_explain(*way) for way in self.ways), key=lambda cost: cost.total_s))
+        return tuple(sorted((_explain(way) for way in self.ways), key=lambda cost: cost.total_s))
 
 
 @dataclass(slots=True)
@@ -134,6 +136,8 @@ class _Prompt:
     prefill_s: float
     fetch_s: float
     stall_s: float
+    stall_each_s: float
+    """Of each request that decodes there, if it is a decode worker."""
     present: int
     promised: int
     stored: tuple[tuple[str, int], ...]
@@ -151,8 +155,39 @@ class _Decode:
     adapter_s: float
     sent_tokens: int
     """Tokens that are handed over if the prompt is computed elsewhere."""
+    step_before_s: float
+    step_after_s: float
+    """One token for each of its requests, without and with this one."""
     total_s: float
     """Total without the hand-over."""
+
+
+@dataclass(slots=True)
+class _Way:
+    """One decode worker, and perhaps a prefill worker that computes the prompt for it."""
+
+    prompt: _Prompt
+    decode: _Decode
+    decode_load: WorkerLoad
+    prefill_load: WorkerLoad | None
+    decode_index: int
+    prefill_index: int | None
+    handover_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.prompt.total_s + self.decode.total_s + self.handover_s
+
+    @property
+    def stall_s(self) -> float:
+        """Of each request that decodes there."""
+        return self.prompt.stall_each_s if self.prefill_load is None else 0.0
+
+    @property
+    def ttft_s(self) -> float:
+        prompt, decode = self.prompt, self.decode
+        waits_s = prompt.queue_s + decode.queue_s + decode.memory_s + decode.adapter_s
+        return waits_s + prompt.prefill_s + prompt.fetch_s + self.handover_s
 
 
 def place(
@@ -163,49 +198,78 @@ def place(
     now: float,
     *,
     disaggregate: Disaggregate = "auto",
+    targets: Targets | None = None,
     turn: int = 0,
 ) -> Placement:
-    """`turn` breaks ties: equally cheap workers take turns if it grows by one each time. Raises ValueError where there
-    is no decode worker."""
+    """`targets`: what the deployment has promised; the way that misses least of it is taken, and of equal ones the
+    cheapest. `turn` breaks ties: equally cheap workers take turns if it grows by one each time. Raises ValueError where
+    there is no decode worker."""
     if not decodes:
         raise ValueError("no decode candidate")
     decoding = [_decode_cost(load, request, hits.get(load.slot, _NOTHING)) for load in decodes]
-    ways: list[_Way] = []
-    local = [
-        _prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, load.decoding + load.foreign_decoding)
-        for load in decodes
+    here = [
+        _Way(
+            _prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, _decoding(load)),
+            decode,
+            load,
+            None,
+            i,
+            None,
+        )
+        for i, (load, decode) in enumerate(zip(decodes, decoding, strict=True))
     ]
-    ways.extend(
-        (prompt, decode, load, None, 0.0) for prompt, decode, load in zip(local, decoding, decodes, strict=True)
-    )
-    here = _least([prompt.total_s + decode.total_s for prompt, decode in zip(local, decoding, strict=True)], turn)
     why = _forbidden(prefills, request, disaggregate)
     if why:
-        return Placement(here, None, why, local[here].prefill_s + local[here].fetch_s, tuple(ways))
-
+        return _placement(_best(here, request, now, targets, turn), why, here)
     remote = [_prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, 0) for load in prefills]
     best, there = _best_pair(remote, decoding, prefills, decodes, now, turn)
-    sending = [_handover_s(prefills[best], load, each, now) for each, load in zip(decoding, decodes, strict=True)]
-    ways.extend(
-        (remote[best], decode, load, prefills[best], handover_s)
-        for decode, load, handover_s in zip(decoding, decodes, sending, strict=True)
-    )
-    ways.extend(
-        (prompt, decoding[there], decodes[there], load, _handover_s(load, decodes[there], decoding[there], now))
-        for i, (prompt, load) in enumerate(zip(remote, prefills, strict=True))
-        if i != best
-    )
-    handed_over = remote[best].total_s + decoding[there].total_s + sending[there]
-    if disaggregate == "always" or handed_over < local[here].total_s + decoding[here].total_s:
-        return Placement(there, best, "handover", remote[best].prefill_s + remote[best].fetch_s, tuple(ways))
-    model, prompt = decodes[here].model, local[here]
-    if model.stall_s(request.prompt_tokens) <= sending[here]:
+    pairs = [(best, i) for i in range(len(decodes))] + [(i, there) for i in range(len(prefills)) if i != best]
+    apart = [
+        _Way(
+            remote[p],
+            decoding[d],
+            decodes[d],
+            prefills[p],
+            d,
+            p,
+            _handover_s(prefills[p], decodes[d], decoding[d], now),
+        )
+        for p, d in pairs
+    ]
+    handed_over = apart[there] if targets is None else _best(apart, request, now, targets, turn)
+    local, ways = _best(here, request, now, targets, turn), [*here, *apart]
+    if disaggregate == "always" or _key(handed_over, request, now, targets) < _key(local, request, now, targets):
+        return _placement(handed_over, "handover", ways)
+    model, prompt = local.decode_load.model, local.prompt
+    if model.stall_s(request.prompt_tokens) <= apart[local.decode_index].handover_s:
         why = "short_prompt"
     elif 2 * (prompt.present + prompt.promised) >= request.prompt_tokens:
         why = "cached_prefix"
     else:
         why = "cheaper_here"
-    return Placement(here, None, why, prompt.prefill_s + prompt.fetch_s, tuple(ways))
+    return _placement(local, why, ways)
+
+
+def _best(ways: Sequence[_Way], request: Request, now: float, targets: Targets | None, turn: int) -> _Way:
+    return ways[_least([_key(way, request, now, targets) for way in ways], turn)]
+
+
+def _key(way: _Way, request: Request, now: float, targets: Targets | None) -> tuple[float, float]:
+    """The smaller the better: what is promised goes before what is cheap."""
+    if targets is None:
+        return 0.0, way.total_s
+    steps = way.decode.step_before_s, way.decode.step_after_s
+    change = Change(way.decode_load, request.output_tokens, way.stall_s, *steps)
+    return missed(targets, way.ttft_s, change, now), way.total_s
+
+
+def _placement(way: _Way, reason: str, ways: Sequence[_Way]) -> Placement:
+    prefill_s = way.prompt.prefill_s + way.prompt.fetch_s
+    return Placement(way.decode_index, way.prefill_index, reason, prefill_s, tuple(ways), way.stall_s)
+
+
+def _decoding(load: WorkerLoad) -> int:
+    return load.decoding + load.foreign_decoding
 
 
 def left_over(loads: Sequence[WorkerLoad]) -> list[int]:
@@ -223,7 +287,7 @@ def _forbidden(prefills: Sequence[WorkerLoad], request: Request, disaggregate: D
     return request.one_place
 
 
-def _least(costs: Sequence[float], turn: int) -> int:
+def _least(costs: Sequence[_Cost], turn: int) -> int:
     """Index of the smallest; of equal ones, the first from `turn` on."""
     least = min(costs)
     if costs.count(least) == 1:
@@ -255,9 +319,10 @@ def _prompt_cost(load: WorkerLoad, request: Request, hit: tuple[int, int], now: 
         if tokens and loading_s + PREFILL_WEIGHT * rest_s < PREFILL_WEIGHT * prefill_s:
             prefill_s, fetch_s, stored, computed_from = rest_s, loading_s, tuple(tokens.items()), reached
     queue_s = load.wait_s(now, request.priority)
-    stall_s = decoding * model.stall_s(request.prompt_tokens - computed_from, computed_from) if decoding else 0.0
+    stall_each_s = model.stall_s(request.prompt_tokens - computed_from, computed_from)
+    stall_s = decoding * stall_each_s
     total_s = queue_s + PREFILL_WEIGHT * prefill_s + fetch_s + STALL_WEIGHT * stall_s
-    return _Prompt(queue_s, prefill_s, fetch_s, stall_s, present, promised, stored, total_s)
+    return _Prompt(queue_s, prefill_s, fetch_s, stall_s, stall_each_s, present, promised, stored, total_s)
 
 
 def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _Decode:
@@ -279,8 +344,8 @@ def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _D
             memory_s = missing / max(taken, 1) * decode_s + model.prefill_s(missing)
     adapter_s = request.adapter_s.get(load.slot, 0.0) if request.adapter_s else 0.0
     sent_tokens = max(request.prompt_tokens - hit[0] - hit[1], 0)
-    total_s = queue_s + DECODE_WEIGHT * (decode_s + slowdown_s) + memory_s + adapter_s
-    return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, sent_tokens, total_s)
+    total_s = queue_s + DECODE_WEIGHT * decode_s + SLOWDOWN_WEIGHT * slowdown_s + memory_s + adapter_s
+    return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, sent_tokens, before_s, after_s, total_s)
 
 
 def _best_pair(
@@ -314,18 +379,17 @@ def _handover_s(prefill: WorkerLoad, load: WorkerLoad, decode: _Decode, now: flo
     return load.model.handover_s(decode.sent_tokens, (prefill.host, load.host), now)
 
 
-def _explain(
-    prompt: _Prompt, decode: _Decode, decodes: WorkerLoad, prefills: WorkerLoad | None, handover_s: float
-) -> CandidateCost:
+def _explain(way: _Way) -> CandidateCost:
+    prompt, decode = way.prompt, way.decode
     return CandidateCost(
-        decode=decodes.name,
-        prefill=None if prefills is None else prefills.name,
-        total_s=prompt.total_s + decode.total_s + handover_s,
+        decode=way.decode_load.name,
+        prefill=None if way.prefill_load is None else way.prefill_load.name,
+        total_s=way.total_s,
         queue_s=prompt.queue_s + decode.queue_s,
         prefill_s=prompt.prefill_s,
         fetch_s=prompt.fetch_s,
         stall_s=prompt.stall_s,
-        handover_s=handover_s,
+        handover_s=way.handover_s,
         decode_s=decode.decode_s,
         slowdown_s=decode.slowdown_s,
         memory_s=decode.memory_s,
