@@ -9,12 +9,13 @@ The distribution of one request, in this order:
 4. temperature 0: the largest logit, ties to the lowest id. Otherwise softmax(logits / temperature) in float32;
 5. `top_k`, `top_p` and `min_p` each give a smallest probability to keep; what is below the largest of the three is
    dropped. `top_p` is measured on what `top_k` keeps. Tokens tied with the last one kept are kept;
-6. one uniform number per token picks by inverse CDF, in the order of token ids.
+6. one uniform number per token picks by inverse CDF, in the order of token ids; on a GPU one exponential number for
+   each token of the vocabulary, by a race (`drawing.py`).
 
 A logit that is no finite number is as good as forbidden. A row in which no token is left, or has a finite weight, ends
 its own request (`Sampler.dead_ends`) and leaves the others as they are.
 
-The uniform number is an integer hash of (seed, position of the token), so a request's noise depends neither on the
+These numbers are integer hashes of (seed, position of the token), so a request's noise depends neither on the
 batch it runs in nor on the worker nor on earlier draws.
 """
 
@@ -34,11 +35,10 @@ from tandem.common.sampling import SamplingParams
 from tandem.engine.request import TokenLogprobs
 from tandem.engine.schedule.sequence import Sequence
 from tandem.engine.step.constraint import TokenMasks, allows_only
+from tandem.engine.step.drawing import LARGEST, column, drop_unlikely, inverse_cdf, noise_key, race, uniform
 from tandem.engine.step.scores import nothing_finite, token_logprobs
 
 logger = logging.getLogger(__name__)
-
-_MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +84,6 @@ class Traits:
         )
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 24 bits, from (seed, position) by two rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
-    return (_splitmix64(_splitmix64(seed & _MASK64) ^ position) >> 40) * 2.0**-24
-
-
-def _splitmix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A running sequence as the sampler sees it."""
@@ -119,6 +107,7 @@ class Sampler:
         order than one, and a GPU a row in another order each time."""
         device = torch.device("cpu") if batch_invariant else device
         self._row_by_row = batch_invariant
+        self._adds_in_order = device.type == "cpu"
         self._shape = (max_num_seqs, vocab_size)
         self._masks = TokenMasks(vocab_size, device)
         self._device = device
@@ -270,14 +259,19 @@ class Sampler:
         chosen = [batch[i].sequence for i in random]
         scale = self._column([1.0 / max(sequence.request.sampling.temperature, 1e-5) for sequence in chosen])
         probs = torch.softmax(x * scale, dim=-1)
+        largest = self._shape[1] if self._adds_in_order else LARGEST
         filtered = [place for place, i in enumerate(random) if batch[i].traits.filtered]
         if len(filtered) == len(chosen):
-            probs = self._drop_unlikely(probs, [sequence.request.sampling for sequence in chosen])
+            probs = drop_unlikely(probs, [sequence.request.sampling for sequence in chosen], largest)
         elif filtered:
             index = torch.tensor(filtered, device=self._device)
-            probs[index] = self._drop_unlikely(probs[index], [chosen[i].request.sampling for i in filtered])
-        noise = self._column([uniform(sequence.seed, len(sequence.tokens)) for sequence in chosen])
-        for i, token, total in zip(random, *_inverse_cdf(probs, noise), strict=True):
+            probs[index] = drop_unlikely(probs[index], [chosen[i].request.sampling for i in filtered], largest)
+        places = [(sequence.seed, len(sequence.tokens)) for sequence in chosen]
+        if self._adds_in_order:
+            drawn = inverse_cdf(probs, self._column([uniform(*place) for place in places]))
+        else:
+            drawn = race(probs, [noise_key(*place) for place in places])
+        for i, token, total in zip(random, *drawn, strict=True):
             tokens[i], weights[i] = token, total if total > 0.0 else math.nan
         return self._without_dead_ends(tokens, weights, logits, batch)
 
@@ -294,31 +288,6 @@ class Sampler:
                     self.dead_ends[sequence] = _dead_end(batch[i], float(logits[i].max()))
         return tokens
 
-    def _drop_unlikely(self, probs: Tensor, params: Seq[SamplingParams]) -> Tensor:
-        """`probs` [F, vocab_size] with zeros where top_k, top_p and min_p of the row drop a token.
-
-        Only values are sorted, from small to large: the smallest value kept is all that is needed.
-        """
-        vocab_size = probs.shape[1]
-        ordered = _ascending(probs)
-        largest = ordered[:, -1:]
-        smallest = self._column([p.min_p for p in params]) * largest
-        # The mass that top_k drops is, for top_p, neither kept nor part of the whole.
-        dropped = torch.zeros_like(largest)
-        if any(0 < p.top_k < vocab_size for p in params):
-            top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
-            by_top_k = ordered.gather(1, torch.tensor([[vocab_size - k] for k in top_k], device=self._device))
-            smallest = torch.maximum(smallest, by_top_k)
-            dropped = torch.where(ordered < by_top_k, ordered, 0.0).sum(dim=-1, keepdim=True)
-        if any(p.top_p < 1.0 for p in params):
-            top_p = self._column([p.top_p for p in params])
-            mass = ordered.cumsum(dim=-1)
-            unneeded = dropped + (mass[:, -1:] - dropped) * (1.0 - top_p)
-            first = torch.searchsorted(mass, unneeded, right=True).clamp_(max=vocab_size - 1)
-            smallest = torch.maximum(smallest, torch.where(top_p < 1.0, ordered.gather(1, first), 0.0))
-        # The most likely token stays, whatever rounding does.
-        return probs * (probs >= smallest.minimum(largest))
-
     def _count(self, tokens: list[int], batch: Seq[Admitted]) -> None:
         penalised = [i for i, each in enumerate(batch) if each.traits.penalised]
         if penalised and self._counts is not None:
@@ -331,7 +300,7 @@ class Sampler:
         return torch.tensor(indices, device=self._device), torch.tensor(rows, device=self._device)
 
     def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+        return column(values, self._device)
 
 
 def _word_endings(admitted: Admitted) -> list[int]:
@@ -375,22 +344,3 @@ def _values(logits: Tensor, tokens: list[int]) -> list[float]:
     else:
         values = logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
     return values
-
-
-def _ascending(probs: Tensor) -> Tensor:
-    if probs.device.type == "cpu":
-        # numpy sorts floats with vector instructions, 25 times faster than torch on one thread.
-        return torch.from_numpy(np.sort(probs.numpy(), axis=-1))
-    return torch.sort(probs, dim=-1).values
-
-
-def _inverse_cdf(probs: Tensor, noise: Tensor) -> tuple[list[int], list[float]]:
-    """Picks from `probs` [R, vocab_size], not normalised, with `noise` [R, 1] in [0, 1). The second value is each row's
-    sum: where that is not finite and above 0, the pick means nothing and may lie outside the vocabulary."""
-    cdf = probs.cumsum(dim=-1)
-    total = cdf[:, -1:].contiguous()
-    picked = torch.searchsorted(cdf, noise * total, right=True)
-    # Where rounding reaches the total, the last token of any probability.
-    tokens: list[int] = torch.minimum(picked, torch.searchsorted(cdf, total)).squeeze(1).tolist()
-    sums: list[float] = total.squeeze(1).tolist()
-    return tokens, sums

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tandem.engine.schedule.sequence import Sequence
-from tandem.engine.step.sampler import Sampler, token_logprobs, uniform
+from tandem.engine.step.drawing import uniform
+from tandem.engine.step.sampler import Sampler, token_logprobs
 from tests.engine_harness import make_sequence
 
 VOCAB = 50
@@ -129,10 +130,13 @@ def test_each_feature_agrees_with_the_reference(feature: str) -> None:
             one.append(token)
 
 
-def test_a_mixed_batch_gives_each_request_what_it_gets_alone() -> None:
+@pytest.mark.parametrize("in_order", [True, False], ids=["as on a CPU", "as on a GPU"])
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(in_order: bool) -> None:
     together, tokens_alone = Sampler(len(FEATURES), VOCAB, CPU), []
+    together._adds_in_order = in_order
     for index, options in enumerate(FEATURES.values()):
         alone, one = Sampler(1, VOCAB, CPU), sequence(index, **options)
+        alone._adds_in_order = in_order
         admit(alone, [one])
         for step in range(15):
             tokens, _ = alone.sample(logits_of(step, len(FEATURES))[index : index + 1].clone(), [one])
@@ -228,13 +232,16 @@ def test_the_noise_is_even_and_uncorrelated() -> None:
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.02
 
 
+@pytest.mark.parametrize("in_order", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.7, "top_k": 12}, {"min_p": 0.1, "temperature": 1.4}])
-def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
+def test_draws_follow_the_distribution(options: dict[str, Any], in_order: bool) -> None:
     draws = 6000
     logits = logits_of(1, 1)
     probs = kept_distribution(logits[0].double().numpy(), sequence(0, **options))
     sequences = [make_sequence(f"s{i}", [1], seed=i, **options) for i in range(draws)]
-    tokens, _ = fresh(sequences).sample(logits.expand(draws, VOCAB).clone(), sequences)
+    sampler = fresh(sequences)
+    sampler._adds_in_order = in_order
+    tokens, _ = sampler.sample(logits.expand(draws, VOCAB).clone(), sequences)
     counts = np.bincount(tokens, minlength=VOCAB)
     assert not counts[probs == 0].any()
     likely = probs * draws >= 5
