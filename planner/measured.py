@@ -150,7 +150,7 @@ def _point(cells: Mapping[str, str], where: str) -> Point:
             value = float(text)
         except ValueError:
             raise ConfigError(f"{where}: {name}: {text[:40]!r} is not a number") from None
-        if not (0 <= value if name == "context" else 0 < value) or not value < math.inf:
+        if not (value >= 0 if name == "context" else value > 0) or not value < math.inf:
             raise ConfigError(f"{where}: {name}: {text} must be finite and {'0 or ' if name == 'context' else ''}more")
         numbers[name] = value
     return Point(phase, numbers["tokens"], numbers["context"], numbers["seconds"])
