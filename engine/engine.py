@@ -40,6 +40,7 @@ from tandem.engine.status import EngineStatus, StepMeter
 from tandem.engine.step.executor import Executor, StepResult
 from tandem.engine.step.faults import DeviceLost
 from tandem.engine.step.local import LocalExecutor, load
+from tandem.engine.step.parts import failure
 from tandem.engine.store.cache import EngineStore
 from tandem.engine.store.flow import StoreFlow
 from tandem.engine.store.loading import Gate
@@ -110,6 +111,8 @@ class Engine:
                 about=self._requests.about,
                 resume=self._requests.loaded,
             )
+        self.is_broken = False
+        """It has stopped for good, as its books are wrong. Read from any thread."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
@@ -197,7 +200,7 @@ class Engine:
                     self._receive(wait=idle)
                     self._pulse.moved = now = time.monotonic()
                     self._requests.expire(now)
-                    plan = self.scheduler.schedule(now)
+                    plan = self._plan(now)
                     self._requests.begin(plan)
                     self._outputs.flush()  # a first token that came with imported KV does not wait for the step
                     if plan.num_tokens:
@@ -211,9 +214,31 @@ class Engine:
                 except Exception:
                     logger.exception("the engine failed outside a step; all its requests are given up")
                     self._requests.end_all(TandemError("internal", "the engine failed; see its log"))
+                    self._requests.is_suspect = True
+                if self._requests.is_suspect:
+                    self._check_after_failure()
                 self._outputs.flush()
             self._pulse.moved = None
             self._close()
+
+    def _plan(self, now: float) -> StepPlan:
+        """The next step. A request at which the scheduler raises ends, and the others are planned again."""
+        while True:
+            try:
+                return self.scheduler.schedule(now)
+            except Exception as error:
+                self._requests.blame(self.scheduler.plan, error)
+
+    def _check_after_failure(self) -> None:
+        """Goes on where the books balance. Else blocks or rows are lost, or might be somebody else's: the engine stops,
+        and routers continue what it has elsewhere."""
+        try:
+            self._requests.check_integrity(self.config.max_num_seqs)
+            self._requests.is_suspect = False
+        except Exception:
+            logger.exception("what failed left the engine's books wrong: it stops")
+            self._requests.close()
+            self.is_broken = self._pulse.stopping = True
 
     def _close(self) -> None:
         self._receive(wait=False)
@@ -263,7 +288,9 @@ class Engine:
             if sequence.phase is Phase.RUNNING:
                 requests.fail(sequence, error)
         plan.drop([sequence for sequence in plan.sequences if sequence.phase is not Phase.RUNNING])
-        self.scheduler.computed(plan)
+        for sequence, error in self.scheduler.computed(plan):
+            logger.error("what was computed for %s cannot be taken note of", sequence.key, exc_info=error)
+            requests.fail(sequence, failure(error))
         for sequence, raised in announcer.broken.items():
             if sequence.phase is Phase.RUNNING:
                 requests.hand_over_failed(sequence, raised)

@@ -62,6 +62,8 @@ class Requests:
         self.store: StoreFlow | None = None
         self.sequences: dict[RequestKey, Sequence] = {}
         """Not ended."""
+        self.is_suspect = False
+        """Something raised at the end of a request: its blocks or its row may not have come back."""
         self._lock = threading.Lock()
         self.known: set[RequestKey] = set()
         """Submitted and not ended, or ended with blocks that an exporter may still read. Guarded by the lock."""
@@ -284,38 +286,55 @@ class Requests:
         while an exporter may still read them."""
         del self.sequences[sequence.key]
         self._told.put(output)
-        concerns = [self.guided.forget, self._imports.forget]
+        self._let_go(sequence, self.guided.forget, self._imports.forget)
         if self.store is not None:
-            concerns.append(self.store.forget)
-        for forget in concerns:
-            try:
-                forget(sequence)
-            except Exception:
-                logger.exception("the end of %s left something behind", sequence.key)
+            self._let_go(sequence, self.store.forget)
+        self._let_go(sequence, partial(self._free_or_hold, output=output))
+        imports.close(sequence.request)
+
+    def _free_or_hold(self, sequence: Sequence, output: RequestOutput) -> None:
         if self.exports.forget(sequence, output):
             self.exports.hold(sequence)
         else:
             self.free(sequence)
-        imports.close(sequence.request)
 
     def end_all(self, error: TandemError) -> None:
         """Ends all of them with `error`."""
         for sequence in list(self.sequences.values()):
-            try:
-                self.fail(sequence, error)
-            except Exception:
-                logger.exception("the end of %s left something behind", sequence.key)
+            self.fail(sequence, error)
 
     def free(self, sequence: Sequence) -> None:
         """The blocks of `sequence`, which has ended, go back."""
-        self.exports.release(sequence)
-        self._executor.release(sequence)
-        self._scheduler.finish(sequence)
+        self._let_go(sequence, self.exports.release, self._executor.release, self._scheduler.finish)
         self._forget(sequence.key)
+
+    def _let_go(self, sequence: Sequence, *calls: Callable[[Sequence], object]) -> None:
+        """Carries out what belongs to the end of `sequence`, all of it, whatever raises. What that left behind turns
+        out when the books are checked (`is_suspect`)."""
+        for call in calls:
+            try:
+                call(sequence)
+            except Exception:
+                logger.exception("the end of %s left something behind", sequence.key)
+                self.is_suspect = True
 
     def _forget(self, key: RequestKey) -> None:
         with self._lock:
             self.known.discard(key)
+
+    def blame(self, plan: StepPlan, error: Exception) -> None:
+        """Ends the request that the scheduler was looking at when it raised `error`, and carries out what `plan` had
+        decided until then of who got and lost blocks. Raises `error` where there is no such request."""
+        culprit = plan.looked_at
+        if culprit is None or self.sequences.get(culprit.key) is not culprit:
+            raise error
+        logger.error("request %s cannot be planned", culprit.key, exc_info=error)
+        self.is_suspect = True  # it may have stopped halfway
+        self.fail(culprit, failure(error))
+        for changed in (plan.admitted, plan.preempted):
+            if culprit in changed:
+                changed.remove(culprit)
+        self.begin(plan)
 
     def check_integrity(self, max_num_seqs: int) -> None:
         """Raises IntegrityError with what does not balance."""

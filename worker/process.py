@@ -55,7 +55,7 @@ IDLE_CHECK_S = 10.0
 STALLED_S = 60.0
 """An engine that takes longer for one layer does not come back: a kernel, a driver or a lock hangs."""
 STALLED_STATUS = 70
-"""Exit status of a worker whose engine hangs."""
+"""Exit status of a worker whose engine hangs, or stopped because its books are wrong."""
 DEVICE_LOST_STATUS = 71
 """Exit status of a worker whose device makes nothing but errors."""
 
@@ -181,11 +181,15 @@ class WorkerProcess:
                 await self._check_integrity()
 
     async def _end_when_stalled(self, service: WorkerServer) -> None:
-        """The event loop would go on saying that all is well. Without this process routers go on elsewhere at once, and
-        whoever started it starts it again."""
+        """Ends this process where its engine does not move, or has stopped for good. The event loop would go on saying
+        that all is well. Without this process routers go on elsewhere at once, and whoever started it starts it
+        again."""
         late = 0
         while late < 2:  # once is not enough: this process may have been stopped, and goes on only now
             await asyncio.sleep(STALLED_S / 30)
+            if self.engine.is_broken:
+                log.critical("the engine has stopped: this process ends, with %d requests", service.num_live)
+                os._exit(STALLED_STATUS)
             late = late + 1 if self.engine.stalled_s >= STALLED_S else 0
         log.critical(
             "the engine has not moved for %.0f s: this process ends, with %d requests; where its threads are follows",

@@ -41,6 +41,7 @@ class Admission:
         for sequence in self._roster.waiting.in_turn():
             if self._roster.free_slots <= 0 or left <= 0 or sequence in plan.preempted:
                 break
+            plan.looked_at = sequence
             if sequence.has_dear_masks and dear_slots <= 0:
                 continue
             if self._roster.free_slots <= reserved and self._shares.is_large(self._roster.slots_of(sequence)):
@@ -68,6 +69,7 @@ class Admission:
         for sequence in self._roster.waiting.in_turn():
             if not self._roster.running or sequence.priority >= self._roster.running[-1].priority:
                 break
+            plan.looked_at = sequence
             if sequence.has_dear_masks and dear_slots <= 0:
                 continue
             if self._waits_for_block(sequence, pending):
@@ -88,6 +90,7 @@ class Admission:
             return
         pending: Pending | None = None
         for sequence in heads:
+            plan.looked_at = sequence
             displaceable = filter(_displaceable, reversed(self._roster.running))
             victims = self._shares.victims(sequence, displaceable, self._roster.live)
             if not victims or self._fits_without([], sequence) or (sequence.has_dear_masks and self._dear_slots <= 0):

@@ -38,6 +38,8 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     """Got their blocks in this step: RUNNING, IMPORTING or LOADING, cached tokens in `num_computed`."""
     preempted: list[Sequence] = field(default_factory=list)
+    looked_at: Sequence | None = None
+    """What the scheduler was deciding about last: if that raises, it is to blame."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,7 @@ class StepPlan:
     def add_chunk(self, sequence: Sequence, left: int, room: Room, block_size: int) -> int:
         """Plans the next chunk of `sequence`, of `left` tokens at most. Returns how many it got: none where it waits
         for its mask, or where what is left does not reach the end of a block."""
+        self.looked_at = sequence
         if sequence.waits_for_mask:
             return 0
         last_band = sequence.priority == LAST_BAND

@@ -4,8 +4,10 @@ Pure policy: no tensors, no clock, no randomness. The engine passes the time in 
 
 Rules, in order:
 
-1. Every decoding request gets its one token. Where a block is missing, the request that is last in order (highest
-   priority value, then latest arrival) is preempted: its blocks go back, its output is kept and computed again.
+1. Every decoding request gets its one token, except that a tenant with many rows takes turns with them while another
+   has few and a step's time grows with its rows (`row_shares.py`). Where a block is missing, the request that is last
+   in order (highest priority value, then latest arrival) is preempted: its blocks go back, its output is kept and
+   computed again.
 2. Running prompts share what is left of the budget, in order; chunks end at block boundaries. Beside requests that
    decode they get less of it, where that is set: everybody waits for the whole step.
 3. Waiting requests are admitted in turn (`waiting.py`: fair between tenants) while slots, budget and blocks last. A
@@ -28,8 +30,8 @@ Rules, in order:
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container
+from bisect import bisect_left
+from collections.abc import Callable
 
 from tandem.common.errors import TandemError
 from tandem.common.fairness import LAST_BAND
@@ -37,9 +39,10 @@ from tandem.engine.request import Preemption
 from tandem.engine.schedule.admission import Admission
 from tandem.engine.schedule.block_manager import BlockManager, IntegrityError
 from tandem.engine.schedule.last_band import PROMPT_TOKENS, ROWS, LastBand, Room
-from tandem.engine.schedule.plan import StepPlan
+from tandem.engine.schedule.plan import Chunk, StepPlan
 from tandem.engine.schedule.ranges import TokenRanges
 from tandem.engine.schedule.roster import Roster, order_of
+from tandem.engine.schedule.row_shares import RowShares, turns
 from tandem.engine.schedule.sequence import Phase, Sequence
 from tandem.kvstore.identity import extend_chain
 
@@ -63,9 +66,12 @@ class Scheduler:
         self._beside_decodes = max_prompt_tokens_beside_decodes or max_num_batched_tokens
         self._max_waiting = max_waiting
         self._piece_tokens = max(PROMPT_TOKENS, blocks.block_size)
+        self._row_shares = RowShares()
         self._last_band = LastBand()
         self._last_row = (LAST_BAND, -1)
         """The order of the last band's row that was decoded last: those behind it are next."""
+        self.plan = StepPlan()
+        """The last one."""
         self.on_full_blocks: Callable[[Sequence], None] | None = None
         """Called where blocks of a sequence have become full and computed in all layers."""
         self.roster = Roster(blocks, max_num_seqs)
@@ -148,11 +154,13 @@ class Scheduler:
     # Steps
 
     def schedule(self, now: float) -> StepPlan:
-        """The next step; `now` (s) becomes the time at which sequences were first scheduled."""
-        plan = StepPlan()
+        """The next step; `now` (s) becomes the time at which sequences were first scheduled. What raises is a bug; what
+        was decided until then is in `plan`."""
+        plan = self.plan = StepPlan()
         self._admission.admit_urgent(plan, now)
         self._admission.admit_crowded_out(plan, now)
         displaced = len(plan.preempted)
+        plan.looked_at = None
         room = self._room_of_last_band(now)
         self._plan_decodes(plan, room)
         left = self._budget - len(plan.decodes)
@@ -167,26 +175,42 @@ class Scheduler:
             self._admission.admit(plan, left, now, room)
         return plan
 
-    def computed(self, plan: StepPlan) -> None:
-        """All layers of the planned tokens are in the pool: advance, and publish the blocks that became full."""
-        block_size = self.blocks.block_size
+    def computed(self, plan: StepPlan) -> list[tuple[Sequence, Exception]]:
+        """All layers of the planned tokens are in the pool: advances, and publishes the blocks that became full.
+        Returns those for which this raised."""
+        broken: list[tuple[Sequence, Exception]] = []
         for sequence in plan.decodes:
-            sequence.num_computed += 1
-            if sequence.account is not None:
-                sequence.account.charge(sequence.output_cost)
-            if sequence.num_computed % block_size == 0:
-                self.publish(sequence)
+            try:
+                self._decoded(sequence)
+            except Exception as error:
+                broken.append((sequence, error))
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            sequence.computed_to(chunk.end)
-            if sequence.num_output and not sequence.remaining and sequence.account is not None:
-                sequence.account.charge(sequence.output_cost)  # it goes on with its next token
-            if chunk.end <= sequence.num_prompt and (not sequence.chunk_ends or sequence.chunk_ends[-1] < chunk.end):
-                sequence.chunk_ends.append(chunk.end)
+            try:
+                self._prefilled(chunk)
+            except Exception as error:
+                broken.append((chunk.sequence, error))
+        return broken
+
+    def _decoded(self, sequence: Sequence) -> None:
+        sequence.num_computed += 1
+        if sequence.account is not None:
+            sequence.account.charge(sequence.output_cost)
+        if sequence.num_computed % self.blocks.block_size == 0:
             self.publish(sequence)
 
+    def _prefilled(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        sequence.computed_to(chunk.end)
+        if sequence.num_output and not sequence.remaining and sequence.account is not None:
+            sequence.account.charge(sequence.output_cost)  # it goes on with its next token
+        if chunk.end <= sequence.num_prompt and (not sequence.chunk_ends or sequence.chunk_ends[-1] < chunk.end):
+            sequence.chunk_ends.append(chunk.end)
+        self.publish(sequence)
+
     def took(self, plan: StepPlan, seconds: float) -> None:
-        """The step of `plan` is over: what the last band had of it is on its account."""
+        """The step of `plan` is over: what the last band had of it is on its account, and what rows cost is known."""
+        if plan.decodes and not plan.chunks:
+            self._row_shares.took(len(plan.decodes), seconds)
         sizes = [(each.priority, 1, 0) for each in plan.decodes]
         sizes += [(chunk.sequence.priority, 0, chunk.num_tokens) for chunk in plan.chunks]
         rows = sum(rows for priority, rows, _ in sizes if priority < LAST_BAND)
@@ -226,18 +250,19 @@ class Scheduler:
         waits = waits or any(each.phase is not Phase.RUNNING or each.prefills for each in earlier)
         return Room(ROWS, self._piece_tokens) if self._last_band.is_due(now, waits) else Room(0, 0)
 
-    def _resting(self, room: Room) -> Container[Sequence]:
-        """Decodes of the last band that are not in this step: all but `room.rows`, which take turns."""
+    def _resting(self, room: Room) -> set[Sequence]:
+        """Decodes that are not in this step: what a tenant has beyond its share, and all of the last band's but
+        `room.rows`, which take turns."""
         running = self.roster.running
+        resting = self._row_shares.resting(running)
         first = bisect_left(running, (LAST_BAND, -1), key=order_of)
         rows = [each for each in running[first:] if not each.prefills]
         if len(rows) <= room.rows:
-            return ()
-        start = bisect_right(rows, self._last_row, key=order_of)
-        in_turn = rows[start:] + rows[:start]
+            return resting
+        in_turn = turns(rows, self._last_row)
         if room.rows:
             self._last_row = in_turn[room.rows - 1].order
-        return set(in_turn[room.rows :])
+        return resting.union(in_turn[room.rows :])
 
     def _plan_decodes(self, plan: StepPlan, room: Room) -> None:
         block_size, resting = self.blocks.block_size, self._resting(room)
@@ -246,6 +271,7 @@ class Scheduler:
                 continue
             if sequence.waits_for_mask:
                 continue
+            plan.looked_at = sequence
             if sequence.num_computed % block_size == 0:
                 last_band = sequence.priority == LAST_BAND
                 while not self.blocks.extend(sequence.key, sequence.num_computed + 1, last_band):

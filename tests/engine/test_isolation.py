@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tandem.common.errors import TandemError
 from tandem.engine.request import FinishReason, Pooling, RequestOutput
 from tests.engine_harness import DirectExport, DirectImport, EngineUnderTest
 from tests.models import VOCAB_SIZE
@@ -301,3 +302,87 @@ class DamagingExport(DirectExport):
 class LyingExport(DirectExport):
     def finished(self, output: RequestOutput) -> None:
         super().finished(replace(output, token_ids=[2**31]))
+
+
+def raising_at(call: Any, name: str, times: int = 1) -> Any:
+    """`call`, which raises for a request of that name: before it does anything, `times` times."""
+    left = times
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        keys = [getattr(each, "key", each) for each in arguments]
+        if left and any(getattr(key, "request_id", "") == name for key in keys):
+            left -= 1
+            raise KeyError(name)
+        return call(*arguments, **options)
+
+    return failing
+
+
+@pytest.mark.parametrize("method", ["extend", "allocate"])
+def test_a_request_that_cannot_be_planned_ends_alone(
+    engine: EngineUnderTest, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Beside(engine)
+    monkeypatch.setattr(engine.engine.blocks, method, raising_at(getattr(engine.engine.blocks, method), "attack"))
+    with beside:
+        engine.wait_tokens(beside.keys[0], 2)
+        assert engine.last(engine.submit("attack", PROMPT, max_tokens=60)).error_code == "computation_failed"
+    engine.check_all_free()
+    assert not engine.engine.is_broken
+
+
+def test_a_request_whose_blocks_cannot_be_published_ends_alone(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Beside(engine)
+    scheduler = engine.engine.scheduler
+    monkeypatch.setattr(scheduler, "publish", raising_at(scheduler.publish, "attack"))
+    with beside:
+        engine.wait_tokens(beside.keys[0], 2)
+        assert engine.last(engine.submit("attack", PROMPT[::-1])).error_code == "computation_failed"
+    engine.check_all_free()
+    assert not engine.engine.is_broken
+
+
+def test_an_end_that_raises_and_leaves_nothing_behind_ends_nobody_else(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Beside(engine)
+    exports = engine.engine._requests.exports
+    monkeypatch.setattr(exports, "release", raising_at(exports.release, "attack"))
+    with beside:
+        engine.wait_tokens(beside.keys[0], 2)
+        assert engine.generate("attack", PROMPT)
+    engine.check_all_free()
+    assert not engine.engine.is_broken
+
+
+def test_an_end_that_loses_blocks_stops_the_engine_and_the_others_may_go_on_elsewhere(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Beside(engine)
+    monkeypatch.setattr(engine.engine.blocks, "free", raising_at(engine.engine.blocks.free, "attack"))
+    attack = engine.submit("attack", PROMPT, max_tokens=5, ignore_eos=True)
+    key = engine.submit("bystander", PROMPT, max_tokens=400, ignore_eos=True)
+    assert engine.tokens(attack)
+    assert engine.last(key).error_code == "unavailable"
+    had = engine.tokens_so_far(key)
+    assert had[:60] == beside.alone[0][: len(had)], "what it was told is right"
+    assert engine.engine.is_broken
+    with pytest.raises(TandemError, match="shutting down"):
+        engine.submit("late", PROMPT)
+    engine.engine.blocks.free(attack)  # for the fixture's check
+
+
+def test_what_is_nobodys_fault_is_not_held_against_the_next_requests(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("of no request")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine.scheduler, "_room_of_last_band", failing)
+        keys = [engine.submit(f"r{i}", PROMPT[i:]) for i in range(3)]
+        assert {engine.last(key).error_code for key in keys} == {"internal"}
+    assert engine.generate("after", PROMPT)
