@@ -288,9 +288,9 @@ class Engine:
             if sequence.phase is Phase.RUNNING:
                 requests.fail(sequence, error)
         plan.drop([sequence for sequence in plan.sequences if sequence.phase is not Phase.RUNNING])
-        for sequence, error in self.scheduler.computed(plan):
-            logger.error("what was computed for %s cannot be taken note of", sequence.key, exc_info=error)
-            requests.fail(sequence, failure(error))
+        for sequence, raised in self.scheduler.computed(plan):
+            logger.error("what was computed for %s cannot be taken note of", sequence.key, exc_info=raised)
+            requests.fail(sequence, failure(raised))
         for sequence, raised in announcer.broken.items():
             if sequence.phase is Phase.RUNNING:
                 requests.hand_over_failed(sequence, raised)

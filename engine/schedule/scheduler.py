@@ -173,6 +173,7 @@ class Scheduler:
                 left -= plan.add_chunk(sequence, left, room, self.blocks.block_size)
         if len(plan.preempted) == displaced:
             self._admission.admit(plan, left, now, room)
+        plan.looked_at = None
         return plan
 
     def computed(self, plan: StepPlan) -> list[tuple[Sequence, Exception]]:
