@@ -21,6 +21,7 @@ from tandem.handover.stats import HandoverStats
 from tandem.handover.stream import Ending, KvStream, PendingRows
 from tandem.wire.handshake import HandshakeRefused
 from tandem.wire.header import Header, ProtocolError
+from tandem.wire.link import Link
 from tandem.wire.peers import Endpoint, PeerIdentity
 from tandem.wire.protocol import Body, Reason, expect
 
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
 _LISTEN_TICK_S = 0.5
+_PROGRESS_BYTES = 32 << 10
+_FRAME_S = 0.25
+_LEAST_FRAME_BYTES = 64 << 10
+"""A frame on a link between hosts takes `_FRAME_S` where it can, but is no smaller."""
 
 
 class ClientConnection:
@@ -54,6 +59,8 @@ class ClientConnection:
         self._ready: deque[KvStream] = deque()
         """Accepted streams with items: the next to send from is the first."""
         self._channel: SendChannel | None = None
+        self._frame_bytes = settings.frame_bytes
+        """Rows that are sent at a time: on a slow link few, as others wait meanwhile."""
         self._failed: Ending | None = None
         self._sender = threading.Thread(target=self._run, name=f"kv-send-{endpoint.worker_id}", daemon=True)
 
@@ -245,7 +252,7 @@ class ClientConnection:
         """One frame of the first ready stream, which then queues up again behind the others. With the lock held."""
         while self._ready:
             stream = self._ready[0]
-            item = stream.peek(self._settings.frame_bytes // stream.row_bytes)
+            item = stream.peek(max(self._frame_bytes // stream.row_bytes, 1))
             region = memoryview(b"")
             if isinstance(item, PendingRows):
                 free = channel.payload.reserve((item.stop - item.start) * stream.row_bytes)
@@ -300,9 +307,19 @@ class ClientConnection:
             self._leave(stream)
         seconds = time.perf_counter() - started
         self._counters.add(bytes=len(region), rows=piece.stop - piece.start, frames=1, transfer_s=seconds)
+        if channel.transport == "tcp":
+            self._fit_frames(channel.link, len(region) / max(seconds, 1e-6))
         way = f"{channel.transport}/raw"
         self._counters.count("bytes_by_way", way, len(region))
         self._counters.count("seconds_by_way", way, seconds)
+
+    def _fit_frames(self, link: Link, bytes_per_s: float) -> None:
+        """Goes halfway from the present size of frames to what takes `_FRAME_S`."""
+        most, was = self._settings.frame_bytes, self._frame_bytes
+        wanted = max((was + bytes_per_s * _FRAME_S) / 2, _LEAST_FRAME_BYTES)
+        self._frame_bytes = round(min(wanted, most))
+        if self._frame_bytes < most == was:
+            link.is_slow()
 
     def _send_finish(self, channel: SendChannel, stream: KvStream, payload: bytes) -> None:
         try:
@@ -314,7 +331,7 @@ class ClientConnection:
 
     def _listen(self, channel: SendChannel) -> None:
         tick_s = min(_LISTEN_TICK_S, self._settings.stall_timeout_s / 4)
-        heard = time.monotonic()
+        heard, taken = time.monotonic(), 0
         try:
             channel.link.look_every(tick_s)
             while True:
@@ -323,10 +340,19 @@ class ClientConnection:
                     heard = time.monotonic()
                 elif not self.num_streams:
                     heard = time.monotonic()
+                elif self._crawls(channel.link, taken):  # Renew waits behind rows
+                    heard, taken = time.monotonic(), channel.link.on_its_way()[0]
                 elif time.monotonic() - heard > self._settings.stall_timeout_s:
                     raise TimeoutError(f"the receiver was silent for {self._settings.stall_timeout_s} s")
         except Exception as error:
             self._fail(Ending(reason_of(error)))
+
+    @staticmethod
+    def _crawls(link: Link, taken: int) -> bool:
+        """Whether a slow link has brought the peer's host more than `taken` bytes, and more are on their way. What a
+        peer that hangs gets is little (Renew) or comes to an end (its buffers)."""
+        got, waiting = link.on_its_way()
+        return waiting > 0 and got - taken >= _PROGRESS_BYTES
 
     def _receive(self, channel: SendChannel) -> None:
         header, body = channel.link.receive()

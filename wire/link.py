@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import os
 import select
 import socket
@@ -27,6 +28,8 @@ PACE_BYTES = 1 << 20
 _TICK_S = 1.0
 _AHEAD_BYTES = 4096
 """Read at a time where a frame starts: most are smaller, and take one system call."""
+_UNSENT_TCP_BYTES = 128 << 10
+_SIOCOUTQ = 0x5411
 _CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
 
@@ -67,6 +70,8 @@ class Link:
         """What has been received and not read."""
         self._sent = self._received = 0
         """Frames."""
+        self._given = 0
+        """Bytes that the kernel has taken from `send`."""
         self._unsent = bytearray()
         self._incoming, self._end = select.poll(), select.poll()
         self._incoming.register(sock, select.POLLIN)
@@ -135,12 +140,28 @@ class Link:
                 sent = self.sock.sendmsg(parts)
             except BlockingIOError:
                 raise TimeoutError(f"the peer took nothing for {self._stall_s:g} s") from None
+            self._given += sent
             parts = _without(parts, sent)
             if not parts:
                 return
             pace = pace or _Pace(self._stall_s)
             if not pace.is_kept(sent):
                 raise TimeoutError(f"the peer took too little for {self._stall_s:g} s")
+
+    def is_slow(self) -> None:
+        """From now on the kernel takes few bytes (`_UNSENT_TCP_BYTES`) beyond those that are on their way, so that a
+        frame which must get through does not wait behind megabytes of others."""
+        if not self.is_unix and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_TCP_BYTES)
+
+    def on_its_way(self) -> tuple[int, int]:
+        """Bytes from `send` that the peer's host has got, and those that the kernel keeps because it has not. (0, 0)
+        for a unix socket."""
+        with contextlib.suppress(OSError), self._closing:
+            if not self._closed and not self.is_unix:
+                waiting: int = struct.unpack("i", fcntl.ioctl(self.sock, _SIOCOUTQ, bytes(4)))[0]
+                return self._given - waiting, waiting
+        return 0, 0
 
     def _flush(self) -> None:
         try:

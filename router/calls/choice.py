@@ -15,6 +15,7 @@ from tandem.common.fair_work import FairWork
 from tandem.proto import worker_pb2
 from tandem.proto.worker_pb2 import TokenLogprobs
 from tandem.router.calls.explain import Record
+from tandem.router.calls.journeys import journeys
 from tandem.router.fleet.retry import RetryBudget, Setbacks
 from tandem.router.metrics.router_metrics import RouterMetrics
 from tandem.router.placing.attempt import Attempt
@@ -343,6 +344,10 @@ class Choice:
             self._call.prompt_computed(self)
             for tier, tokens in self.cached_by_tier.items():
                 metrics.cached_tokens.inc(tier, by=tokens)
+            if self._attempt is not None:
+                for way in journeys(report, self._attempt.decode.info.kv_bytes_per_token):
+                    metrics.kv_moved_bytes.inc(way.transport, way.codec, by=way.bytes)
+                    metrics.kv_moved_seconds.inc(way.transport, way.codec, by=way.seconds)
         if report.recompute_reason:
             metrics.handover_recomputes.inc()
             log.info(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tandem.proto import worker_pb2
+from tandem.router.calls.journeys import journeys
 from tandem.router.tenants.fair_cache import FairCache
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class AttemptNote:
     decode: str
     prefill: str | None
     placement: Placement
+    kv_bytes_per_token: int = 0
     resumed_tokens: int = 0
     """Tokens that an earlier attempt had produced; this one went on after them."""
     first_token_s: float | None = None
@@ -79,6 +81,7 @@ class AttemptNote:
                 "prefill_s": report.prefill_s,
                 "handover_s": report.handover_s,
             }
+            value["kv_moved"] = [_rounded_fields(asdict(way)) for way in journeys(report, self.kv_bytes_per_token)]
             value["stages"] = {name: _rounded(seconds) for name, seconds in stages.items()}
         value["candidates"] = [
             _rounded_fields(asdict(candidate)) for candidate in self.placement.candidates[:MAX_CANDIDATES]
@@ -118,7 +121,8 @@ class Record:
         if len(self.attempts) >= MAX_ATTEMPTS:
             return
         decode, prefill = attempt.decode.name, attempt.prefill.name if attempt.prefill is not None else None
-        self.attempts.append(AttemptNote(choice, epoch, self._now(), decode, prefill, attempt.placement, resumed))
+        size = attempt.decode.info.kv_bytes_per_token
+        self.attempts.append(AttemptNote(choice, epoch, self._now(), decode, prefill, attempt.placement, size, resumed))
 
     def first_token(self, choice: int, report: worker_pb2.PromptReport) -> None:
         if (note := self._latest(choice)) is not None:

@@ -61,6 +61,18 @@ class RouterMetrics:
             _ITL_BUCKETS,
             registry=registry,
         )
+        self.kv_moved_bytes = Counter(
+            "tandem_router_kv_moved_bytes",
+            "KV that came from prefill workers or the store, before any codec",
+            ["transport", "codec"],
+            registry=registry,
+        )
+        self.kv_moved_seconds = Counter(
+            "tandem_router_kv_moved_seconds",
+            "Time for which first tokens waited for that KV",
+            ["transport", "codec"],
+            registry=registry,
+        )
         self.preemptions = Counter(
             "tandem_router_preemptions",
             "Running sequences that lost their place for a while: for want of memory, or for an earlier priority",

@@ -53,6 +53,8 @@ def test_one_address_tells_of_all_processes(serves: Callable[..., Serve], tiny: 
     assert generated(text) == before + 5
     sent, received = (value(text, "tandem_handover_bytes_total", name) for name in ("prefill-0", "decode-0"))
     assert sent == received > 0
+    assert serve.metric("tandem_handover_transport_bytes_total", process="decode-0", transport="shared_memory") == sent
+    assert serve.metric("tandem_router_kv_moved_bytes_total", transport="shared_memory", codec="raw") > 0
     streams = "tandem_handover_streams_total"
     eventually(lambda: serve.metric(streams, process="prefill-0", outcome="done") >= 1, what="a stream that is done")
     memory = {name: value(text, "process_resident_memory_bytes", name) for name in PROCESSES}

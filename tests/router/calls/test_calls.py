@@ -36,7 +36,7 @@ class FakeDispatcher:
     def start(self, key: Any, sequence: Any, listener: Any, *, output_token_ids: Any, **_: Any) -> Any:
         self.listeners.append(listener)
         self.resumed.append(list(output_token_ids))
-        worker = SimpleNamespace(identity=("d", 1), name="d")
+        worker = SimpleNamespace(identity=("d", 1), name="d", info=worker_pb2.WorkerInfo())
         return SimpleNamespace(cancel=self._cancel, decode=worker, prefill=None, placement=None)
 
     def cached_tokens(self, sequence: Any) -> int:

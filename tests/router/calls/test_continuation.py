@@ -199,7 +199,7 @@ class Line:
     def start(self, key: Any, sequence: Any, listener: Any, *, output_token_ids: Any, **_: Any) -> Any:
         self.resumed_at.append(len(output_token_ids))
         self.seeds.add(sequence.sampling.seed)
-        worker = SimpleNamespace(identity=("d", len(self.resumed_at)), name="d")
+        worker = SimpleNamespace(identity=("d", len(self.resumed_at)), name="d", info=worker_pb2.WorkerInfo())
         return SimpleNamespace(cancel=lambda: None, decode=worker, prefill=None, placement=None)
 
     def prompt_computed(self, choice: Choice) -> None: ...
