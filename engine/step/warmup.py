@@ -11,12 +11,16 @@ import time
 
 import torch
 
+from tandem.common.sampling import SamplingParams
 from tandem.engine.model.batch import ForwardBatch, KvPool, PrefillSlice
 from tandem.engine.model.linear import padded_rows
 from tandem.engine.model.loader import LoadedModel
+from tandem.engine.step.drawing import LARGEST, drop_unlikely, race
 
 LONGEST_S = 5.0
 """A large model on a CPU needs minutes for all row counts; what is not reached in this time is made on first use."""
+LONG_CONTEXT = 512
+"""Tokens of a context that attention on a GPU cuts into splits, which another kernel merges."""
 
 
 def warm_up(loaded: LoadedModel, pool: KvPool, max_num_seqs: int, max_num_batched_tokens: int) -> float:
@@ -25,6 +29,11 @@ def warm_up(loaded: LoadedModel, pool: KvPool, max_num_seqs: int, max_num_batche
     longest_prompt = min(max_num_batched_tokens, loaded.config.max_position_embeddings)
     loaded.decoder.reach(longest_prompt)
     batches = [_decodes(rows, pool.block_size, device) for rows in row_counts(max_num_seqs)]
+    if device.type == "cuda":  # kernels of their own, which no other batch here needs: before time is up
+        context = min(LONG_CONTEXT, loaded.config.max_position_embeddings - 1)
+        loaded.decoder.reach(context + 1)
+        batches.insert(0, _decodes(1, pool.block_size, device, context))
+        _draw(max_num_seqs, loaded.config.vocab_size, device)
     batches += [_prompt(rows, pool.block_size, device) for rows in row_counts(longest_prompt)]
     with torch.inference_mode():
         for batch in batches:
@@ -41,15 +50,25 @@ def row_counts(most: int) -> list[int]:
     return sorted({padded_rows(rows) for rows in range(1, most + 1)})
 
 
-def _decodes(rows: int, block_size: int, device: torch.device) -> ForwardBatch:
-    """One token each after a context of half a block."""
-    position = block_size // 2
+def _draw(rows: int, vocab_size: int, device: torch.device) -> None:
+    """Draws tokens in every way that requests ask for: a GPU loads the code of each operation as it is first used."""
+    with torch.inference_mode():
+        probs = torch.full((rows, vocab_size), 1.0 / vocab_size, device=device)
+        everything = SamplingParams(top_k=2 * LARGEST, top_p=0.5, min_p=0.01)
+        for params in (SamplingParams(top_k=20, top_p=0.9), everything, SamplingParams(top_p=0.99)):
+            race(drop_unlikely(probs, [params] * rows, LARGEST), list(range(rows)))
+        torch.softmax(probs, dim=-1).argmax(dim=-1).tolist()
+
+
+def _decodes(rows: int, block_size: int, device: torch.device, context: int | None = None) -> ForwardBatch:
+    """One token each after a `context`, half a block unless it is given; all of its blocks are block 0."""
+    position = context or block_size // 2
     return ForwardBatch(
         token_ids=torch.zeros(rows, dtype=torch.int64, device=device),
         positions=torch.full((rows,), position, dtype=torch.int64, device=device),
-        slots=torch.full((rows,), position, dtype=torch.int64, device=device),
+        slots=torch.full((rows,), position % block_size, dtype=torch.int64, device=device),
         num_decode=rows,
-        block_tables=torch.zeros((rows, 1), dtype=torch.int64, device=device),
+        block_tables=torch.zeros((rows, position // block_size + 1), dtype=torch.int64, device=device),
         context_lens=torch.full((rows,), position + 1, dtype=torch.int64, device=device),
         max_context_len=position + 1,
         prefills=[],

@@ -8,7 +8,8 @@ import torch
 from tandem.engine.model.batch import ForwardBatch, KvPool
 from tandem.engine.model.linear import padded_rows
 from tandem.engine.model.loader import LoadedModel, load_model
-from tandem.engine.step.warmup import row_counts, warm_up
+from tandem.engine.step import drawing, warmup
+from tandem.engine.step.warmup import LONG_CONTEXT, row_counts, warm_up
 from tests.models import tiny_model
 
 
@@ -46,3 +47,34 @@ def test_every_row_count_is_run_and_only_block_zero_written(
 
 def test_prompts_stay_within_the_models_positions(loaded: LoadedModel) -> None:
     warm_up(loaded, make_pool(loaded), max_num_seqs=1, max_num_batched_tokens=1 << 20)
+
+
+def test_a_long_context_writes_to_block_zero_alone(loaded: LoadedModel) -> None:
+    pool = make_pool(loaded)
+    loaded.decoder.reach(LONG_CONTEXT + 1)
+    batch = warmup._decodes(2, pool.block_size, loaded.device, LONG_CONTEXT)
+    assert batch.max_context_len == LONG_CONTEXT + 1
+    with torch.inference_mode():
+        assert loaded.decoder.forward(batch, pool).isfinite().all()
+    assert not pool.storage[:, :, 1:].any()
+
+
+def test_a_long_context_is_one_that_is_merged_from_splits() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: install the extra `gpu` or `dev`")
+    from tandem.engine.model.kernels.paged_decode import MIN_SPLIT_KEYS
+
+    assert LONG_CONTEXT > MIN_SPLIT_KEYS
+
+
+def test_drawing_is_warmed_up_in_both_ways_to_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest are enough for one request, and not for another."""
+    selected: list[int] = []
+    ascending = drawing._ascending
+
+    def spy(probs: torch.Tensor, count: int) -> torch.Tensor:
+        selected.append(count)
+        return ascending(probs, count)
+
+    monkeypatch.setattr(drawing, "_ascending", spy)
+    warmup._draw(3, 5000, torch.device("cpu"))
+    assert {drawing.LARGEST, 2 * drawing.LARGEST, 5000} <= set(selected)
