@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 import httpx
@@ -71,9 +72,10 @@ sys.exit(main())
 """Runs `tandem` as if on another host: with the boot id in one file, and the ports in another file replaced."""
 
 
-def costly_model(folder: Path) -> Path:
+def costly_model(folder: Path, **overrides: Any) -> Path:
     """With as much KV as the tiny one and more to compute: fetching its KV pays also where two cores are busy."""
-    return tiny_model("llama", folder / "costly", hidden_size=160, intermediate_size=640, num_attention_heads=10)
+    shape = {"hidden_size": 160, "intermediate_size": 640, "num_attention_heads": 10}
+    return tiny_model("llama", folder / "costly", **shape, **overrides)
 
 
 class Process(Running):

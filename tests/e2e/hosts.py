@@ -78,16 +78,20 @@ class Hosts:
         page = Page.read()
         self._stack = contextlib.ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-hosts-")))
-        (self.folder / MODEL).symlink_to(model)
         self._variables = {**page.variables, **SMALL, **settings}
         self._write_tools()
         names = list(dict.fromkeys(host for host, _ in page.commands))
-        self.network = self._stack.enter_context(Network([*names, CLIENT], family))
+        try:
+            self.network = self._stack.enter_context(Network([*names, CLIENT], family))
+        except BaseException:
+            self._stack.close()
+            raise
         for role in ("prefill", "decode"):
             self.network.point(role, *(name for name in names if name.startswith(role)))
         self.parts = {part.name: part for part in (Part(host, command, self) for host, command in page.commands)}
         for host in names:
             (self.folder / host).mkdir()
+            self.give_model(host, model)
 
     def __enter__(self) -> Hosts:
         return self
@@ -109,6 +113,12 @@ class Hosts:
     def on(self, host: str) -> list[Part]:
         return [part for part in self.parts.values() if part.host == host]
 
+    def give_model(self, host: str, model: Path) -> None:
+        """What lies in /models/small there from now on."""
+        link = self.folder / host / MODEL
+        link.unlink(missing_ok=True)
+        link.symlink_to(model)
+
     def start(self, parts: Iterable[Part] | None = None) -> None:
         """Starts these, or all, and waits until the router has its workers."""
         chosen = list(self.parts.values() if parts is None else parts)
@@ -125,14 +135,15 @@ class Hosts:
 
     def workers(self) -> set[str]:
         """Hosts of the workers with which the router has a session."""
-        connected = [worker["worker"] for worker in self._ready() if worker["connected"]]
+        connected = [worker["worker"] for worker in self.ready() if worker["connected"]]
         return {name.partition("-")[2].rpartition("-")[0] for name in connected}
 
     def problems(self) -> dict[str, str]:
         """What is wrong with workers, by target."""
-        return {worker["target"]: worker["problem"] for worker in self._ready() if worker["problem"]}
+        return {worker["target"]: worker["problem"] for worker in self.ready() if worker["problem"]}
 
-    def _ready(self) -> list[dict[str, Any]]:
+    def ready(self) -> list[dict[str, Any]]:
+        """What the router says of each worker; nothing while it does not answer."""
         with contextlib.suppress(httpx.TransportError), self.inside() as http:
             workers: list[dict[str, Any]] = http.get("/readyz").json()["workers"]
             return workers
@@ -147,7 +158,8 @@ class Hosts:
 
     def shell(self, host: str, script: str, variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
         """Command line and variables that run `script` on `host`."""
-        script = script.replace("/models", str(self.folder)).replace("/run/tandem", str(self.folder / host))
+        for path in ("/models", "/run/tandem"):
+            script = script.replace(path, str(self.folder / host))
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         return (
             self.network.command(host, "sh", "-c", script),
