@@ -50,10 +50,10 @@ PREFILL_WEIGHT = 2.0
 Found in replays of a production trace (docs/placement.md): more raises the hit rate little, and lets queues grow."""
 STALL_WEIGHT = 0.05
 """Waiting for the first token weighs more than as many seconds taken from running requests, which are spread over all
-of them and over many tokens."""
+of them and over many tokens. The same whether a prompt takes them at once or a larger batch bit by bit: else a prompt
+is computed again elsewhere, which stalls those who decode there, to spare others as much."""
 DECODE_WEIGHT = 0.5
-SLOWDOWN_WEIGHT = 0.5
-"""Waiting for the later tokens weighs less, too: those of this answer, and of the answers that it slows down."""
+"""Waiting for this answer's later tokens weighs less, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +344,7 @@ def _decode_cost(load: WorkerLoad, request: Request, hit: tuple[int, int]) -> _D
             memory_s = missing / max(taken, 1) * decode_s + model.prefill_s(missing)
     adapter_s = request.adapter_s.get(load.slot, 0.0) if request.adapter_s else 0.0
     sent_tokens = max(request.prompt_tokens - hit[0] - hit[1], 0)
-    total_s = queue_s + DECODE_WEIGHT * decode_s + SLOWDOWN_WEIGHT * slowdown_s + memory_s + adapter_s
+    total_s = queue_s + DECODE_WEIGHT * decode_s + STALL_WEIGHT * slowdown_s + memory_s + adapter_s
     return _Decode(queue_s, decode_s, slowdown_s, memory_s, adapter_s, sent_tokens, before_s, after_s, total_s)
 
 

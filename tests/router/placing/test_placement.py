@@ -17,7 +17,6 @@ from tandem.router.placing.placement import (
     DECODE_WEIGHT,
     PREFILL_WEIGHT,
     REASONS,
-    SLOWDOWN_WEIGHT,
     STALL_WEIGHT,
     CandidateCost,
     Placement,
@@ -97,7 +96,7 @@ def test_the_cheapest_candidate_wins_and_says_why(decodes, prefills, request, hi
         parts += [cost.slowdown_s, cost.memory_s, cost.adapter_s]
         assert min(parts) >= 0.0
         weighted = sum(parts) + (PREFILL_WEIGHT - 1) * cost.prefill_s - (1 - STALL_WEIGHT) * cost.stall_s
-        weighted -= (1 - DECODE_WEIGHT) * cost.decode_s + (1 - SLOWDOWN_WEIGHT) * cost.slowdown_s
+        weighted -= (1 - DECODE_WEIGHT) * cost.decode_s + (1 - STALL_WEIGHT) * cost.slowdown_s
         assert cost.total_s == pytest.approx(weighted)
 
 
@@ -118,7 +117,7 @@ def reference(
     step = MODEL.decode_step_s(batch + 1, before + request.prompt_tokens + request.output_tokens // 2)
     answer = request.output_tokens * step
     slowdown = request.output_tokens * batch * (step - MODEL.decode_step_s(batch, before))
-    total += DECODE_WEIGHT * answer + SLOWDOWN_WEIGHT * slowdown
+    total += DECODE_WEIGHT * answer + STALL_WEIGHT * slowdown
     if batch >= decode.max_requests:
         total += (batch - decode.max_requests + 1) / decode.max_requests * answer
     need = request.prompt_tokens - hits[decode.slot][0] + request.output_tokens
