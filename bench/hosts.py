@@ -35,7 +35,7 @@ from tests.e2e.serving import eventually  # noqa: E402
 
 PLACES = ("router", "redis", "prefill-0", "decode-0", "decode-1")
 WORKERS = {"prefill-0", "decode-0", "decode-1"}
-QUESTIONS = [{"prompt": [50 + number, *range(20, 320)], "max_tokens": 48} for number in range(12)]
+QUESTIONS = [{"prompt": [50 + number, *range(20, 320)], "max_tokens": 128} for number in range(12)]
 SETTLE_S = 3.0
 """Streamed before and after each trouble, so that what it left shows."""
 
@@ -57,7 +57,7 @@ class Row:
 
 def suffered(hosts: Hosts, trouble: str, begin: Callable[[], object], seconds: float, end: Callable[[], object]) -> Row:
     """Streams while `begin` has happened, for `seconds`, and until all is well after `end`."""
-    with HostClients(hosts, QUESTIONS, 4, strict=False) as clients:
+    with HostClients(hosts, QUESTIONS, 6, strict=False) as clients:
         time.sleep(SETTLE_S)
         clients.forget_gaps()
         begin()

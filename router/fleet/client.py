@@ -22,9 +22,11 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 PATIENCE_S = 30.0
-"""A worker that was never there may be loading for so long before it is said to be out of reach."""
+"""A worker that was never there may be loading for so long before the log says that it is out of reach."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 0.5
+MAX_PROBLEM = 500
+"""Characters."""
 REFUSED_RETRY_S = 5.0
 """A refused worker can only be mended by a restart of it."""
 
@@ -77,7 +79,7 @@ class WorkerClient:
         self.name = target.address
         """The worker's id, once it has told it."""
         self.problem = ""
-        """Why there is no session; empty: there is one, or it has not been tried for long."""
+        """Why there is no session; empty: there is one, or it has not been tried yet."""
         self.spare = False
         """The worker is used through another target."""
         self.leaving = False
@@ -89,6 +91,8 @@ class WorkerClient:
         self._silence_s = silence_s
         self._task: asyncio.Task[None] | None = None
         self._patient_until = 0.0
+        self._told = ""
+        """Why it cannot be reached, as the log has it."""
         self._pause_s = RETRY_MIN_S
 
     @property
@@ -164,8 +168,8 @@ class WorkerClient:
         try:
             info = await stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=CONNECT_TIMEOUT_S)
             self._patient_until = 0.0
-            await self._serve(stub, info)
-            self._pause_s, self.problem = RETRY_MIN_S, ""
+            self.problem = f"lost: {await self._serve(stub, info)}"
+            self._pause_s = RETRY_MIN_S
         except WorkerRefused as error:
             self._refused(error)
             return True
@@ -178,7 +182,7 @@ class WorkerClient:
         return False
 
     def _refused(self, error: WorkerRefused) -> None:
-        problem = f"refused: {error}"
+        problem = f"refused: {error}"[:MAX_PROBLEM]
         self.spare = isinstance(error, ConnectedAlready)
         if self.problem != problem:
             log.log(logging.INFO if self.spare else logging.ERROR, "worker %s is %s", self.target.address, problem)
@@ -188,12 +192,10 @@ class WorkerClient:
     def _unreachable(self, error: grpc.aio.AioRpcError) -> None:
         details = error.details() or ""
         hint = remedy(details, self._secret)
-        if time.monotonic() < self._patient_until and not hint:
-            return
-        problem = f"{error.code().name}: {details[:200]}{hint}"
-        if self.problem != problem:
-            log.info("worker %s cannot be reached (%s); trying on", self.target.address, problem)
-        self.problem = problem
+        self.problem = f"{error.code().name}: {details[:200]}{hint}"
+        if self.problem != self._told and (hint or time.monotonic() >= self._patient_until):
+            log.info("worker %s cannot be reached (%s); trying on", self.target.address, self.problem)
+            self._told = self.problem
 
     def _check(self, info: worker_pb2.WorkerInfo) -> None:
         """Raises WorkerRefused."""
@@ -203,8 +205,8 @@ class WorkerClient:
             )
         self._fleet.check(info)
 
-    async def _serve(self, stub: worker_pb2_grpc.WorkerAsyncStub, info: worker_pb2.WorkerInfo) -> None:
-        """Keeps a session until it ends. Raises WorkerRefused."""
+    async def _serve(self, stub: worker_pb2_grpc.WorkerAsyncStub, info: worker_pb2.WorkerInfo) -> str:
+        """Keeps a session until it ends. Returns why it did. Raises WorkerRefused."""
         self._check(info)
         call = stub.Session()
         try:
@@ -215,13 +217,13 @@ class WorkerClient:
             self.session = session = WorkerSession(
                 info, call, silence_s=self._silence_s, health=self.health, changed=self._fleet.changed
             )
-            self.name, self.problem, self.spare = info.worker_id, "", False
+            self.name, self.problem, self._told, self.spare = info.worker_id, "", "", False
             log.info("worker %s is %s, epoch %d", self.target.address, info.worker_id, info.worker_epoch)
             self._fleet.changed()
             reason = await session.run()
             if self.leaving:
                 log.info("worker %s has left", info.worker_id)
-                return
+                return reason
             if not session.status.draining and self.health.failed(time.monotonic()):
                 log.warning("worker %s gets no requests for a while: %s", info.worker_id, self.health.problem)
         finally:
@@ -230,3 +232,4 @@ class WorkerClient:
             self._fleet.changed()
         log.warning("lost worker %s: %s", info.worker_id, reason)
         self._fleet.lost(self)
+        return reason

@@ -202,12 +202,21 @@ class Fleet:
             if other.info.namespace != info.namespace:
                 raise WorkerRefused(
                     f"its KV namespace {info.namespace.hex()[:16]} differs from {other.info.namespace.hex()[:16]} of "
-                    f"{other.name}: another model, tokenizer, dtype or layout"
+                    f"{other.name}: another model, tokenizer, dtype or layout{self._which_is_right(info, other.info)}"
                 )
             if other.info.compatibility != info.compatibility:
                 raise WorkerRefused(f"its hand-over digest differs from that of {other.name}")
             if other.identity == (info.worker_id, info.worker_epoch):
                 raise ConnectedAlready(f"{info.worker_id} is connected already, as {client.target.address}")
+
+    def _which_is_right(self, info: worker_pb2.WorkerInfo, first: worker_pb2.WorkerInfo) -> str:
+        """What to do where the first worker has decided which model it is."""
+        if self._fingerprint or info.fingerprint == first.fingerprint:
+            return ""
+        return (
+            f"; the first that came was believed, as --model has no weights here: give --model-fingerprint "
+            f"({shown(info.fingerprint)} or {shown(first.fingerprint)})"
+        )
 
 
 def no_worker() -> TandemError:

@@ -13,7 +13,6 @@ from tandem.common.errors import ConfigError
 from tandem.common.fingerprint import fingerprint, shown
 from tandem.proto import worker_pb2
 from tandem.router.app import Router
-from tandem.router.fleet import client as fleet_client
 from tandem.router.fleet import sources, workers
 from tandem.router.fleet.sources import NameSource, Target
 from tandem.router.settings import RouterConfig
@@ -199,8 +198,7 @@ async def test_a_worker_of_another_model_is_refused_with_target_and_reason(
     assert names(router) == ["decode-0"]
 
 
-async def test_an_unreachable_worker_is_told_of_with_its_reason(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_client, "PATIENCE_S", 0.0)
+async def test_an_unreachable_worker_is_told_of_with_its_reason(house: House) -> None:
     absent = FakeWorker(worker_pb2.ROLE_DECODE, house.folder / "absent.sock")
     router = await house.router(absent, wait=False)
     client = await house.client(router)
@@ -208,6 +206,15 @@ async def test_an_unreachable_worker_is_told_of_with_its_reason(house: House, mo
     (told,) = (await client.get("/readyz")).json()["workers"]
     assert (told["target"], told["worker"]) == (absent.target, None)
     assert "UNAVAILABLE" in told["problem"]
+
+
+async def test_a_worker_that_was_lost_is_told_of_at_once(house: House) -> None:
+    worker = await house.decode()
+    router = await house.router(worker)
+    client = router.fleet.clients[0]
+    await worker.kill()
+    await until(lambda: client.session is None)
+    assert client.problem
 
 
 async def test_a_quiet_worker_gets_nothing_new_until_it_is_heard_again(
@@ -305,7 +312,7 @@ async def test_the_routers_own_model_decides_whoever_comes_first(house: House, m
     folder = Path(shutil.copytree(model_folder, house.folder / "model"))
     (folder / "model.safetensors").write_bytes(b"weights")
     mine = fingerprint(folder)
-    wrong = await house.decode("wrong", fingerprint=b"x" * 32, namespace=b"n" * 32)
+    wrong = await house.decode("wrong", fingerprint=b"x" * 32, namespace=b"o" * 32)
     house.model = folder
     router = await house.router(wrong, wait=False, workers_file=listing(house))
     client = await house.client(router)
@@ -330,3 +337,14 @@ async def test_a_setting_says_which_model_it_is_where_the_router_has_no_weights(
     await until(lambda: any("other weights" in worker.problem for worker in router.fleet.clients))
     with pytest.raises(ConfigError, match="model_fingerprint 'small': must be hexadecimal digits"):
         RouterConfig(model="m", model_fingerprint="small")
+
+
+async def test_where_nothing_says_which_model_it_is_the_first_decides_and_the_remedy_is_told(house: House) -> None:
+    first = await house.decode("first", fingerprint=b"x" * 32)
+    router = await house.router(first, workers_file=listing(house))
+    second = await house.decode("second", fingerprint=b"y" * 32, namespace=b"o" * 32)
+    listing(house, second)
+    await until(lambda: any(client.problem for client in router.fleet.clients))
+    (problem,) = [client.problem for client in router.fleet.clients if client.problem]
+    assert f"give --model-fingerprint ({shown(b'y' * 32)} or {shown(b'x' * 32)})" in problem
+    assert names(router) == ["first"]
