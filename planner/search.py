@@ -168,7 +168,7 @@ class Search:
             grown[:, i] = np.tile(steps, len(counts))
             rest = self._fill(role, capped, order[place + 1 :])
             least = self._least_with(role, grown @ self._cost[members], grown @ best, rest, rate, capped)
-            kept = (least <= bound * (1 + _ROUNDING)) & self._within(grown, members)
+            kept = (least <= bound * (1 + _ROUNDING)) & self._within(role, grown)
             counts, least = grown[kept], least[kept]
             if len(counts) > MAX_MIXES:
                 exact = False
@@ -184,12 +184,12 @@ class Search:
         rates = self._capacities[role].of(counts) if members else np.zeros(len(counts))
         return _Mixes(counts, rates, cost[by_cost]), exact
 
-    def _within(self, counts: Counts, members: list[int]) -> NDArray[np.bool_]:
+    def _within(self, role: Role, counts: Counts) -> NDArray[np.bool_]:
         """Which mixes of one role keep to the limits by themselves."""
-        used = (counts * self._devices[members]) @ self._of_stock[:, members].T
+        members = self._members[role]
         replicas = counts @ self._of_pool[:, members].T
         return (
-            (used <= self._in_stock).all(axis=1)
+            (self._used(role, counts) <= self._in_stock).all(axis=1)
             & (replicas <= self._pool_most).all(axis=1)
             & (counts @ self._watts[members] <= self._limits.max_watts * (1 + _ROUNDING))
         )
@@ -239,14 +239,19 @@ class Search:
         """The best plan made of one mix of each role."""
         prefill, decode, unified = (lists[role] for role in (Role.PREFILL, Role.DECODE, Role.UNIFIED))
         needs = np.maximum(rate - unified.rates, 0.0) * (1 - _ROUNDING)
+        left = self._in_stock - self._used(Role.UNIFIED, unified.counts)
         least = unified.cost + prefill.least_cost(needs) + decode.least_cost(needs)
+        least[self._separate_at_most(left) < needs] = np.inf
+        prefill_used, per_device = self._used(Role.PREFILL, prefill.counts), self._rate_per_device(Role.DECODE)
         best: tuple[float, float, int] = (math.inf, math.inf, 0)
         found: Counts | None = None
         for u in np.argsort(least, kind="stable"):
             if not math.isfinite(least[u]) or least[u] > best[0]:
                 break
             enough = np.flatnonzero(decode.rates >= needs[u])
-            for p in np.flatnonzero(prefill.rates >= needs[u]):
+            left_over = left[u] - prefill_used
+            fits = (prefill.rates >= needs[u]) & (left_over >= 0).all(axis=1) & (left_over @ per_device >= needs[u])
+            for p in np.flatnonzero(fits):
                 if unified.cost[u] + prefill.cost[p] + decode.cost[enough[0]] > best[0]:
                     break
                 plan = self._completed(self._whole(unified.counts[u], prefill.counts[p]), decode.counts, enough)
@@ -255,6 +260,33 @@ class Search:
                     if rank < best:
                         best, found = rank, plan
         return found
+
+    def _separate_at_most(self, left: Counts) -> Rates:
+        """Requests per second that no prefill and decode replicas on the devices `left` can exceed.
+
+        By duality: whatever weight the two roles get, the lesser rate is at most the weighted mean of both, and each
+        device does best in one of them. Shape: left [mixes, stocks] -> [mixes].
+        """
+        prefill, decode = self._rate_per_device(Role.PREFILL), self._rate_per_device(Role.DECODE)
+        most = np.full(len(left), np.inf)
+        for weight in np.linspace(0.0, 1.0, 33):
+            np.minimum(most, left @ np.maximum(weight * prefill, (1 - weight) * decode), out=most)
+        return most * (1 + _ROUNDING)
+
+    def _rate_per_device(self, role: Role) -> Rates:
+        """The most requests per second that a device can carry in a role. Shape [stocks]."""
+        members = self._members[role]
+        if not members:
+            return np.zeros(len(self._in_stock))
+        rates = self._capacities[role].rates.max(axis=1) / self._devices[members]
+        most: Rates = (self._of_stock[:, members] * rates).max(axis=1)
+        return most
+
+    def _used(self, role: Role, counts: Counts) -> Counts:
+        """Devices that mixes of a role take. Shape: counts [mixes, options of the role] -> [mixes, stocks]."""
+        members = self._members[role]
+        used: Counts = (counts * self._devices[members]) @ self._of_stock[:, members].T
+        return used
 
     def _completed(self, mix: Counts, decode: Counts, enough: NDArray[np.int64]) -> Counts | None:
         """`mix` with the cheapest of the `enough` mixes of decode replicas that the limits allow beside it."""
@@ -277,7 +309,7 @@ class Search:
         """Which mixes of decode replicas keep to the limits beside `mix`."""
         members = self._members[Role.DECODE]
         left = self._in_stock - self._of_stock @ (mix * self._devices)
-        used = (decode * self._devices[members]) @ self._of_stock[:, members].T
+        used = self._used(Role.DECODE, decode)
         replicas = decode @ self._of_pool[:, members].T + self._of_pool @ mix
         return (
             (used <= left).all(axis=1)

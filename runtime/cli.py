@@ -24,6 +24,7 @@ Commands:
   decode    one decode worker (also computes prompts when there is no prefill worker)
   router    the HTTP and gRPC front door
   kvstore   one node of the KV store, shared by the workers of its host
+  plan      which hardware, and how many replicas of what, for a demand
   kv        look into a store node: stats, lookup, pin, unpin, clear, move, check
   completion
             completion of this command line, for bash, zsh or fish
@@ -50,6 +51,7 @@ COMMANDS = {
     "chat": "tandem.runtime.chat",
     "status": "tandem.runtime.status",
     "drain": "tandem.runtime.drain",
+    "plan": "tandem.runtime.plan",
     "completion": "tandem.runtime.completion",
 }
 
