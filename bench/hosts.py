@@ -64,7 +64,8 @@ def suffered(hosts: Hosts, trouble: str, begin: Callable[[], object], seconds: f
         time.sleep(seconds)
         end()
         ended = time.monotonic()
-        eventually(lambda: hosts.workers() == WORKERS, what=f"all workers are back after {trouble}")
+        expected = {hosts.network.address(worker) for worker in WORKERS}
+        eventually(lambda: hosts.addresses() == expected, what=f"all workers are back after {trouble}")
         recovered = time.monotonic() - ended
         time.sleep(SETTLE_S)
     return Row(

@@ -138,6 +138,10 @@ class Hosts:
         connected = [worker["worker"] for worker in self.ready() if worker["connected"]]
         return {name.partition("-")[2].rpartition("-")[0] for name in connected}
 
+    def addresses(self) -> set[str]:
+        """IPv4 addresses of the workers with which the router has a session."""
+        return {worker["target"].rpartition(":")[0] for worker in self.ready() if worker["connected"]}
+
     def problems(self) -> dict[str, str]:
         """What is wrong with workers, by target."""
         return {worker["target"]: worker["problem"] for worker in self.ready() if worker["problem"]}
