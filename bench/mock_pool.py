@@ -8,6 +8,7 @@ cache keeps blocks on a least-recently-used list; what runs is pinned. Nothing h
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,9 @@ class Job:
     prompt_done_s: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
+    last_token_s: float = 0.0
+    gaps: array[float] = field(default_factory=lambda: array("f"))
+    """Seconds between its tokens."""
 
 
 class BlockCache:
@@ -190,6 +194,8 @@ class MockWorker:
         self.kv_tokens += len(self.decoding)
         for job in self.decoding:
             job.generated += 1
+            job.gaps.append(now - job.last_token_s)
+            job.last_token_s = now
             if job.generated >= job.request.output_tokens:
                 finished.append(job)
         done = []
@@ -354,7 +360,7 @@ class MockPool:
                 done, finished = worker.end_step(now)
                 for job in done:
                     if job.decode == worker.index:
-                        job.first_token_s = now
+                        job.first_token_s = job.last_token_s = now
                         worker.decode(job)
                         policy.prompt_computed(job, now)
                         if job.generated >= job.request.output_tokens:
@@ -371,7 +377,7 @@ class MockPool:
                 job = jobs[index]
                 assert job.prefill is not None
                 self.workers[job.prefill].release(job)
-                job.first_token_s = now
+                job.first_token_s = job.last_token_s = now
                 policy.prompt_computed(job, now)
                 worker = self.workers[job.decode]
                 if job.request.output_tokens <= 1:

@@ -118,6 +118,11 @@ class WorkerLoad:
         """Requests that decode, or will before long."""
         return self.requests + self.foreign_requests
 
+    @property
+    def handed_over(self) -> int:
+        """This router's requests that will decode here once a prefill worker has computed their prompt."""
+        return max(self.requests - self.waiting - self.decoding, 0)
+
     def batch_before(self, priority: int) -> int:
         """Those of `batch` that a request of `priority` cannot displace."""
         return (

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from tandem.common.fairness import LAST_BAND
 from tandem.router.fleet.load import LOWEST, WorkerLoad
-from tandem.router.placing.targets import Change, Targets, missed
+from tandem.router.placing.targets import Aim, Change, Targets, missed
 from tandem.router.settings import Disaggregate
 
 REASONS = (
@@ -207,9 +207,12 @@ def place(
     if not decodes:
         raise ValueError("no decode candidate")
     decoding = [_decode_cost(load, request, hits.get(load.slot, _NOTHING)) for load in decodes]
+    remote = [_prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, 0) for load in prefills]
+    handover_wait_s = min((prompt.queue_s for prompt in remote), default=0.0)
+    aim = None if targets is None else Aim(targets, request.output_tokens, handover_wait_s, now)
     here = [
         _Way(
-            _prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, _decoding(load)),
+            _prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, load.decoding + load.foreign_decoding),
             decode,
             load,
             None,
@@ -220,8 +223,7 @@ def place(
     ]
     why = _forbidden(prefills, request, disaggregate)
     if why:
-        return _placement(_best(here, request, now, targets, turn), why, here)
-    remote = [_prompt_cost(load, request, hits.get(load.slot, _NOTHING), now, 0) for load in prefills]
+        return _placement(_best(here, aim, turn), why, here)
     best, there = _best_pair(remote, decoding, prefills, decodes, now, turn)
     pairs = [(best, i) for i in range(len(decodes))] + [(i, there) for i in range(len(prefills)) if i != best]
     apart = [
@@ -236,9 +238,9 @@ def place(
         )
         for p, d in pairs
     ]
-    handed_over = apart[there] if targets is None else _best(apart, request, now, targets, turn)
-    local, ways = _best(here, request, now, targets, turn), [*here, *apart]
-    if disaggregate == "always" or _key(handed_over, request, now, targets) < _key(local, request, now, targets):
+    handed_over = apart[there] if targets is None else _best(apart, aim, turn)
+    local, ways = _best(here, aim, turn), [*here, *apart]
+    if disaggregate == "always" or _key(handed_over, aim) < _key(local, aim):
         return _placement(handed_over, "handover", ways)
     model, prompt = local.decode_load.model, local.prompt
     if model.stall_s(request.prompt_tokens) <= apart[local.decode_index].handover_s:
@@ -250,26 +252,21 @@ def place(
     return _placement(local, why, ways)
 
 
-def _best(ways: Sequence[_Way], request: Request, now: float, targets: Targets | None, turn: int) -> _Way:
-    return ways[_least([_key(way, request, now, targets) for way in ways], turn)]
+def _best(ways: Sequence[_Way], aim: Aim | None, turn: int) -> _Way:
+    return ways[_least([_key(way, aim) for way in ways], turn)]
 
 
-def _key(way: _Way, request: Request, now: float, targets: Targets | None) -> tuple[float, float]:
+def _key(way: _Way, aim: Aim | None) -> tuple[float, float]:
     """The smaller the better: what is promised goes before what is cheap."""
-    if targets is None:
+    if aim is None:
         return 0.0, way.total_s
     steps = way.decode.step_before_s, way.decode.step_after_s
-    change = Change(way.decode_load, request.output_tokens, way.stall_s, *steps)
-    return missed(targets, way.ttft_s, change, now), way.total_s
+    return missed(aim, way.ttft_s, Change(way.decode_load, way.stall_s, *steps)), way.total_s
 
 
 def _placement(way: _Way, reason: str, ways: Sequence[_Way]) -> Placement:
     prefill_s = way.prompt.prefill_s + way.prompt.fetch_s
     return Placement(way.decode_index, way.prefill_index, reason, prefill_s, tuple(ways), way.stall_s)
-
-
-def _decoding(load: WorkerLoad) -> int:
-    return load.decoding + load.foreign_decoding
 
 
 def left_over(loads: Sequence[WorkerLoad]) -> list[int]:

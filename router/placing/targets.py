@@ -46,12 +46,22 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
+class Aim:
+    """What every way for one request is measured by."""
+
+    targets: Targets
+    output_tokens: int
+    """Of an average answer."""
+    handover_wait_s: float
+    """Until a prefill worker has computed what waits there: meanwhile it goes on handing over requests."""
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """What one placement does to a decode worker."""
 
     load: WorkerLoad
-    output_tokens: int
-    """Of an average answer."""
     stall_s: float
     """The prompt holds up each request that decodes there; 0 where it is computed elsewhere."""
     step_before_s: float
@@ -59,10 +69,13 @@ class Change:
     """One token for each request there, with this one."""
 
 
-def missed(targets: Targets, ttft_s: float, change: Change, now: float) -> float:
+def missed(aim: Aim, ttft_s: float, change: Change) -> float:
     """By how much the targets are missed with this placement, more than without it; of all requests together."""
-    load, steps = change.load, max(change.output_tokens - 1, 1)
-    others = load.decoding + load.foreign_decoding
+    targets, load, now = aim.targets, change.load, aim.now
+    steps = max(aim.output_tokens - 1, 1)
+    # Those whose prompt a prefill worker finishes meanwhile are held up like those who decode already.
+    share_arriving = ttft_s / aim.handover_wait_s if aim.handover_wait_s > ttft_s else 1.0
+    others = load.decoding + load.foreign_decoding + load.handed_over * share_arriving
     life_s = steps * change.step_after_s
     total = _over(ttft_s * (1.0 + targets.deviations * SPREAD), targets.ttft_s)
     if targets.tpot_s < math.inf:

@@ -13,7 +13,7 @@ from tandem.common.errors import ConfigError
 from tandem.planner.perf_model import ModelShape, PerfModel
 from tandem.router.fleet.load import Stalls, WorkerLoad
 from tandem.router.placing.placement import Placement, Request, place
-from tandem.router.placing.targets import SPREAD, Change, Targets, missed
+from tandem.router.placing.targets import SPREAD, Aim, Change, Targets, missed
 from tandem.router.settings import RouterConfig
 
 MODEL = PerfModel("nvidia-h100", ModelShape(8 * 10**9, 16 * 10**9, 131_072))
@@ -58,6 +58,8 @@ def test_stalls_are_the_faded_sum_and_spread_of_each(
     tight,
     tight,
     st.integers(0, 5),
+    st.integers(0, 5),
+    st.floats(0.0, 10.0),
 )
 def test_what_is_missed_is_counted_request_by_request(
     targets: Targets,
@@ -68,9 +70,11 @@ def test_what_is_missed_is_counted_request_by_request(
     step_s: float,
     more_s: float,
     before: int,
+    handed_over: int,
+    wait_s: float,
 ) -> None:
-    load = worker(0, [(0.0, 0.1)] * before, decoding=decoding)
-    change = Change(load, output_tokens, stall_s, step_s, step_s + more_s)
+    load = worker(0, [(0.0, 0.1)] * before, decoding=decoding, requests=decoding + handed_over)
+    aim, change = Aim(targets, output_tokens, wait_s, 0.0), Change(load, stall_s, step_s, step_s + more_s)
     deviations = NormalDist().inv_cdf(targets.percentile / 100)
 
     def short(estimate_s: float, target_s: float) -> float:
@@ -84,10 +88,11 @@ def test_what_is_missed_is_counted_request_by_request(
     gap = stall_s if share_late > 1 - targets.percentile / 100 else 0.0
     expected = short(ttft_s + ttft_s * SPREAD * deviations, targets.ttft_s)
     expected += short(step_s + more_s + calm, targets.tpot_s) + short(step_s + more_s, targets.gap_s)
-    for _ in range(decoding):
-        expected += short(step_s + more_s + held, targets.tpot_s) - short(step_s + calm, targets.tpot_s)
-        expected += short(step_s + more_s + gap, targets.gap_s) - short(step_s, targets.gap_s)
-    assert missed(targets, ttft_s, change, 0.0) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    share_arriving = 1.0 if wait_s <= ttft_s else ttft_s / wait_s
+    for share in [1.0] * decoding + [share_arriving] * handed_over:
+        expected += share * (short(step_s + more_s + held, targets.tpot_s) - short(step_s + calm, targets.tpot_s))
+        expected += share * (short(step_s + more_s + gap, targets.gap_s) - short(step_s, targets.gap_s))
+    assert missed(aim, ttft_s, change) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 busy = st.fixed_dictionaries(
