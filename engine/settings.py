@@ -30,7 +30,11 @@ class EngineConfig:
     memory: ClassVar[Group]
     """Memory and batches: how much a worker may hold and compute at once."""
     kv_cache_bytes: int | None = None
-    """The bound of the KV pool. None: 256 MiB on a CPU (touched only as it fills), 80 % of the free memory on a GPU."""
+    """The bound of the KV pool. None: 256 MiB on a CPU (touched only as it fills), 80 % of what the weights leave on
+    a GPU."""
+    gpu_memory_bytes: int | None = None
+    """What a worker may take of its GPU, weights and KV pool and all. None: what is free; `tandem serve` gives workers
+    on one GPU equal parts of it."""
     max_model_len: int | None = None
     """Tokens of prompt and output together. None: the model's limit, or what the KV pool can hold if that is less."""
     max_num_seqs: int = 64

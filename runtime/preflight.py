@@ -14,6 +14,7 @@ from tandem.common.checkpoint import resolve_model
 from tandem.common.errors import ConfigError
 from tandem.common.memory import readable_size, usable_memory
 from tandem.engine.settings import CPU_POOL_BYTES
+from tandem.runtime.devices import may_use_gpu
 from tandem.runtime.processes import served_name
 from tandem.runtime.settings import ServeConfig
 
@@ -86,9 +87,9 @@ def _check_model(config: ServeConfig, folder: Path) -> None:
 
 
 def _check_memory(config: ServeConfig) -> None:
-    """KV pools fill up with cached prompts sooner or later, so together they must fit. A GPU's memory is its worker's
-    affair."""
-    if config.device not in ("auto", "cpu") or (config.device == "auto" and Path("/dev/nvidiactl").exists()):
+    """KV pools fill up with cached prompts sooner or later, so together they must fit. `runtime/devices.py` sees
+    to a GPU's memory."""
+    if may_use_gpu(config.device):
         return
     workers = config.prefill + config.decode
     pools = workers * (config.kv_cache_bytes or CPU_POOL_BYTES)

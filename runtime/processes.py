@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from tandem.common.checkpoint import model_name
 from tandem.engine.settings import EngineConfig
 from tandem.kvstore.settings import StoreSettings
 from tandem.router.settings import FrontDoorSettings
+from tandem.runtime.devices import deal_out
 from tandem.runtime.settings import ServeConfig
 
 _KNOWN_TO_WORKERS = ("kv_chunk_tokens", "secret_file", "kv_near")
@@ -31,8 +34,13 @@ def served_name(config: ServeConfig) -> str:
     return config.served_model_name or model_name(config.model_folder)
 
 
-def processes_of(config: ServeConfig, run_directory: Path, port: int) -> list[ProcessSpec]:
-    """The store node first, which ends last; then the workers, the routers last. `port` is theirs, already chosen."""
+def processes_of(
+    config: ServeConfig, run_directory: Path, port: int, free_on_gpus: Sequence[int] = ()
+) -> list[ProcessSpec]:
+    """The store node first, which ends last; then the workers, the routers last. `port` is theirs, already chosen.
+
+    `free_on_gpus` are bytes. Raises ConfigError where the workers do not fit.
+    """
     store = _store_of(config, run_directory)
     shared = config.part(EngineConfig) | {
         "model": config.model_folder,
@@ -43,12 +51,19 @@ def processes_of(config: ServeConfig, run_directory: Path, port: int) -> list[Pr
         "kv_store_socket": store[0].settings["kv_store_socket"] if store else config.kv_store_socket,
         **{name: getattr(config, name) for name in _KNOWN_TO_WORKERS},
     }
+    roles = ["prefill"] * config.prefill + ["decode"] * config.decode
+    seats = deal_out(
+        len(roles),
+        free_on_gpus,
+        device=config.device,
+        gpu_memory_bytes=config.gpu_memory_bytes,
+        kv_cache_bytes=config.kv_cache_bytes,
+    )
     workers: list[ProcessSpec] = []
-    for role, count in (("prefill", config.prefill), ("decode", config.decode)):
-        for index in range(count):
-            name = f"{role}-{index}"
-            own: dict[str, object] = {"worker_id": name, "listen": f"unix:{run_directory / name}.sock"}
-            workers.append(ProcessSpec(name, role, shared | own))
+    for index, (role, seat) in enumerate(zip(roles, seats, strict=True)):
+        name = f"{role}-{index if role == 'prefill' else index - config.prefill}"
+        own: dict[str, object] = {"worker_id": name, "listen": f"unix:{run_directory / name}.sock"}
+        workers.append(ProcessSpec(name, role, shared | own | dataclasses.asdict(seat)))
     router: dict[str, object] = config.part(FrontDoorSettings) | {
         "model": config.model_folder,
         "served_model_name": served_name(config),

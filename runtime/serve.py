@@ -9,6 +9,7 @@ from pathlib import Path
 from tandem.common.secret import write_secret
 from tandem.common.settings import parse_settings
 from tandem.router.place import bind
+from tandem.runtime.devices import free_on_gpus
 from tandem.runtime.preflight import checked
 from tandem.runtime.processes import ProcessSpec, processes_of, ready_text, served_name
 from tandem.runtime.running import announce, reachable
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     )
     with bind(config.host, config.port) as listening:
         config = checked(config)
+        free = free_on_gpus(config.device)
         secret = secret_of(config)
         from tandem.runtime.supervisor import Deployment, supervise
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             server."""
             secret_file = run_folder / FILE
             write_secret(secret_file, secret)
-            specs = processes_of(replace(config, secret_file=str(secret_file)), run_folder, port)
+            specs = processes_of(replace(config, secret_file=str(secret_file)), run_folder, port, free)
             node = next((str(spec.settings["listen"]) for spec in specs if spec.command == "kvstore"), "")
             announce(run_folder, url, served_name(config), node, str(secret_file))
             return specs

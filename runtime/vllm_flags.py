@@ -56,8 +56,8 @@ VLLM_FLAGS: Mapping[str, Foreign] = {
     "dtype": Foreign(becomes="dtype", values={"half": "float16", "float": "float32"}),
     # Memory
     "gpu_memory_utilization": Foreign(
-        remedy="say it in bytes with --kv-cache-bytes, such as 40GiB; without it the KV pool takes 80 % of the GPU "
-        "memory that is free once the weights are loaded"
+        remedy="say it in bytes with --gpu-memory-bytes, such as 40GiB; without it a worker takes what is free, or, "
+        "beside others on its GPU, its part of that"
     ),
     "kv_cache_memory_bytes": Foreign(becomes="kv_cache_bytes"),
     "kv_cache_dtype": Foreign(

@@ -75,7 +75,7 @@ def load_model(
     native kernels where they can be had (`native.py`; set torch's thread count before). `batch_invariant`: a row's bits
     depend on nothing but its own tokens, by construction. Raises ConfigError for anything unusable.
     """
-    target = _device(device)
+    target = device_of(device)
     config = ModelConfig.from_folder(folder)
     kind = _dtype(dtype, target)
     if quantization is not None and quantization not in QUANTIZATIONS:
@@ -135,7 +135,8 @@ def load_model(
     return LoadedModel(decoder, config, kind, target, identity, compatibility, rows, known_by)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """auto: cuda where there is one, else cpu. Raises ConfigError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -146,6 +147,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name!r} is not available: torch sees no CUDA device")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 

@@ -16,6 +16,22 @@ logger = logging.getLogger(__name__)
 
 GPU_POOL_SHARE = 0.8
 """Share of the memory that is free once the weights are loaded."""
+CONTEXT_BYTES = 600 << 20
+"""What CUDA and loaded kernels take of a GPU for a process, beside torch's allocations."""
+
+
+def limit_gpu_memory(gpu_memory_bytes: int | None, device: torch.device) -> None:
+    """Keeps this process from taking more, so that one which shares the GPU has what it was promised. Raises
+    ConfigError."""
+    if gpu_memory_bytes is None or device.type != "cuda":
+        return
+    total = torch.cuda.mem_get_info(device)[1]
+    if not CONTEXT_BYTES < gpu_memory_bytes <= total:
+        raise ConfigError(
+            f"gpu_memory_bytes {gpu_memory_bytes}: must be more than CUDA itself takes ({readable_size(CONTEXT_BYTES)})"
+            f" and at most what {device} has ({readable_size(total)})"
+        )
+    torch.cuda.set_per_process_memory_fraction((gpu_memory_bytes - CONTEXT_BYTES) / total, device)
 
 
 def make_pool(config: EngineConfig, loaded: LoadedModel) -> tuple[KvPool, int]:
@@ -23,7 +39,7 @@ def make_pool(config: EngineConfig, loaded: LoadedModel) -> tuple[KvPool, int]:
     model, device = loaded.config, loaded.device
     budget = config.kv_cache_bytes
     if budget is None and device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
+        budget = int(_free_on_gpu(config.gpu_memory_bytes, device) * GPU_POOL_SHARE)
     elif budget is None:
         budget = CPU_POOL_BYTES
     if device.type == "cpu" and budget > (usable := usable_memory()):
@@ -48,6 +64,21 @@ def make_pool(config: EngineConfig, loaded: LoadedModel) -> tuple[KvPool, int]:
     except (RuntimeError, MemoryError) as error:  # torch has one exception for all that an allocator says
         raise ConfigError(f"kv_cache_bytes {budget}: the memory cannot be had; give less") from error
     return pool, max_model_len
+
+
+def _free_on_gpu(gpu_memory_bytes: int | None, device: torch.device) -> int:
+    """Bytes that this process may still take. Raises ConfigError if there are none."""
+    free = torch.cuda.mem_get_info(device)[0]
+    if gpu_memory_bytes is None:
+        return free
+    weights = torch.cuda.memory_reserved(device)
+    left = gpu_memory_bytes - CONTEXT_BYTES - weights
+    if left <= 0:
+        raise ConfigError(
+            f"gpu_memory_bytes {gpu_memory_bytes}: the weights take {readable_size(weights)} and leave no room for KV; "
+            "give more, or put fewer workers on the GPU"
+        )
+    return min(free, left)
 
 
 def pool_size(

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.common.errors import TandemError
+from tandem.common.errors import ConfigError, TandemError
 from tandem.engine.model.batch import ForwardBatch, KvPool
-from tandem.engine.model.loader import LoadedModel, load_model
-from tandem.engine.model.memory import make_pool
+from tandem.engine.model.loader import LoadedModel, device_of, load_model
+from tandem.engine.model.memory import limit_gpu_memory, make_pool
 from tandem.engine.request import Pooling, TokenLogprobs
 from tandem.engine.schedule.block_manager import BlockManager
 from tandem.engine.schedule.plan import Chunk, StepPlan
@@ -35,14 +35,21 @@ def load(config: EngineConfig, folder: Path) -> tuple[LoadedModel, KvPool, int]:
     """The model in `folder`, the KV pool, and the tokens that a request may have. Raises ConfigError for what cannot be
     used."""
     torch.set_num_threads(config.num_threads)
-    loaded = load_model(
-        folder,
-        dtype=config.dtype,
-        device=config.device,
-        quantization=config.quantization,
-        attention=config.attention,
-        batch_invariant=config.batch_invariant,
-    )
+    limit_gpu_memory(config.gpu_memory_bytes, device_of(config.device))
+    try:
+        loaded = load_model(
+            folder,
+            dtype=config.dtype,
+            device=config.device,
+            quantization=config.quantization,
+            attention=config.attention,
+            batch_invariant=config.batch_invariant,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"device {config.device}: the weights do not fit into its memory, or into gpu_memory_bytes; put fewer "
+            "workers on it"
+        ) from error
     pool, max_model_len = make_pool(config, loaded)
     return loaded, pool, max_model_len
 
