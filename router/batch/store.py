@@ -22,6 +22,10 @@ MAX_TENANT_BYTES = 16 << 30
 MAX_TENANT_FILES = 10_000
 MAX_UNFINISHED = 100
 """Batches of a tenant that wait or run."""
+MAX_ENDED = 10_000
+"""Batches of a tenant that have ended and are still remembered. Beyond it, those that ended first are forgotten."""
+MAX_ENDED_BYTES = 64 << 20
+"""Their records together: metadata and errors may be large."""
 BUSY_S = 10.0
 """How long another process may hold the database."""
 
@@ -162,7 +166,8 @@ class Index:
         change: Callable[[BatchRecord], BatchRecord],
         outputs: Sequence[FileRecord] = (),
     ) -> BatchRecord:
-        """`change` sees the stored record, whoever wrote it last; `outputs` appear together with the change."""
+        """`change` sees the stored record, whoever wrote it last; `outputs` appear together with the change. Where it
+        ends one batch too many, the tenant's oldest are forgotten."""
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             row = self._db.execute("SELECT record FROM batches WHERE id = ?", (batch_id,)).fetchone()
@@ -173,6 +178,8 @@ class Index:
             )
             for file in outputs:
                 self._insert_file(file)
+            if not record.unfinished:
+                self._forget_oldest(record.tenant)
         return record
 
     def cancel(self, tenant: str, batch_id: str, now: float) -> BatchRecord:
@@ -207,6 +214,21 @@ class Index:
             ]
             self._db.executemany("DELETE FROM batches WHERE id = ?", ended)
         return [row[0] for row in rows]
+
+    def _forget_oldest(self, tenant: str) -> None:
+        """Keeps the bounds on a tenant's ended batches. Their files stay until they expire or are deleted."""
+        ended = f"FROM batches WHERE tenant = ? AND NOT {_UNFINISHED}"
+        count, size = self._db.execute(
+            f"SELECT COUNT(*), COALESCE(SUM(LENGTH(record)), 0) {ended}", (tenant,)
+        ).fetchone()
+        if count <= MAX_ENDED and size <= MAX_ENDED_BYTES:
+            return
+        self._db.execute(
+            "DELETE FROM batches WHERE seq IN (SELECT seq FROM (SELECT seq, ROW_NUMBER() OVER latest AS place, "
+            f"SUM(LENGTH(record)) OVER latest AS size {ended} WINDOW latest AS (ORDER BY "
+            "json_extract(CAST(record AS TEXT), '$.ended_at') DESC, seq DESC)) WHERE place > ? OR size > ?)",
+            (tenant, MAX_ENDED, MAX_ENDED_BYTES),
+        )
 
     def known_names(self) -> set[str]:
         """Names of all files on disk that belong to somebody."""
