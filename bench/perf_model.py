@@ -280,8 +280,6 @@ OPT = {
     "facebook/opt-13b": known.OPT_13B,
     "facebook/opt-66b": known.OPT_13B
     | {"hidden_size": 9216, "ffn_dim": 36864, "num_hidden_layers": 64, "num_attention_heads": 72},
-    "facebook/opt-175b": known.OPT_13B
-    | {"hidden_size": 12288, "ffn_dim": 49152, "num_hidden_layers": 96, "num_attention_heads": 96},
 }
 A100 = hardware("nvidia-a100-sxm4-80gb")
 

@@ -20,6 +20,7 @@ Commands:
   chat      talk to a running server
   status    what a running server does
   drain     empty a worker, so that it can be stopped
+  profile   measure a running worker, for the planner
   prefill   one prefill worker
   decode    one decode worker (also computes prompts when there is no prefill worker)
   router    the HTTP and gRPC front door
@@ -52,6 +53,7 @@ COMMANDS = {
     "status": "tandem.runtime.status",
     "drain": "tandem.runtime.drain",
     "plan": "tandem.runtime.plan",
+    "profile": "tandem.runtime.profile",
     "completion": "tandem.runtime.completion",
 }
 
