@@ -64,6 +64,8 @@ class ProfileConfig:
         """Raises ConfigError: the field that makes no sense."""
         self.batches()
         self.contexts()
+        if self.out is not None and (self.out.is_dir() or not self.out.absolute().parent.is_dir()):
+            raise ConfigError(f"out {self.out}: must be a file in a folder that exists")
         if not 1 <= self.repeats <= 100:
             raise ConfigError(f"repeats {self.repeats}: must be between 1 and 100")
         if not 1 <= self.timeout_s <= 86_400:
@@ -131,9 +133,9 @@ def _profile(address: str, secret: bytes, config: ProfileConfig) -> str:
         stub = worker_pb2_grpc.WorkerStub(channel)
         try:
             info = stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=REACH_S)
-            grid = Grid.of(info, config)
             if info.role != worker_pb2.ROLE_DECODE:
                 raise ConfigError(f"target {config.target}: is no decode worker; these compute prompts too")
+            grid = Grid.of(info, config)
             points = list(_measure(Requests(stub, info, config.timeout_s), grid, config.repeats))
         except grpc.RpcError as error:
             details = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
@@ -241,6 +243,8 @@ class Requests:
             elif given - at_begin >= batch * STEPS:
                 seconds = (now - began) * batch / (given - at_begin)
                 return Point("decode", batch, context + round((at_begin + given) / (2 * batch)), seconds)
+            if output.finish_reason:
+                break
         raise ProfileError(f"the worker's answers ended early with {batch} requests of {context} tokens")
 
     def _first_output(self, prompt: list[int], salt: bytes) -> worker_pb2.RequestOutput:

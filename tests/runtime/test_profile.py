@@ -41,6 +41,7 @@ def test_the_grid_is_what_the_worker_has_room_for() -> None:
         (("--batch", "0"), "batch 0: must be a whole number between 1 and"),
         (("--batch", "1,many"), "batch many: must be a whole number"),
         (("--context", "9999999999999"), "context 9999999999999: must be"),
+        (("--out", "/nowhere/at/all.csv"), "out /nowhere/at/all.csv: must be a file in a folder that exists"),
         (("--repeats", "0"), "repeats 0: must be between 1 and 100"),
         (("--timeout-s", "0"), "--timeout-s 0: must be between"),
     ],
