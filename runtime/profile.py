@@ -31,6 +31,8 @@ EXAMPLES = (
 )
 STEPS = 24
 """Steps of decoding that a point is measured over."""
+ATTEMPTS = 6
+"""For requests that do not run together, each time with answers twice as long."""
 MAX_POINTS = 2000
 MAX_BATCH, MAX_CONTEXT = 4096, 1 << 20
 
@@ -227,25 +229,34 @@ class Requests:
         return Point("prefill", len(prompt) - cached, cached, max(report.prefill_s, 1e-9))
 
     def decode(self, batch: int, context: int) -> Point:
-        """Time between tokens, while all of the batch decode and no prompt is computed."""
-        most = _outputs(batch, context, self._info)
-        submits = [self._submit(self._prompt(context), self._salt(), most) for _ in range(batch)]
-        counts: dict[str, int] = {}
-        began, at_begin = 0.0, 0
+        """Time between tokens, while all of the batch decode and no prompt is computed. Requests that did not run
+        together are sent again, for longer answers."""
+        info = self._info
+        room = min(info.max_model_len - 1, info.num_blocks * info.block_size // batch - info.block_size) - context
+        for attempt in range(ATTEMPTS):
+            tokens = max(min(_outputs(batch, context, info) << attempt, room), STEPS + 2)
+            submits = [self._submit(self._prompt(context), self._salt(), tokens) for _ in range(batch)]
+            point = self._steps(submits, context)
+            if point is not None:
+                return point
+        raise ProfileError(f"{batch} requests of {context} tokens do not run together: is the worker busy?")
+
+    def _steps(self, submits: Sequence[worker_pb2.Submit], context: int) -> Point | None:
+        """None where a request was over before all had run together for long enough. Waits for the end of all, so that
+        the next point has the worker to itself."""
+        batch, counts, over = len(submits), dict[str, int](), False
+        began, at_begin, point = 0.0, 0, None
         for output in self._outputs_of(submits):
             counts[output.key.request_id] = counts.get(output.key.request_id, 0) + len(output.token_ids)
-            if len(counts) < batch or not output.token_ids:
-                continue
-            now, given = time.perf_counter(), sum(counts.values())
-            if not began:
-                began, at_begin = now, given
-            # Counts whole steps: outputs of one step may come one after the other.
-            elif given - at_begin >= batch * STEPS:
-                seconds = (now - began) * batch / (given - at_begin)
-                return Point("decode", batch, context + round((at_begin + given) / (2 * batch)), seconds)
-            if output.finish_reason:
-                break
-        raise ProfileError(f"the worker's answers ended early with {batch} requests of {context} tokens")
+            if point is None and not over and len(counts) == batch and output.token_ids:
+                now, given = time.perf_counter(), sum(counts.values())
+                if not began:
+                    began, at_begin = now, given
+                elif given - at_begin >= batch * STEPS:
+                    seconds = (now - began) * batch / (given - at_begin)
+                    point = Point("decode", batch, context + round((at_begin + given) / (2 * batch)), seconds)
+            over |= bool(output.finish_reason)
+        return point
 
     def _first_output(self, prompt: list[int], salt: bytes) -> worker_pb2.RequestOutput:
         for output in self._outputs_of([self._submit(prompt, salt, 1)]):
