@@ -60,7 +60,8 @@ class Subject:
         self._answers: dict[RequestKey, RequestOutput] = {}
         self._changed = threading.Condition()
         self._engine = Engine(config, self._receive, store)
-        warm_up(self._engine.loaded, self._engine.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        sized = self._engine.config
+        warm_up(self._engine.loaded, self._engine.pool, sized.max_num_seqs, sized.max_num_batched_tokens)
         self._engine.start()
         self._numbers = iter(range(1 << 30))
 

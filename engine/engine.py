@@ -27,6 +27,7 @@ from tandem.engine.handover.announcer import LayerAnnouncer
 from tandem.engine.inbox import Inbox
 from tandem.engine.intake import Intake
 from tandem.engine.masks.pool import MaskPool
+from tandem.engine.model.loader import device_of
 from tandem.engine.outputs import Outputs, embedding
 from tandem.engine.request import EngineRequest, KvExport, RequestKey, RequestOutput
 from tandem.engine.requests import Requests
@@ -65,7 +66,7 @@ class Engine:
         alone; without one, no KV outlives the pool. `on_device_lost` is called on the engine thread when nothing can be
         computed any more, and may end the process; if it returns, the engine stops.
         """
-        self.config = config
+        self.config = config = config.sized_for(device_of(config.device).type)
         if store is not None:
             store.check(config.block_size)
         folder = resolve_model(config.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from tandem.common.errors import ConfigError
@@ -12,6 +12,9 @@ MAX_WAITING = 1024
 """Requests in an engine's queue, which routers keep short; more are refused with `overloaded`."""
 CPU_POOL_BYTES = 256 << 20
 """The KV pool on a CPU, unless settings say otherwise."""
+STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
+"""max_num_seqs and max_num_batched_tokens by device, unless settings say otherwise. A GPU reads its weights once per
+step, however many tokens share it; a CPU computes for as long as there are tokens."""
 EXPORT_LEASE_S = 30.0
 """How long a prefilled request may hold its blocks for a hand-over that is never confirmed."""
 
@@ -37,12 +40,12 @@ class EngineConfig:
     on one GPU equal parts of it."""
     max_model_len: int | None = None
     """Tokens of prompt and output together. None: the model's limit, or what the KV pool can hold if that is less."""
-    max_num_seqs: int = 64
-    """Requests that are computed, or wait for KV with blocks reserved, at one time."""
-    max_num_batched_tokens: int = 512
-    """Tokens computed in one step. Decodes come first; prompts share the rest in chunks, so this bounds how long a
-    long prompt can delay the next token of everybody else. On a CPU, where a step's time grows with its tokens, prompts
-    get a quarter of it while others decode."""
+    max_num_seqs: int = 0
+    """Requests that are computed, or wait for KV with blocks reserved, at one time. 0: 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int = 0
+    """Tokens computed in one step. 0: 512 on a CPU, 8192 on a GPU. Decodes come first; prompts share the rest in
+    chunks, so this bounds how long a long prompt can delay the next token of everybody else. On a CPU, where a step's
+    time grows with its tokens, prompts get a quarter of it while others decode."""
     enable_prefix_caching: bool = True
     """Keep the KV of finished requests until its memory is needed, and reuse equal prefixes of the same tenant."""
     block_size: int = 16
@@ -68,13 +71,23 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.block_size <= 0 or self.block_size % 16:
             raise ConfigError(f"block_size {self.block_size}: must be a positive multiple of 16")
-        for name in ("max_num_seqs", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs + self.block_size:
+        for name, least in (("max_num_seqs", 0), ("max_num_batched_tokens", 0), ("num_threads", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be at least {least}")
+        if 0 < self.max_num_batched_tokens < self.max_num_seqs + self.block_size:
             raise ConfigError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens}: must be at least max_num_seqs + block_size "
                 f"({self.max_num_seqs} + {self.block_size}), so that prompts advance while every other slot decodes"
             )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len {self.max_model_len}: must be at least 2, a prompt token and an output")
+
+    def sized_for(self, device: str) -> EngineConfig:
+        """The settings with the steps of `device` (cpu or cuda) where none are given. Raises ConfigError where what is
+        given does not go with them."""
+        seqs, tokens = STEP_SIZES[device]
+        return replace(
+            self,
+            max_num_seqs=self.max_num_seqs or seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or tokens,
+        )

@@ -111,7 +111,8 @@ class WorkerProcess:
             )
         engine = Engine(config, self._bridge.put, self._store, end_without_device)
         engine.start_masks()
-        seconds = warm_up(engine.loaded, engine.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        sized = engine.config
+        seconds = warm_up(engine.loaded, engine.pool, sized.max_num_seqs, sized.max_num_batched_tokens)
         log.debug("warmed up in %.1f s", seconds)
         return engine
 
@@ -219,7 +220,7 @@ class WorkerProcess:
             block_size=config.block_size,
             num_blocks=engine.status().total_blocks,
             max_model_len=engine.max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=engine.config.max_num_seqs,
             vocab_size=loaded.config.vocab_size,
             kv_endpoint=kv_endpoint,
             host_id=local_host_id(),

@@ -45,7 +45,7 @@ class Quiet:
 
 class Scene:
     def __init__(self, folder: Path) -> None:
-        config = EngineConfig(model=str(folder), dtype="float32", device="cpu", kv_cache_bytes=4 << 20)
+        config = EngineConfig(model=str(folder), dtype="float32", device="cpu", kv_cache_bytes=4 << 20).sized_for("cpu")
         self.loaded, pool, max_model_len = load(config, folder)
         blocks = BlockManager(pool.num_blocks, config.block_size)
         self.scheduler = Scheduler(blocks, max_num_seqs=64, max_num_batched_tokens=80, max_waiting=64)
