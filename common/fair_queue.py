@@ -114,6 +114,11 @@ class FairQueue(Generic[T]):
         """The oldest request of each tenant that waits in a band."""
         return (line.entries[0].item for line in self._bands.get(band, {}).values())
 
+    def oldest(self, tenant: str, band: int) -> T | None:
+        """The first to come of those of a tenant that wait in a band."""
+        line = self._bands.get(band, {}).get(tenant)
+        return line.entries[0].item if line is not None else None
+
     def line(self, tenant: str, band: int) -> list[T]:
         """The waiting requests of a tenant in a band, oldest first."""
         line = self._bands.get(band, {}).get(tenant)

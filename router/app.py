@@ -81,6 +81,8 @@ class Router:
         self.service = Service(
             config, self.model, self.fleet, self.metrics, self.accounts, counters, self.siblings, secret
         )
+        if self._shared is not None:
+            self._shared.elders = self.service.admission.elders
         if config.storage is not None:
             self.service.batches = BatchLane(
                 config.storage,

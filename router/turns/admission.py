@@ -10,20 +10,21 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tandem.common.errors import TandemError
 from tandem.common.fair_queue import QUANTUM, FairQueue
-from tandem.common.fairness import INPUT_COST, OUTPUT_COST, ServiceCounters
+from tandem.common.fairness import INPUT_COST, OUTPUT_COST, AccountKey, ServiceCounters
 from tandem.router.fleet.load import LOWEST
+from tandem.router.turns.elders import Elders
 
 MAX_GRANTS = 32
 """Requests started by one `pump`: about 10 ms of placements, then the event loop gets its turn."""
 MAX_RETRY_AFTER_S = 30.0
 HOLD_S = 0.25
-"""A router whose next request is a quantum ahead of those who wait at other routers leaves the room to them; after so
-long with room that nobody took, it takes it."""
+"""A router whose next request is a quantum ahead of those who wait at other routers, or came long after one of its own
+tenant there, leaves the room to them; after so long with room that nobody took, it takes it."""
 _WINDOW_S = 1.0
 _NEWCOMER = ""
 """A tenant that has nothing: nobody's claim is better."""
@@ -86,6 +87,7 @@ class Admission:
         self._ttft_slo_s = math.inf if ttft_slo_s is None else ttft_slo_s
         self._clock = clock
         self._queue: FairQueue[Waiting] = FairQueue(counters, _cached_tokens)
+        self.elders = Elders(self._oldest, clock)
         self._tokens = 0
         self._backlogs: dict[int, dict[str, _Backlog]] = {}
         self._rate = _Rate()
@@ -184,15 +186,25 @@ class Admission:
         if not self._room(waiting.prompt_tokens, waiting.priority) and not self._is_crowded_out(waiting):
             self._yields_since = None
             return False
-        if self._counters.ahead(waiting.tenant, waiting.priority) > QUANTUM:
+        if self._counters.ahead(waiting.tenant, waiting.priority) > QUANTUM or self._elders_go_first(waiting):
             now = self._clock()
             if self._yields_since is None:
                 self._yields_since = now
             if now - self._yields_since < HOLD_S:
                 return False
             self._counters.ignore_elsewhere()
+            self.elders.pass_over()
         self._yields_since = None
         return True
+
+    def _elders_go_first(self, waiting: Waiting) -> bool:
+        oldest = self._queue.oldest(waiting.tenant, waiting.priority) or waiting
+        return self.elders.go_first((waiting.priority, waiting.tenant), oldest.arrived)
+
+    def _oldest(self) -> Iterator[tuple[AccountKey, float]]:
+        for band in self._backlogs:
+            for waiting in self._queue.heads(band):
+                yield (band, waiting.tenant), waiting.arrived
 
     def _is_crowded_out(self, waiting: Waiting) -> bool:
         """Its tenant has far fewer slots of a worker than another one."""

@@ -13,6 +13,9 @@ from typing import Annotated
 
 import msgspec
 
+from tandem.common.fairness import AccountKey
+from tandem.router.turns.elders import MAX_OLDEST
+
 MAX_ROUTERS = 256
 """Rows looked at."""
 MAX_ROW_BYTES = 16 * 1024
@@ -26,9 +29,11 @@ FORGET_S = 30.0
 """A row that has not changed for so long is taken out of Redis."""
 MAX_SERVICE = 2.0**50
 """Service that no deployment gives: counters stay exact below it."""
+MAX_AGE_S = 1e6
 
 _Service = Annotated[float, msgspec.Meta(ge=-MAX_SERVICE, le=MAX_SERVICE)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=MAX_SERVICE)]
+_Age = Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE_S)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
@@ -47,6 +52,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """The least counter, by band, of those who wait, or who were granted last."""
     waiting: frozenset[int] = frozenset()
     """The bands in which somebody waits."""
+    oldest: tuple[tuple[int, str, _Age], ...] = ()
+    """Band, tenant, and the seconds that its oldest request has waited here."""
     tenants: str = ""
     """Fingerprint of who may come in: routers that share should agree."""
 
@@ -149,6 +156,17 @@ class Neighbours:
                 found[band] = min(row.least[band], found.get(band, row.least[band]))
         return found
 
+    def oldest(self) -> dict[AccountKey, float]:
+        """When the oldest request of each tenant arrived that waits elsewhere, on our clock."""
+        found: dict[AccountKey, float] = {}
+        now = self._clock()
+        for it in self._known.values():
+            if it.confirmed and now - it.changed_at <= FRESH_S:
+                for band, tenant, age_s in it.row.oldest:
+                    arrived = it.changed_at - age_s
+                    found[band, tenant] = min(arrived, found.get((band, tenant), arrived))
+        return found
+
     def _rows(self, within_s: float) -> Iterator[Row]:
         now = self._clock()
         return (it.row for it in self._known.values() if it.confirmed and now - it.changed_at <= within_s)
@@ -167,4 +185,5 @@ def _read(text: bytes) -> Row | None:
         row = _decoder.decode(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return row if max(len(row.floors), len(row.least), len(row.waiting)) <= MAX_BANDS else None
+    bands = max(len(row.floors), len(row.least), len(row.waiting))
+    return row if bands <= MAX_BANDS and len(row.oldest) <= MAX_OLDEST else None

@@ -39,7 +39,16 @@ from tandem.common.fairness import AccountKey, Changes, ServiceCounters
 from tandem.common.patience import within
 from tandem.common.redis_url import without_password
 from tandem.router.turns import neighbours
-from tandem.router.turns.neighbours import MAX_BANDS, MAX_ROUTERS, MAX_ROW_BYTES, MAX_SERVICE, Neighbours, Row
+from tandem.router.turns.elders import Elders
+from tandem.router.turns.neighbours import (
+    MAX_AGE_S,
+    MAX_BANDS,
+    MAX_ROUTERS,
+    MAX_ROW_BYTES,
+    MAX_SERVICE,
+    Neighbours,
+    Row,
+)
 from tandem.router.turns.shared_buckets import BucketChange, Places, SharedBuckets
 from tandem.router.turns.shared_script import EXCHANGE
 
@@ -87,6 +96,8 @@ class SharedService:
         self.buckets = SharedBuckets(clock)
         self.tenants: Callable[[], str] = lambda: ""
         """Fingerprint of those who may come in here."""
+        self.elders = Elders(lambda: (), clock)
+        """Those who wait here and elsewhere; `admission.Admission` has the real ones."""
         self.neighbours = Neighbours(clock)
         self.exchanges = 0
         self.failures = 0
@@ -108,6 +119,8 @@ class SharedService:
         self._number = 1
         self._changes = Changes({}, {})
         """The changes as last taken."""
+        self._oldest: dict[AccountKey, float] = {}
+        """Arrivals as last taken from `elders`."""
         self._anyhow = False
         """The next batch is taken whatever number Redis knows."""
         self._beat = 0
@@ -183,6 +196,7 @@ class SharedService:
             most=min(most, MAX_SERVICE),
             moved=max(0.0, others.charged - charged) + 1.0,
         )
+        self.elders.hear(others.oldest())
         begin, end = len(batch.service), len(batch.service) + len(batch.buckets)
         pairs = list(zip(totals, granted, strict=True))
         self.buckets.merge(dict(zip(batch.buckets, pairs[begin:end], strict=True)), at)
@@ -231,11 +245,13 @@ class SharedService:
         self.counters.alone = alone
         if alone:
             self.counters.ignore_elsewhere()
+            self.elders.hear({})
         self.buckets.alone = alone
 
     def _take(self, everything: bool) -> list[_Batch]:
         if everything:
             self._changes = self.counters.take_changes()
+            self._oldest = self.elders.here()
         changes = self._changes if everything else replace(self._changes, accounts={}, wrong=frozenset())
         service, buckets = list(changes.accounts.items()), list(self.buckets.take_changes(everything).items())
         places = list(self.buckets.take_places(everything).items())
@@ -269,7 +285,7 @@ class SharedService:
 
     def _row(self, batch: _Batch) -> bytes:
         self._beat += 1
-        counters, others = self.counters, self.neighbours
+        counters, others, now = self.counters, self.neighbours, self._clock()
         return neighbours.encode(
             Row(
                 beat=self._beat,
@@ -278,6 +294,7 @@ class SharedService:
                 floors=_first_bands(counters.floors()),
                 least=(least := _first_bands(batch.changes.least)),
                 waiting=batch.changes.waiting & least.keys(),
+                oldest=tuple((*key, min(now - arrived, MAX_AGE_S)) for key, arrived in self._oldest.items()),
                 tenants=self.tenants(),
             )
         )
