@@ -36,7 +36,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "worker_lost": ErrorKind(503, "UNAVAILABLE", "unavailable_error", True),
     "deadline_exceeded": ErrorKind(504, "DEADLINE_EXCEEDED", "timeout_error", True),
     "cancelled": ErrorKind(499, "CANCELLED", "cancelled_error", False),
-    # One request's own: nothing is wrong with the worker, and another one would fail with it as well.
+    # One request's own, as long as it does not befall others too: another worker would fail with it as well.
     "computation_failed": ErrorKind(500, "INTERNAL", "server_error", False),
     "internal": ErrorKind(500, "INTERNAL", "server_error", False),
 }

@@ -7,14 +7,16 @@ Two judges, as in Envoy:
 - **outlier ejection** compares workers of one kind with each other: one with a far higher error rate, or a far longer
   time to first token, is left out for a while and comes back by itself. At most a third of them is out at a time.
 
-A failure is a lost connection or an `internal` error; a refusal (draining, overloaded) is none. Whoever asks takes all
-workers where none is available: a sick worker is better than none.
+A failure is a lost connection or an `internal` error; a refusal (draining, overloaded) is none. `computation_failed` is
+a doubt: the request or the worker is at fault. The worker is where it befalls requests of `FAILURES_IN_A_ROW` tenants
+and nobody is answered in between, so that no tenant's requests alone put a worker out. Whoever asks takes all workers
+where none is available: a sick worker is better than none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 FAILURES_IN_A_ROW = 3
@@ -51,6 +53,8 @@ class WorkerHealth:
     _times_out: int = 0
     _probe_until: float = 0.0
     _counted_at: float = 0.0
+    _doubted_by: set[str] = field(default_factory=set)
+    """Tenants whose requests could not be computed since the last answer; fewer than FAILURES_IN_A_ROW."""
     _answers: float = 0.0
     _failures: float = 0.0
     _timed: float = 0.0
@@ -73,6 +77,7 @@ class WorkerHealth:
             self._timed += 1.0
             self._ttft_s += ttft_s
         self._in_a_row = 0
+        self._doubted_by.clear()
         if self._out and now >= self._out_until:
             self._out = False
 
@@ -90,6 +95,19 @@ class WorkerHealth:
         self._leave_out(now, f"{self._in_a_row} failures in a row")
         return True
 
+    def doubted(self, now: float, tenant: str) -> bool:
+        """A request of `tenant` could not be computed. Returns whether the worker is left out from now on because of
+        it. A probe that ends so says nothing: the next one may come at once."""
+        self._probe_until = 0.0
+        if self._out and now < self._out_until:
+            return False
+        self._doubted_by.add(tenant)
+        if len(self._doubted_by) < FAILURES_IN_A_ROW:
+            return False
+        was_out = self._out
+        self._leave_out(now, f"requests of {FAILURES_IN_A_ROW} tenants, one after the other, could not be computed")
+        return not was_out
+
     def _leave_out(self, now: float, problem: str) -> None:
         if now - self._out_until > RECOVERED_S:
             self._times_out = 0
@@ -97,6 +115,7 @@ class WorkerHealth:
         self._out_until = now + min(FIRST_OUT_S * 2.0**self._times_out, LONGEST_OUT_S)
         self._times_out = min(self._times_out + 1, 16)
         self._probe_until = 0.0
+        self._doubted_by.clear()
         self._answers = self._failures = self._timed = self._ttft_s = 0.0
 
     def _decay(self, now: float) -> None:

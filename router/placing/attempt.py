@@ -18,7 +18,9 @@ from tandem.router.placing.placement import Placement
 log = logging.getLogger(__name__)
 
 FAULT = "internal"
-"""The error code that speaks against the worker. The others are refusals, or the request's own fault."""
+"""The error code that speaks against the worker."""
+DOUBT = "computation_failed"
+"""The request's own fault or the worker's. The others are refusals, or the request's own fault."""
 
 
 class Listener(Protocol):
@@ -51,6 +53,9 @@ class Attempt:
         self._listener = listener
         self._started = time.monotonic()
         self._answered = False
+        self._tenant = message.submit.tenant
+        self._prefill_doubted = False
+        """It could not compute the prompt: its own fault if the decode worker can."""
         self._prefill_heard = False
         """The prefill worker has said itself that there will be no hand-over, or was lost."""
         decode.health.started(self._started)
@@ -79,6 +84,8 @@ class Attempt:
         if output.finish_reason:
             if output.error.code == FAULT:
                 note_failure(self.decode)
+            elif output.error.code == DOUBT and self.decode.health.doubted(time.monotonic(), self._tenant):
+                _warn(self.decode)
             self._cancel_prefill()
         self._listener.on_output(output)
 
@@ -86,7 +93,8 @@ class Attempt:
         self._cancel_prefill()
         self._listener.on_worker_lost(reason)
 
-    def handover_failed(self, reason: str) -> None:
+    def handover_failed(self, reason: str, *, doubted: bool = False) -> None:
+        self._prefill_doubted = doubted
         self._prefill_heard = True
         self.decode.handover_lost(self.key, reason)
 
@@ -107,6 +115,8 @@ class Attempt:
                 note_failure(self.prefill)
             else:
                 self.prefill.health.answered(now, ttft_s)
+        elif self._prefill_doubted:
+            note_failure(self.prefill)
 
     def _cancel_prefill(self) -> None:
         if self.prefill is not None:
@@ -124,7 +134,8 @@ class _PrefillSide:
             return
         if output.error.code == FAULT and self._attempt.prefill is not None:
             note_failure(self._attempt.prefill)
-        self._attempt.handover_failed(f"{output.error.code}: {output.error.message}"[:200])
+        doubted = output.error.code == DOUBT
+        self._attempt.handover_failed(f"{output.error.code}: {output.error.message}"[:200], doubted=doubted)
 
     def on_lost(self, reason: str) -> None:
         self._attempt.handover_failed(reason)
@@ -132,4 +143,8 @@ class _PrefillSide:
 
 def note_failure(session: WorkerSession) -> None:
     if session.health.failed(time.monotonic()):
-        log.warning("worker %s gets no requests for a while: %s", session.name, session.health.problem)
+        _warn(session)
+
+
+def _warn(session: WorkerSession) -> None:
+    log.warning("worker %s gets no requests for a while: %s", session.name, session.health.problem)

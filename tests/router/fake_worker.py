@@ -175,7 +175,8 @@ class FakeWorker:
         if self.script.handover == "never":
             return
         if self.script.handover == "error":
-            error = worker_pb2.WorkerError(code="internal", message="out of luck")
+            code, message = self.script.error or ("internal", "out of luck")
+            error = worker_pb2.WorkerError(code=code, message=message)
             yield worker_pb2.RequestOutput(key=submit.key, finish_reason=worker_pb2.FINISH_REASON_ERROR, error=error)
             return
         self.peers[submit.send_kv_to.worker_id].kv_event(submit.key).set()

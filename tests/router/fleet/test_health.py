@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +65,43 @@ def test_a_failed_probe_doubles_the_absence() -> None:
         worker.failed(now)
     assert waits[:4] == [5.0, 10.0, 20.0, 40.0]
     assert waits[-1] == LONGEST_OUT_S
+
+
+def test_requests_of_several_tenants_that_cannot_be_computed_speak_against_the_worker() -> None:
+    worker = WorkerHealth()
+    for number in range(20):
+        assert not worker.doubted(float(number), "loud")
+    assert not worker.doubted(20.0, "second")
+    worker.answered(20.5)
+    assert not worker.doubted(21.0, "third")
+    assert not worker.doubted(21.1, "loud")
+    assert worker.available(21.2)
+    assert worker.doubted(21.3, "second")
+    assert not worker.available(21.4)
+    assert "3 tenants" in worker.problem
+
+
+def test_one_tenants_requests_do_not_keep_a_worker_out_that_can_come_back() -> None:
+    worker = opened()
+    probing = FIRST_OUT_S + 0.1
+    for _ in range(20):
+        assert worker.available(probing)
+        worker.started(probing)
+        assert not worker.doubted(probing, "loud")
+    worker.started(probing)
+    worker.answered(probing, 0.1)
+    assert worker.available(probing)
+
+
+def test_probes_of_several_tenants_that_cannot_be_computed_keep_it_out() -> None:
+    worker = opened()
+    probing = FIRST_OUT_S + 0.1
+    for tenant in ("a", "b", "c"):
+        assert worker.available(probing)
+        worker.started(probing)
+        assert not worker.doubted(probing, tenant)
+    assert not worker.available(probing + FIRST_OUT_S)
+    assert worker.available(probing + 2 * FIRST_OUT_S)
 
 
 def served(answers: int, failures: int = 0, ttft_s: float = 0.1) -> WorkerHealth:
@@ -190,9 +230,39 @@ async def test_the_last_worker_is_used_even_if_it_is_sick(house: House) -> None:
     assert (await client.post("/v1/completions", json=BODY)).status_code == 200
 
 
-async def test_a_prefill_worker_that_fails_everything_is_left_out(house: House) -> None:
+async def test_a_worker_that_computes_nothing_right_is_left_out_but_not_by_one_tenants_requests(house: House) -> None:
+    sick = await house.decode("decode-0", Script(error=("computation_failed", "not finite")))
+    well = await house.decode("decode-1")
+    tenants = [f"tenant-{number}" for number in range(health.FAILURES_IN_A_ROW)]
+    keys = house.folder / "keys"
+    keys.write_text("\n".join(f"{name}:{hashlib.sha256(name.encode()).hexdigest()}" for name in tenants))
+    router = await house.router(sick, well, api_keys_file=keys)
+    client = await house.client(router)
+    prompts = itertools.count(20)
+
+    async def ask(tenant: str) -> int:
+        body, headers = {**BODY, "prompt": [next(prompts)]}, {"authorization": f"Bearer {tenant}"}
+        return (await client.post("/v1/completions", json=body, headers=headers)).status_code
+
+    async def failed(tenant: str) -> None:
+        for _ in range(100):
+            if await ask(tenant) == 500:
+                return
+        raise AssertionError("no request came to the worker that is sick")
+
+    for _ in range(2 * health.FAILURES_IN_A_ROW):
+        await failed(tenants[0])
+    assert len(router.fleet.decode) == 2
+    for tenant in tenants[1:]:
+        await failed(tenant)
+    assert [session.name for session in router.fleet.decode] == ["decode-1"]
+    assert [await ask(tenant) for tenant in tenants] == [200] * len(tenants)
+
+
+@pytest.mark.parametrize("code", ["internal", "computation_failed"])
+async def test_a_prefill_worker_that_fails_everything_is_left_out(house: House, code: str) -> None:
     decode = await house.decode()
-    prefill = await house.prefill("prefill-0", Script(handover="error"), to=(decode,))
+    prefill = await house.prefill("prefill-0", Script(handover="error", error=(code, "broken device")), to=(decode,))
     other = await house.prefill("prefill-1", to=(decode,))
     router = await house.router(decode, prefill, other)
     client = await house.client(router)
