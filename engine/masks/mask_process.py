@@ -21,9 +21,11 @@ _REPLIES = msgspec.msgpack.Decoder(Reply)
 class MaskProcess:
     """One process, of one tenant."""
 
-    def __init__(self, tenant: str, connection: socket.socket) -> None:
+    def __init__(self, tenant: str, connection: socket.socket, *, is_made: bool) -> None:
+        """`is_made`: the process that it is forked from has read the tokenizer."""
         self.tenant = tenant
         self.connection = connection
+        self.is_made = is_made
         self.guides: dict[int, Guide] = {}
         self.constraints: deque[Constraint] = deque(maxlen=MAX_COMPILED)
         """Those that it was sent last."""
@@ -34,6 +36,11 @@ class MaskProcess:
         self._requests: list[Request] = []
         self._unsent = b""
         self._frames = Frames()
+
+    def made(self) -> None:
+        """The tokenizer has been read: from now on it is this process that its guides wait for."""
+        if not self.is_made:
+            self.is_made, self.waits_since = True, time.monotonic()
 
     def put(self, request: Request, guide: Guide | None = None) -> None:
         """`guide`: whom the answer is for."""

@@ -39,7 +39,10 @@ MAX_OF_TENANT = 12
 """Processes in use at one time. Its further constraints share them."""
 PATIENCE_S = 60.0
 """Seconds to wait for an answer on a busy machine; what it may cost is bounded in processor time."""
+LOADING_S = 60.0
+"""Seconds that the tokenizer may take to be read: a process that is not ready then is killed and started again."""
 MAX_FAILED_STARTS = 3
+"""Starts in a row of a process that is never ready; then constraints are refused for `FORGIVEN_S`."""
 MAX_DEATHS = 3
 """Processes that a tenant may take down with one constraint; then the constraint is refused"""
 FORGIVEN_S = 300.0
@@ -68,6 +71,8 @@ class MaskPool:
         self._control_frames = Frames()
         self._ready = False
         self._failed_starts = 0
+        self._started = 0.0
+        """When (s) the process was started from which the others are made."""
         self._homes: dict[int, MaskProcess] = {}
         """Processes by the number of the guide."""
         self._numbers = 0
@@ -167,15 +172,24 @@ class MaskPool:
             found.append((self._control.fileno(), select.POLLIN))
         return found
 
+    @property
+    def _loading(self) -> bool:
+        return self._control is not None and not self._ready
+
     def next_due(self) -> float | None:
         """When (s) the patience with a process ends."""
-        since = [process.waits_since for process in self.processes if process.awaited]
-        return min(since) + PATIENCE_S if since else None
+        due = [process.waits_since + PATIENCE_S for process in self.processes if process.awaited and process.is_made]
+        if self._loading:
+            due.append(self._started + LOADING_S)
+        return min(due, default=None)
 
     def expire(self, now: float) -> None:
         """Gives up processes that have not answered for too long."""
+        if self._loading and now - self._started > LOADING_S:
+            logger.error("the process that reads %s was not ready after %g s", self._arguments[0], LOADING_S)
+            self._end_origin()  # which is seen at the sockets of those that it should have made
         for process in tuple(self.processes):
-            if process.awaited and now - process.waits_since > PATIENCE_S:
+            if process.awaited and process.is_made and now - process.waits_since > PATIENCE_S:
                 self._lost(process)
 
     def _send(self, process: MaskProcess) -> None:
@@ -224,8 +238,13 @@ class MaskPool:
             raise TandemError("invalid_request", f"this model cannot be constrained: {self._unavailable}")
         if self._control is not None:
             return
+        now = time.monotonic()
         if self._failed_starts >= MAX_FAILED_STARTS:
-            raise TandemError("unavailable", "the process that reads the tokenizer for constraints does not start")
+            left_s = self._started + FORGIVEN_S - now
+            if left_s > 0:
+                problem = "the process that reads the tokenizer for constraints does not start"
+                raise TandemError("unavailable", problem, retry_after_s=left_s)
+            self._failed_starts = 0
         try:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -238,7 +257,9 @@ class MaskPool:
                 )
         except OSError as error:
             raise _no_process(error) from error
+        ours.setblocking(False)
         self._control, self._ready, self._control_frames = ours, False, Frames()
+        self._started = now
         self._failed_starts += 1  # until it is ready
 
     def stop(self) -> None:
@@ -270,6 +291,8 @@ class MaskPool:
         for body in self._control_frames.add(data):
             ready = _READY.decode(body)
             self._ready, self._failed_starts = True, 0
+            for process in self.processes:
+                process.made()
             self._unavailable = ready.problem
             self._eos_ids = frozenset(ready.eos_ids)
         if not data:
@@ -316,7 +339,7 @@ class MaskPool:
                 ours.close()
                 raise
         ours.setblocking(False)
-        process = MaskProcess(tenant, ours)
+        process = MaskProcess(tenant, ours, is_made=self._ready)
         self.processes.append(process)
         return process
 
@@ -328,6 +351,8 @@ class MaskPool:
             try:
                 socket.send_fds(self._control, [b"f"], [theirs.fileno()])
                 return
+            except BlockingIOError as error:  # it reads nothing, and many have asked
+                raise _no_process(error) from error
             except OSError:  # it has ended; perhaps it said why
                 self._receive_ready(self._control)
                 self._end_origin()
@@ -342,7 +367,7 @@ class MaskPool:
         guides = list(process.guides.values())
         for guide in guides:
             del self._homes[guide.number]
-        culprit = process.awaited[0] if process.awaited else None
+        culprit = process.awaited[0] if process.awaited and process.is_made else None
         if culprit is not None:
             logger.debug("a mask process has ended at a %s constraint", culprit.constraint.kind)
             culprit.strikes += 1

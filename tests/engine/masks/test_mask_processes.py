@@ -275,6 +275,69 @@ def test_a_process_that_never_answers_is_given_up(pool: MaskPool, monkeypatch: p
     assert again.ready, "in another process"
 
 
+@pytest.fixture
+def never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Reading the tokenizer takes for ever, until it is undone: the process lives and says nothing."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 1000\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return monkeypatch
+
+
+def give_up_loading(pool: MaskPool) -> None:
+    due = pool.next_due()
+    assert due is not None
+    pool.expire(due - 1)
+    assert pool._control is not None, "not yet"
+    pool.expire(due + 1)
+
+
+def test_a_process_that_hangs_while_it_loads_is_started_again_and_nobody_is_blamed(
+    pool: MaskPool, never_ready: pytest.MonkeyPatch
+) -> None:
+    waiting = [pool.guide(constraint, "tenant", []) for constraint in (REGEX, JSON)]
+    hung = group_of(pool)
+    pool.send()
+    never_ready.undo()
+    give_up_loading(pool)
+    for guide in waiting:
+        settle(pool, guide)
+        assert guide.ready
+        assert not guide.strikes
+    assert not members(hung)
+
+
+def test_where_loading_always_hangs_constraints_are_refused_and_tried_again_later(
+    pool: MaskPool, never_ready: pytest.MonkeyPatch
+) -> None:
+    guide = pool.guide(REGEX, "tenant", [])
+    for _ in range(pool_module.MAX_FAILED_STARTS):
+        assert guide.awaited
+        give_up_loading(pool)
+        while guide.awaited and pool._control is None:
+            assert pool.receive(TIMEOUT_S)
+    assert guide.error_code == "unavailable"
+    assert "does not start" in guide.error
+    with pytest.raises(TandemError, match="does not start") as refused:
+        pool.guide(REGEX, "tenant", [])
+    assert refused.value.retry_after_s is not None
+    assert pool.next_due() is None
+    never_ready.undo()
+    never_ready.setattr(pool_module, "FORGIVEN_S", 0.0)
+    assert opened(pool, REGEX).ready
+
+
+@pytest.mark.usefixtures("never_ready")
+def test_requests_without_end_do_not_block_while_it_loads(pool: MaskPool) -> None:
+    def ask_without_end() -> None:
+        for index in range(10_000):
+            pool.close(pool.guide(Constraint("regex", f"{index}"), "tenant", []))
+
+    with pytest.raises(TandemError, match="no process can be started"):
+        ask_without_end()
+
+
 def test_where_no_process_can_be_had_constraints_alone_are_refused(
     engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
