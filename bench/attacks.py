@@ -60,6 +60,12 @@ def _unique_schemas() -> Iterator[Sent]:
     return itertools.cycle(made)
 
 
+def _unique_expressions() -> Iterator[Sent]:
+    """Each is followed in a process of its own, for which an idle one has to go."""
+    for number in itertools.count():
+        yield COMPLETIONS, json.dumps({"prompt": "a", "max_tokens": 3, "guided_regex": f"{number}[a-z]+"}).encode()
+
+
 def _contexts() -> Iterator[Sent]:
     for number in itertools.count():
         yield "/v1/contexts", json.dumps({"name": f"c{number}", "prompt": "once upon a time " * 4}).encode()
@@ -83,6 +89,7 @@ ATTACKS: dict[str, Attack] = {
     # Masks.
     "grammar of 400 rules x n=16": _ask(guided_grammar=_overlapping_rules(400), n=16, max_tokens=50, temperature=1),
     "unique schemas": _unique_schemas,
+    "unique expressions": _unique_expressions,
     "regex of many repeats": _ask(guided_regex="(([a-z]{1,100} ){1,100}){1,50}", max_tokens=50, n=8),
     # The event loop and the threads that read texts.
     "tokenize 4 MB": _again("/tokenize", {"prompt": _LONG}),
