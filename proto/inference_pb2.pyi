@@ -1485,6 +1485,7 @@ class Attempt(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     NEAR_TOKENS_FIELD_NUMBER: _builtins.int
     INEXACT_FROM_FIELD_NUMBER: _builtins.int
+    KV_MOVED_FIELD_NUMBER: _builtins.int
     choice: _builtins.int
     attempt: _builtins.int
     decode: _builtins.str
@@ -1514,6 +1515,8 @@ class Attempt(_message.Message):
     def preemptions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Preemption]:
         """the first ones"""
 
+    @_builtins.property
+    def kv_moved(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvJourney]: ...
     def __init__(
         self,
         *,
@@ -1536,10 +1539,11 @@ class Attempt(_message.Message):
         preemptions: _abc.Iterable[Global___Preemption] | None = ...,
         near_tokens: _builtins.int = ...,
         inexact_from: _builtins.int | None = ...,
+        kv_moved: _abc.Iterable[Global___KvJourney] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_inexact_from", b"_inexact_from", "_started_s", b"_started_s", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "inexact_from", b"inexact_from", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_inexact_from", b"_inexact_from", "_started_s", b"_started_s", "attempt", b"attempt", "cached_by_tier", b"cached_by_tier", "candidates", b"candidates", "choice", b"choice", "computed_by", b"computed_by", "decode", b"decode", "ended", b"ended", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "inexact_from", b"inexact_from", "near_tokens", b"near_tokens", "num_preemptions", b"num_preemptions", "preemptions", b"preemptions", "prefill", b"prefill", "reason", b"reason", "recompute_reason", b"recompute_reason", "resumed_tokens", b"resumed_tokens", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s", "_first_token_s", b"_first_token_s", "_inexact_from", b"_inexact_from", "_started_s", b"_started_s", "attempt", b"attempt", "cached_by_tier", b"cached_by_tier", "candidates", b"candidates", "choice", b"choice", "computed_by", b"computed_by", "decode", b"decode", "ended", b"ended", "ended_s", b"ended_s", "first_token_s", b"first_token_s", "inexact_from", b"inexact_from", "kv_moved", b"kv_moved", "near_tokens", b"near_tokens", "num_preemptions", b"num_preemptions", "preemptions", b"preemptions", "prefill", b"prefill", "reason", b"reason", "recompute_reason", b"recompute_reason", "resumed_tokens", b"resumed_tokens", "stages", b"stages", "started_s", b"started_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ended_s: _TypeAlias = _typing.Literal["ended_s"]  # noqa: Y015
     _WhichOneofArgType__ended_s: _TypeAlias = _typing.Literal["_ended_s", b"_ended_s"]  # noqa: Y015
@@ -1559,6 +1563,38 @@ class Attempt(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__started_s) -> _WhichOneofReturnType__started_s | None: ...
 
 Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
+
+@_typing.final
+class KvJourney(_message.Message):
+    """How KV came to the worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """shared_memory, unix or tcp from a worker; store_ and the tier from the store"""
+    codec: _builtins.str
+    bytes: _builtins.int
+    seconds: _builtins.float
+    """for which the first token waited"""
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        codec: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "codec", b"codec", "seconds", b"seconds", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvJourney: _TypeAlias = KvJourney  # noqa: Y015
 
 @_typing.final
 class Preemption(_message.Message):

@@ -25,7 +25,7 @@ from tandem.kvstore.identity import Namespace, prefix_chain, request_namespace
 from tests.models import tiny_model
 
 ROOT = Namespace(b"n" * 32)
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 SLOW_STEP_S = 0.005
 _NO_TOKENS = (FinishReason.CANCELLED, FinishReason.HANDED_OVER)
 

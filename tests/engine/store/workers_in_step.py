@@ -161,6 +161,7 @@ class _Stream:
     def __init__(self, wire: Wire, target: Importer, sender_id: str, listener: Any, opened: tuple[Any, ...]) -> None:
         self.request_id, self.epoch, self.num_tokens, self.row_bytes, self.num_layers = opened
         self.sender_id = sender_id
+        self.transport, self.codec, self.received_bytes = "shared_memory", "raw", 0
         self.over = False
         self._target = target
         self._listener = listener
