@@ -14,6 +14,8 @@ REQUIRED = {
     "prefill": ["--model", "m"],
     "decode": ["--model", "m"],
     "drain": ["--target", "h:1"],
+    "plan": ["--deployment", "d.yaml"],
+    "profile": ["--target", "h:1"],
 }
 
 
