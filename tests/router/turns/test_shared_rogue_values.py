@@ -113,16 +113,19 @@ RUBBISH: list[Any] = [
 
 
 def put(client: redis.Redis, key: bytes, rubbish: Any) -> None:
-    client.delete(key)
-    match rubbish:
-        case list():
-            client.rpush(key, *rubbish)
-        case dict():
-            client.hset(key, mapping=rubbish)
-        case set():
-            client.sadd(key, *rubbish)
-        case _:
-            client.set(key, rubbish)
+    """At once: a router may write there at any moment."""
+    with client.pipeline() as both:
+        both.delete(key)
+        match rubbish:
+            case list():
+                both.rpush(key, *rubbish)
+            case dict():
+                both.hset(key, mapping=rubbish)
+            case set():
+                both.sadd(key, *rubbish)
+            case _:
+                both.set(key, rubbish)
+        both.execute()
 
 
 def keys_of(client: redis.Redis) -> list[bytes]:
