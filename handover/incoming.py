@@ -43,7 +43,7 @@ class Incoming:
         self.transport = transport
         """How its rows come: `shared_memory`, `unix` or `tcp`."""
         self.codec = "raw"
-        """Of its last rows."""
+        """How its last rows were encoded."""
         self.received_bytes = 0
         """Rows that were delivered, before any codec. Changed by the receiver's thread only."""
         self.sender_id = sender_id

@@ -55,7 +55,7 @@ class Experts:
     """For each token."""
     intermediate: int
     shared_intermediate: int
-    """Of the experts that every token goes to, together."""
+    """Size of the experts that every token goes to, together."""
     layers: int
 
 
@@ -122,7 +122,7 @@ class ModelSpec:
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer's projections."""
+        """Parameters of one layer's projections."""
         a = self.attention
         if not a.kv_rank:
             return self.hidden * a.head_dim * 2 * (a.heads + a.kv_heads)
@@ -140,7 +140,8 @@ class ModelSpec:
         return self.layers - (self.experts.layers if self.experts else 0)
 
     def expert_parameters(self, experts: float) -> float:
-        """Of so many routed experts of one layer, with what every token goes through: shared experts and router."""
+        """Parameters of so many routed experts of one layer, with what every token goes through: shared experts and
+        router."""
         if self.experts is None:
             return 0.0
         e = self.experts

@@ -52,17 +52,19 @@ class Demand:
 
 
 class Replica(Protocol):
-    """How fast one replica of a pool is. `planner.performance` has the real ones."""
+    """How fast one replica of a pool is: what the planner asks of a `planner.performance.Performance`."""
 
     def prefill_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
-        """Seconds to compute a prompt's uncached tokens behind `context_tokens` whose KV is there."""
+        """Seconds to compute a prompt's uncached tokens behind `context_tokens` whose KV is there, alone and in one
+        step."""
 
     def decode_step_s(self, batch: float, kv_tokens: float) -> float:
         """Seconds of a step that gives `batch` requests a token each and reads `kv_tokens` of KV in all."""
 
     def transfer_s(self, link: str, tokens: float) -> float:
-        """Seconds to move the KV of `tokens` over `link`."""
+        """Seconds to move the KV of `tokens` over a link: handover, host, disk, peer or remote; infinite over any
+        other."""
 
     @property
     def kv_tokens(self) -> float:
-        """Tokens of KV that its memory holds."""
+        """Tokens of KV that its memory holds; 0 where the weights do not fit."""

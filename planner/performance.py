@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from tandem.planner.objectives import Replica
+
 
 class Chunk(NamedTuple):
     """Part of a prompt that a step computes."""
@@ -22,25 +24,12 @@ class Chunk(NamedTuple):
     """It ends the prompt, so that the step yields the first token."""
 
 
-class Performance(Protocol):
+class Performance(Replica, Protocol):
     """One replica: all the devices that serve one copy of a model."""
 
     def step_s(self, chunks: Sequence[Chunk], batch: float, kv_tokens: float) -> float:
         """One step of the engine: chunks of prompts, beside one token for each of `batch` requests, which have
         `kv_tokens` of KV together; 0 for nothing."""
-
-    def prefill_s(self, uncached_tokens: float, context_tokens: float = 0.0) -> float:
-        """A prompt's uncached tokens behind `context_tokens` whose KV is there, alone and in one step."""
-
-    def decode_step_s(self, batch: float, kv_tokens: float) -> float:
-        """A token for each of `batch` requests, which have `kv_tokens` of KV together."""
-
-    def transfer_s(self, link: str, tokens: float) -> float:
-        """KV of `tokens` over a link: handover, host, disk, peer or remote; infinite over any other."""
-
-    @property
-    def kv_tokens(self) -> float:
-        """Tokens of KV that its memory holds; 0 where the weights do not fit."""
 
     @property
     def startup_s(self) -> float:
@@ -54,9 +43,9 @@ class Peak:
     concurrency: int
     """Requests of that context whose KV fits."""
     prefill_s: float
-    """Of the whole context."""
+    """Seconds for a prompt as long as the context."""
     decode_s: float
-    """Of one token, with as many requests as fit."""
+    """Seconds for one token, with as many requests as fit."""
     switch_s: float
     """KV of the context from the device to the host's memory: what it takes to put a request aside."""
 

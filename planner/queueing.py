@@ -272,7 +272,7 @@ class _Prompt:
     """That are not cached."""
     chunks: int
     seconds: float
-    """Of all chunks, when nothing else is computed."""
+    """Time of all chunks, when nothing else is computed."""
     share: float
 
 

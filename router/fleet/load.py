@@ -217,7 +217,7 @@ class Work:
     weight: float = 1.0
     """The tenant's."""
     stall_s: float = 0.0
-    """By which it holds up each request that decodes there, while its prompt is computed."""
+    """Time by which it holds up each request that decodes there, while its prompt is computed."""
     produced_tokens: int = 0
     _waits: bool = field(default=False, init=False)
     _decodes: bool = field(default=False, init=False)

@@ -119,7 +119,7 @@ class Placement:
     ways: tuple[_Way, ...]
     """What was compared, as `candidates` shows it."""
     stall_s: float = 0.0
-    """By which each request that decodes on the worker is held up while the prompt is computed there."""
+    """Time by which each request that decodes on the worker is held up while the prompt is computed there."""
 
     @property
     def candidates(self) -> tuple[CandidateCost, ...]:
@@ -137,7 +137,7 @@ class _Prompt:
     fetch_s: float
     stall_s: float
     stall_each_s: float
-    """Of each request that decodes there, if it is a decode worker."""
+    """Stall of each request that decodes there, if it is a decode worker."""
     present: int
     promised: int
     stored: tuple[tuple[str, int], ...]
@@ -180,7 +180,7 @@ class _Way:
 
     @property
     def stall_s(self) -> float:
-        """Of each request that decodes there."""
+        """Stall of each request that decodes there."""
         return self.prompt.stall_each_s if self.prefill_load is None else 0.0
 
     @property

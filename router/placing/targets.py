@@ -28,7 +28,7 @@ class Targets:
     gap_s: float = math.inf
     """Between two tokens of an answer."""
     percentile: float = 95.0
-    """Of requests that shall meet them, and of an answer's gaps."""
+    """Share, in percent, of requests that shall meet them, and of an answer's gaps."""
 
     @classmethod
     def stated(cls, config: FrontDoorSettings) -> Targets | None:
@@ -41,7 +41,7 @@ class Targets:
 
     @property
     def deviations(self) -> float:
-        """Of a normal distribution, from the mean to the percentile."""
+        """Standard deviations of a normal distribution, from the mean to the percentile."""
         return NormalDist().inv_cdf(self.percentile / 100.0)
 
 
@@ -51,7 +51,7 @@ class Aim:
 
     targets: Targets
     output_tokens: int
-    """Of an average answer."""
+    """Length of an average answer."""
     handover_wait_s: float
     """Until a prefill worker has computed what waits there: meanwhile it goes on handing over requests."""
     now: float
@@ -70,7 +70,7 @@ class Change:
 
 
 def missed(aim: Aim, ttft_s: float, change: Change) -> float:
-    """By how much the targets are missed with this placement, more than without it; of all requests together."""
+    """How much the targets are missed with this placement, more than without it; of all requests together."""
     targets, load, now = aim.targets, change.load, aim.now
     steps = max(aim.output_tokens - 1, 1)
     # Those whose prompt a prefill worker finishes meanwhile are held up like those who decode already.

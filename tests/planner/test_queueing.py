@@ -90,7 +90,7 @@ class Running:
     came: float
     prompt: float
     tokens: float
-    """Of the answer, without the first."""
+    """Length of the answer, without the first."""
     uncomputed: float = 0.0
     begun: float = 0.0
     left: float = 0.0

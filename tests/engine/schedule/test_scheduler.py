@@ -31,7 +31,7 @@ class Play:
     """A scheduler with a model that always answers token 7."""
 
     rows_may_rest = False
-    """Of other bands than the last: tenants compete, and more rows make longer steps (test_row_shares.py)."""
+    """Rows of other bands than the last: tenants compete, and more rows make longer steps (test_row_shares.py)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""By which way KV came, from what a worker reports."""
+"""The way by which KV came, from what a worker reports."""
 
 from __future__ import annotations
 
