@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tandem.common.errors import ConfigError
 from tandem.common.secret import read_secret
 from tandem.common.settings import Group, parse_settings
-from tandem.runtime.running import worker_that_runs_here
+from tandem.runtime.running import worker_named
 
 if TYPE_CHECKING:
     from grpc import Future
@@ -68,9 +68,7 @@ def main(argv: Sequence[str]) -> int:
         examples=EXAMPLES,
         word="target",
     )
-    address, secret_file = config.target, ""
-    if ":" not in config.target:
-        address, secret_file = worker_that_runs_here(config.target)
+    address, secret_file = worker_named(config.target)
     secret = read_secret(config.secret_file or secret_file)
     try:
         return _drain(address, config.grace_s, secret)

@@ -16,7 +16,7 @@ from tandem.common.secret import read_secret
 from tandem.common.settings import Group, parse_settings
 from tandem.planner.measured import Point, write_points
 from tandem.runtime.drain import MAX_MESSAGE_BYTES, REACH_S
-from tandem.runtime.running import worker_that_runs_here
+from tandem.runtime.running import worker_named
 
 if TYPE_CHECKING:
     from tandem.proto import worker_pb2
@@ -105,9 +105,7 @@ def main(argv: Sequence[str]) -> int:
         examples=EXAMPLES,
         word="target",
     )
-    address, secret_file = config.target, ""
-    if ":" not in config.target:
-        address, secret_file = worker_that_runs_here(config.target)
+    address, secret_file = worker_named(config.target)
     secret = read_secret(config.secret_file or secret_file)
     try:
         text = _profile(address, secret, config)

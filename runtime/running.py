@@ -71,8 +71,11 @@ def only_running(flag: str) -> Running | None:
     return found[0] if found else None
 
 
-def worker_that_runs_here(name: str) -> tuple[str, str]:
-    """Address and secret file of the worker `name` of a `tandem serve`. Raises ConfigError unless there is one."""
+def worker_named(name: str) -> tuple[str, str]:
+    """Address and secret file of the worker `name` of a `tandem serve`; an address is itself, without a file. Raises
+    ConfigError unless there is one."""
+    if ":" in name:
+        return name, ""
     sockets = {each: Path(each.folder) / f"{name}.sock" for each in find_running()}
     found = [(f"unix:{path}", each.secret_file) for each, path in sockets.items() if path.exists()]
     if len(found) > 1:
